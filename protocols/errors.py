@@ -1,15 +1,16 @@
 """The exception family. Each member is a decision: who is to blame, and what the caller does next.
 
-    SwarmError
-    ├─ UserError                 the user's mistake: one line, exit code 2
-    ├─ LocalProtocolError        a bug at home                       never retried
-    ├─ RouteError
-    │  └─ MissingBlocks          nobody holds .blocks                wait for the next refresh
-    └─ RemoteError               carries .peer_id
-       ├─ PeerUnreachable        silence, a cut link, a frozen peer  another peer; short ban
-       ├─ PeerBusy               no room, and it said so             another peer; no ban
-       ├─ RequestRefused         it cannot serve what we asked       another peer; no ban
-       └─ RemoteProtocolError    nonsense on the wire                another peer; long ban
+SwarmError
+├─ UserError                 the user's mistake: one line, exit code 2
+├─ ProtocolViolation         a broken rule, whose fault is known to the end that catches it
+├─ LocalProtocolError        a bug at home                       never retried
+├─ RouteError
+│  └─ MissingBlocks          nobody holds .blocks                wait for the next refresh
+└─ RemoteError               carries .peer_id
+   ├─ PeerUnreachable        silence, a cut link, a frozen peer  another peer; short ban
+   ├─ PeerBusy               no room, and it said so             another peer; no ban
+   ├─ RequestRefused         it cannot serve what we asked       another peer; no ban
+   └─ RemoteProtocolError    nonsense on the wire                another peer; long ban
 """
 
 from __future__ import annotations
@@ -25,6 +26,18 @@ class SwarmError(Exception):
 
 class UserError(SwarmError):
     """Something the user asked for cannot be; the message says what was wrong and what to do."""
+
+
+class ProtocolViolation(SwarmError):
+    """A message that the protocol does not allow. The state machines raise it; the two ends name the culprit.
+
+    Attributes:
+        out_of_order: the message may be right, its time is not.
+    """
+
+    def __init__(self, message: str, *, out_of_order: bool = False) -> None:
+        self.out_of_order = out_of_order
+        super().__init__(message)
 
 
 class LocalProtocolError(SwarmError):

@@ -1,0 +1,281 @@
+"""One server of a session: the conversation with it, and what it was told so far."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import trio
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from petals.peer.concurrency import together
+from petals.peer.config import Timeouts
+from petals.peer.host import Host
+from petals.protocols import messages_pb2 as pb
+from petals.protocols.errors import (
+    LocalProtocolError,
+    PeerBusy,
+    PeerUnreachable,
+    ProtocolViolation,
+    RemoteError,
+    RemoteProtocolError,
+    RequestRefused,
+)
+from petals.protocols.inference import INFERENCE_V1, MAX_MESSAGE_BYTES, Conversation
+from petals.protocols.stream import MessageStream
+from petals.protocols.tensors import check_header, decode_tensor, encode_tensor
+from petals.protocols.types import ModelId, PeerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """What goes into a span at one step; enough to run it again elsewhere."""
+
+    position: int
+    hidden: Tensor
+    """(batch, new_tokens, hidden_size), on the CPU, in the dtype that travels."""
+    attention_mask: Tensor | None = None
+    prompts: Tensor | None = None
+    """(blocks of the span, batch, prefix, hidden_size)"""
+    hypo_ids: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return self.position + self.hidden.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What came back, and where its time went in seconds."""
+
+    hidden: Tensor | None
+    round_trip_s: float
+    queue_s: float
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSpec:
+    """What every hop of a session is asked for."""
+
+    model: ModelId
+    hidden_size: int
+    batch_size: int
+    max_length: int
+    adapter: str = ""
+    encoding: pb.Encoding = pb.RAW
+
+
+def error_of(reply: pb.Error, peer_id: PeerId) -> RemoteError | LocalProtocolError:
+    """A server's error as the exception whose type says what to do next."""
+    message = f"peer …{peer_id[-6:]} says: {reply.message[:500]}"
+    match reply.code:
+        case pb.BUSY | pb.LEAVING:
+            return PeerBusy(message, peer_id, reply.retry_after_ms / 1000 or None)
+        case pb.INTERNAL:
+            return PeerUnreachable(message, peer_id)
+        case _:
+            return RequestRefused(message, peer_id)
+
+
+@contextmanager
+def answer_within(seconds: float, peer_id: PeerId) -> Iterator[None]:
+    """Silence for longer than this means the peer is gone, for us."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise PeerUnreachable(f"peer …{peer_id[-6:]} did not answer within {seconds:.1f} s", peer_id)
+
+
+async def read_reply(
+    messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply | pb.InfoReply
+) -> None:
+    """Fill `reply` with the next message.
+
+    Raises:
+        PeerUnreachable: the stream ended. RemoteProtocolError: it does not decode.
+    """
+    data = await messages.read_message()
+    if data is None:
+        raise PeerUnreachable(f"peer …{messages.remote_peer[-6:]} ended the stream", messages.remote_peer)
+    try:
+        reply.ParseFromString(data)
+    except DecodeError:
+        raise RemoteProtocolError("a reply that does not decode", messages.remote_peer) from None
+
+
+async def read_tensor(messages: MessageStream, header: pb.Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """The tensor that follows, which must have this shape and be floating."""
+    payload = await messages.read_payload(check_header(header, name=name, shape=shape))
+    return decode_tensor(header, payload)
+
+
+@dataclass
+class Hop:
+    """An open session at one server. `history` is all it was told, in order, as far as it still matters."""
+
+    peer_id: PeerId
+    blocks: range
+    spec: SessionSpec
+    timeouts: Timeouts
+    messages: MessageStream
+    conversation: Conversation
+    history: list[StepInput] = field(default_factory=list)
+    s_per_token: float = math.nan
+    """Smoothed round trip per new token and row position; not a number before the first step."""
+
+    @classmethod
+    async def open(
+        cls, host: Host, peer_id: PeerId, addrs: Sequence[str], blocks: range, spec: SessionSpec, timeouts: Timeouts
+    ) -> Hop:
+        """Open a stream, lease cache room.
+
+        Raises:
+            RemoteError: its type says why not.
+        """
+        with answer_within(timeouts.open_s, peer_id):
+            stream = await host.open_stream(peer_id, INFERENCE_V1, addrs=addrs)
+            hop = cls(
+                peer_id, blocks, spec, timeouts,
+                MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES), Conversation(),
+            )  # fmt: skip
+            try:
+                request = pb.InferenceRequest(
+                    open=pb.Open(
+                        session_id=secrets.token_bytes(16),
+                        model_digest=spec.model.digest,
+                        start_block=blocks.start,
+                        end_block=blocks.stop,
+                        batch_size=spec.batch_size,
+                        max_length=spec.max_length,
+                        wait_ms=int(timeouts.open_s * 800),
+                        adapter=spec.adapter,
+                        reply_encoding=spec.encoding,
+                    )
+                )
+                await hop._send(request)
+                await hop._receive("opened")
+            except BaseException:
+                await hop.reset()
+                raise
+        return hop
+
+    def truncate(self, position: int) -> Tensor | None:
+        """Forget the steps at or after `position`. Returns the row order they had made, None if they kept it."""
+        order: Tensor | None = None
+        dropped = [step for step in self.history if step.position >= position]
+        self.history = [step for step in self.history if step.position < position]
+        for step in dropped:
+            if step.hypo_ids is not None:
+                order = step.hypo_ids if order is None else order[step.hypo_ids]
+        return order
+
+    async def step(self, step: StepInput, *, replayed_as: StepInput | None = None) -> StepOutput:
+        """One step, waited for with a deadline that fits the hop's own speed. Then it is history.
+
+        Args:
+            step: what the server is told.
+            replayed_as: what another server would have to be told instead (after a roll-back of reordered rows).
+        """
+        tokens = step.hidden.shape[1]
+        deadline_s = self.timeouts.step_s
+        if not math.isnan(self.s_per_token):
+            deadline_s = min(deadline_s, max(self.timeouts.min_step_s, 20 * self.s_per_token * tokens))
+        started = trio.current_time()
+        with answer_within(deadline_s, self.peer_id):
+            await self._send_step(step, silent=False)
+            output = await self._receive_step(step, started)
+        self.history.append(replayed_as or step)
+        measured = output.round_trip_s / tokens
+        self.s_per_token = measured if math.isnan(self.s_per_token) else 0.8 * self.s_per_token + 0.2 * measured
+        return output
+
+    async def replay(self, history: Sequence[StepInput], *, want_outputs: bool) -> list[Tensor]:
+        """Rebuild the cache from `history` with the same step boundaries, all steps in flight at once.
+
+        Returns: the output of each step, if `want_outputs`.
+        """
+        started = trio.current_time()
+
+        async def send_all() -> None:
+            for step in history:
+                await self._send_step(step, silent=not want_outputs)
+
+        async def receive_all() -> list[Tensor]:
+            outputs = [await self._receive_step(step, started, silent=not want_outputs) for step in history]
+            return [output.hidden for output in outputs if output.hidden is not None]
+
+        with answer_within(self.timeouts.step_s, self.peer_id):
+            outputs = await together(send_all, receive_all)
+        self.history.extend(history)
+        return outputs
+
+    async def close(self) -> None:
+        """Give the lease back politely; never raises, bounded."""
+        with trio.move_on_after(self.timeouts.reset_s, shield=True) as scope:
+            try:
+                await self._send(pb.InferenceRequest(close=pb.Close()))
+                await self.messages.close()
+            except (RemoteError, LocalProtocolError):
+                await self.messages.reset()
+        if scope.cancelled_caught:
+            await self.reset()
+
+    async def reset(self) -> None:
+        """Give the lease back at once; never raises."""
+        with trio.move_on_after(self.timeouts.reset_s, shield=True):
+            await self.messages.reset()
+
+    async def _send_step(self, step: StepInput, *, silent: bool) -> None:
+        hidden, payload = encode_tensor(step.hidden, self.spec.encoding)
+        message = pb.Step(
+            step_id=self.conversation.next_step_id, position=step.position, silent=silent, hidden=hidden
+        )
+        for name, tensor in (
+            ("attention_mask", step.attention_mask),
+            ("prompts", step.prompts),
+            ("hypo_ids", step.hypo_ids),
+        ):
+            if tensor is not None:
+                header, pieces = encode_tensor(tensor)
+                getattr(message, name).CopyFrom(header)
+                payload += pieces
+        await self._send(pb.InferenceRequest(step=message), *payload)
+
+    async def _receive_step(self, step: StepInput, started: float, *, silent: bool = False) -> StepOutput:
+        done = (await self._receive("step_done")).step_done
+        hidden = None
+        if not silent:
+            hidden = await read_tensor(self.messages, done.hidden, tuple(step.hidden.shape), "hidden")
+        return StepOutput(hidden, trio.current_time() - started, done.queue_us / 1e6, done.compute_us / 1e6)
+
+    async def _send(self, request: pb.InferenceRequest, *payload: memoryview) -> None:
+        try:
+            self.conversation.request(request)
+        except ProtocolViolation as error:
+            raise LocalProtocolError(str(error)) from None
+        await self.messages.write_message(request.SerializeToString(), *payload)
+
+    async def _receive(self, expected: str) -> pb.InferenceReply:
+        reply = pb.InferenceReply()
+        await read_reply(self.messages, reply)
+        try:
+            kind = self.conversation.reply(reply)
+        except ProtocolViolation as error:
+            raise RemoteProtocolError(str(error), self.peer_id) from None
+        if kind == "error":
+            raise error_of(reply.error, self.peer_id)
+        if kind != expected:
+            raise RemoteProtocolError(f"{kind} instead of {expected}", self.peer_id)
+        return reply
+
+
+def for_blocks(step: StepInput, held: range, wanted: range) -> StepInput:
+    """The same step for a sub-range of the span it was made for."""
+    if step.prompts is None or held == wanted:
+        return step
+    return replace(step, prompts=step.prompts[wanted.start - held.start : wanted.stop - held.start])

@@ -1,0 +1,252 @@
+"""A session walks a route step by step, keeps what it told each hop, and replaces a hop that fails.
+
+Exactness: every hop's cache is a function of the inputs it was told, in order. So a replacement that is told the same
+inputs with the same step boundaries computes the same cache, bit for bit on the same kind of machine, and generation
+goes on as if nothing had happened. Only the blocks of the hop that failed are routed again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import trio
+from torch import Tensor
+
+from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_blocks
+from petals.peer.client.routing import Route
+from petals.peer.client.view import SwarmWatcher
+from petals.peer.concurrency import gather
+from petals.peer.config import Timeouts
+from petals.peer.host import Host
+from petals.protocols.errors import LocalProtocolError, RemoteError, RouteError
+from petals.protocols.types import PeerId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HopTrace:
+    """Where one step's time went at one hop, in seconds."""
+
+    peer_id: PeerId
+    blocks: range
+    round_trip_s: float
+    queue_s: float
+    compute_s: float
+
+
+class SessionBroken(LocalProtocolError):
+    """A step was cut off half way; the session can not go on."""
+
+
+class RemoteSession:
+    """Caches for one batch over `blocks`, held by servers of the swarm.
+
+    Args:
+        find_route: (blocks, peers to avoid) -> Route, or MissingBlocks.
+        max_retries: how many failures in a row one step may survive.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        watcher: SwarmWatcher,
+        blocks: range,
+        spec: SessionSpec,
+        timeouts: Timeouts,
+        find_route: Callable[[range, frozenset[PeerId]], Route],
+        *,
+        max_retries: int = 10,
+    ) -> None:
+        self.blocks = blocks
+        self.spec = spec
+        self.hops: list[Hop] = []
+        self.failures = 0
+        """Hops replaced so far."""
+        self.last_trace: tuple[HopTrace, ...] = ()
+        self._host = host
+        self._watcher = watcher
+        self._timeouts = timeouts
+        self._find_route = find_route
+        self._max_retries = max_retries
+        self._position = 0
+        self._row_order: Tensor | None = None
+        self._broken = False
+
+    @property
+    def position(self) -> int:
+        """Tokens per row in the caches."""
+        return self._position
+
+    async def open(self) -> None:
+        """Find a route and lease cache room on every hop of it.
+
+        Raises:
+            MissingBlocks: somebody is missing, named, after `Timeouts.route_s`.
+            RemoteError: nobody of those who hold a block would open a session.
+        """
+        self.hops = await self._open_hops(self.blocks)
+
+    def rollback(self, position: int) -> None:
+        """Forget everything from `position` on; the servers learn of it with the next step."""
+        if not 0 <= position <= self._position:
+            raise ValueError(f"position {position} is not within the {self._position} tokens of this session")
+        if position < self._position:
+            orders = [hop.truncate(position) for hop in self.hops]
+            self._row_order = _compose(self._row_order, orders[0] if orders else None)
+        self._position = position
+
+    async def step(
+        self,
+        hidden: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        prompts: Tensor | None = None,
+        hypo_ids: Tensor | None = None,
+    ) -> Tensor:
+        """One step through all hops; shapes as in `ChainSession.step`, CPU tensors.
+
+        Raises:
+            MissingBlocks, RemoteError: no hop could be replaced; the session is broken then.
+        """
+        if self._broken:
+            raise SessionBroken("an earlier step of this session was cut off; open a new one")
+        if self._position + hidden.shape[1] > self.spec.max_length:
+            raise RouteError(
+                f"{self._position} + {hidden.shape[1]} tokens are more than this session's max_length of "
+                f"{self.spec.max_length}"
+            )
+        self._broken = True
+        trace: list[HopTrace] = []
+        replay_order = _compose(self._row_order, hypo_ids)
+        current = StepInput(
+            position=self._position,
+            hidden=hidden,
+            attention_mask=attention_mask,
+            prompts=prompts,
+            hypo_ids=hypo_ids,
+        )
+        index, failures = 0, 0
+        while index < len(self.hops):
+            hop = self.hops[index]
+            told = for_blocks(current, self.blocks, hop.blocks)
+            remembered = replace(told, hypo_ids=replay_order) if replay_order is not hypo_ids else None
+            try:
+                output = await hop.step(told, replayed_as=remembered)
+            except RemoteError as error:
+                failures += 1
+                await self._replace(index, error, failures)
+                continue
+            trace.append(_trace(hop, output))
+            assert output.hidden is not None
+            current = replace(current, hidden=output.hidden.to(hidden.dtype))
+            index += 1
+        self._position += hidden.shape[1]
+        self._row_order = None
+        self._broken = False
+        self.last_trace = tuple(trace)
+        return current.hidden
+
+    async def close(self) -> None:
+        """Give every lease back; never raises, bounded."""
+        self._broken = True
+        hops, self.hops = self.hops, []
+        with trio.CancelScope(shield=True):  # each close is bounded by itself
+            await gather([hop.close for hop in hops])
+
+    async def reset(self) -> None:
+        """Give every lease back at once, after a cancellation."""
+        self._broken = True
+        hops, self.hops = self.hops, []
+        with trio.CancelScope(shield=True):
+            await gather([hop.reset for hop in hops])
+
+    async def _replace(self, index: int, error: RemoteError, failures: int) -> None:
+        """Put other servers in the place of hop `index` and bring their caches to where it was."""
+        lost = self.hops[index]
+        await lost.reset()
+        while True:
+            self._watcher.report(lost.peer_id if error.peer_id is None else error.peer_id, error)
+            if failures > self._max_retries:
+                raise error
+            log.warning("lost blocks %d:%d: %s; looking for a replacement", lost.blocks.start, lost.blocks.stop, error)
+            self.failures += 1
+            hops = await self._open_hops(lost.blocks, avoid=frozenset({lost.peer_id}))
+            try:
+                await self._rebuild(hops, lost)
+            except RemoteError as another:
+                error, failures = another, failures + 1
+                await gather([hop.reset for hop in hops])
+                continue
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await gather([hop.reset for hop in hops])
+                raise
+            self.hops[index : index + 1] = hops
+            return
+
+    async def _rebuild(self, hops: list[Hop], lost: Hop) -> None:
+        history = lost.history
+        if not history:
+            return
+        for hop in hops:
+            last = hop is hops[-1]
+            told = [for_blocks(step, lost.blocks, hop.blocks) for step in history]
+            outputs = await hop.replay(told, want_outputs=not last)
+            if not last:
+                history = [
+                    replace(step, hidden=output.to(step.hidden.dtype))
+                    for step, output in zip(history, outputs, strict=True)
+                ]
+
+    async def _open_hops(self, blocks: range, avoid: frozenset[PeerId] = frozenset()) -> list[Hop]:
+        """Sessions at servers that hold `blocks` together. Whoever refuses is avoided, until nobody is left."""
+        deadline = trio.current_time() + self._timeouts.route_s
+        refusal: RemoteError | None = None
+        while True:
+            try:
+                route = self._find_route(blocks, avoid)
+            except RouteError:
+                if avoid:
+                    avoid = frozenset()  # rather somebody who failed before than nobody
+                    if refusal is None:
+                        continue
+                if trio.current_time() >= deadline:
+                    if refusal is not None:
+                        raise refusal from None
+                    raise
+                await self._watcher.changed(min(1.0, max(0.0, deadline - trio.current_time())))
+                continue
+            calls = [
+                partial(Hop.open, self._host, leg.peer_id, leg.addrs, leg.blocks, self.spec, self._timeouts)
+                for leg in route.hops
+            ]
+            results = await gather(calls)
+            opened = [result for result in results if isinstance(result, Hop)]
+            if len(opened) == len(results):
+                return opened
+            await gather([hop.reset for hop in opened])
+            for leg, result in zip(route.hops, results, strict=True):
+                if isinstance(result, RemoteError):
+                    self._watcher.report(leg.peer_id, result)
+                    avoid |= {leg.peer_id}
+                    refusal = result
+                elif not isinstance(result, Hop):
+                    raise result
+            if trio.current_time() >= deadline and refusal is not None:
+                raise refusal
+
+
+def _trace(hop: Hop, output: StepOutput) -> HopTrace:
+    return HopTrace(hop.peer_id, hop.blocks, output.round_trip_s, output.queue_s, output.compute_s)
+
+
+def _compose(first: Tensor | None, then: Tensor | None) -> Tensor | None:
+    """The row order of doing `first`, then `then`."""
+    if first is None or then is None:
+        return then if first is None else first
+    return torch.index_select(first, 0, then)

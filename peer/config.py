@@ -1,0 +1,87 @@
+"""Frozen settings, one small class per concern. Times are in seconds, sizes in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from petals.protocols.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long a client waits at each door. All positive."""
+
+    connect_s: float = 5.0
+    """One dial, all addresses of a peer together."""
+    open_s: float = 15.0
+    """Opening a session at one server, queueing for cache room included."""
+    step_s: float = 120.0
+    """One hop, one step, at most. Worst case: a long prompt on a CPU server. The deadline in force adapts to the hop's
+    own measured speed and is usually far below."""
+    min_step_s: float = 4.0
+    """The adaptive deadline never falls below this: a pause of a busy machine is no failure."""
+    training_s: float = 300.0
+    """One span's forward or backward."""
+    route_s: float = 20.0
+    """How long to look for a peer that holds a block nobody seems to hold."""
+    reset_s: float = 1.0
+    """Saying goodbye on a stream that may be dead."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if not getattr(self, name) > 0:
+                raise UserError(f"timeout {name} must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """What a server holds and how much it gives."""
+
+    blocks: range | None = None
+    """Which blocks; None: choose `num_blocks` of them by looking at the swarm."""
+    num_blocks: int | None = None
+    """How many, where `blocks` is None; None: as many as fit into memory."""
+    cache_bytes: int = 1 << 30
+    """KV-cache budget over all sessions."""
+    max_peer_share: float = 1.0
+    """The most of the cache one remote peer may hold."""
+    max_sessions_per_peer: int = 64
+    max_batch_tokens: int = 16384
+    """Most tokens (batch x length) of one step, forward or backward."""
+    dtype: str = "auto"
+    """Compute dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16."""
+    quant_type: Literal["none", "int8", "nf4"] = "none"
+    device: str = "auto"
+    session_idle_s: float = 1800.0
+    """A session that asks nothing for this long is ended."""
+    payload_s: float = 120.0
+    """A payload that has been announced must have arrived by then."""
+    announce_s: float = 30.0
+    """How often the record is renewed; it expires after three times this."""
+    public_name: str = ""
+    throughput: float | None = None
+    """Blocks passed per second, decode; None: measure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConfig:
+    """One peer. Roles are chosen by what is set: `serve` makes a server; any peer can ask."""
+
+    model: str | None = None
+    """Hub name, local directory, .gguf file; None: the default model."""
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    serve: ServeConfig | None = None
+    identity: Path | None = None
+    """Key file, made on first use; None: a new key that lives as long as the process."""
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce_addrs: tuple[str, ...] = ()
+    """Full or bare multiaddrs to announce instead of the listening ones (a router's forwarded port)."""
+    initial_peers: tuple[str, ...] = ()
+    transport: Literal["petals", "stock"] = "petals"
+    keep_alive_s: float = 10.0
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    update_s: float = 15.0
+    """How often the client's view of the swarm is renewed."""

@@ -1,0 +1,258 @@
+"""One accepted stream of a server: bytes -> protocol events -> lane -> bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import torch
+import trio
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from petals.models.block import BlockSpan, SpanCache
+from petals.peer.config import ServeConfig
+from petals.peer.server.lane import Lane, Priority
+from petals.peer.server.leases import CacheBudget, NoRoom
+from petals.protocols import messages_pb2 as pb
+from petals.protocols.errors import ProtocolViolation, RemoteProtocolError, SwarmError
+from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, step_payload
+from petals.protocols.stream import ByteStream, MessageStream
+from petals.protocols.tensors import WIRE_DTYPES, decode_tensor, encode_tensor
+from petals.protocols.training import request_payload
+from petals.protocols.types import ModelId, PeerId
+
+Plan = Sequence[tuple[str, pb.Tensor, int]]
+Request = TypeVar("Request", pb.InferenceRequest, pb.TrainingRequest)
+
+
+class Refused(SwarmError):
+    """What we answer an asker whose request can not be served; ends the stream, and nothing else."""
+
+    def __init__(self, code: pb.ErrorCode, message: str, retry_after_s: float = 0.0) -> None:
+        self.code = code
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    def as_message(self) -> pb.Error:
+        return pb.Error(code=self.code, message=str(self)[:1000], retry_after_ms=int(self.retry_after_s * 1000))
+
+
+class Inbound:
+    """Answers streams about one loaded span."""
+
+    def __init__(self, model: ModelId, span: BlockSpan, lane: Lane, budget: CacheBudget, config: ServeConfig) -> None:
+        self.model = model
+        self.span = span
+        self.lane = lane
+        self.budget = budget
+        self.config = config
+        self.leaving = False
+        self.steps_served = 0
+        self._sessions: Counter[PeerId] = Counter()
+
+    @property
+    def sessions(self) -> int:
+        """Inference sessions that are open now."""
+        return self._sessions.total()
+
+    async def answer_inference(self, stream: ByteStream) -> None:
+        """Serve one inference session until the client closes it, breaks a rule, or vanishes."""
+        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
+        try:
+            with self._count(stream.remote_peer):
+                await self._session(messages)
+        except Refused as refusal:
+            await self._say_goodbye(messages, pb.InferenceReply(error=refusal.as_message()))
+        except (RemoteProtocolError, ProtocolViolation) as error:
+            await self._say_goodbye(messages, pb.InferenceReply(error=_blame(error)))
+            raise RemoteProtocolError(str(error), stream.remote_peer) from None
+
+    async def _session(self, messages: MessageStream) -> None:
+        conversation = Conversation()
+        request = await self._next_request(messages)
+        if request is None:
+            return
+        if conversation.request(request) == "close":
+            return
+        opening = request.open
+        blocks = self._check_servable(opening.model_digest, opening.start_block, opening.end_block, opening.adapter)
+        nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length)
+        try:
+            lease = await self.budget.acquire(messages.remote_peer, nbytes, opening.wait_ms / 1000)
+        except NoRoom as no_room:
+            code = pb.QUOTA if no_room.for_ever else pb.BUSY
+            raise Refused(code, str(no_room), 0.0 if no_room.for_ever else 1.0) from None
+        with lease:
+            cache = self.span.new_cache(blocks, opening.batch_size, opening.max_length)
+            reply = pb.InferenceReply(
+                opened=pb.Opened(dtype=WIRE_DTYPES[self.span.dtype], cache_bytes=nbytes),
+            )
+            conversation.reply(reply)
+            await messages.write_message(reply.SerializeToString())
+            while (request := await self._next_request(messages)) is not None:
+                if conversation.request(request) == "close":
+                    return
+                await self._step(messages, conversation, cache, request.step)
+
+    async def _step(self, messages: MessageStream, conversation: Conversation, cache: SpanCache, step: pb.Step) -> None:
+        assert conversation.opening is not None
+        opening = conversation.opening
+        tokens = step.hidden.shape[1] * opening.batch_size
+        if tokens > self.config.max_batch_tokens:
+            raise Refused(pb.TOO_LONG, f"{tokens} tokens in one step, at most {self.config.max_batch_tokens}")
+        tensors = await self._read_payload(messages, step_payload(step, opening, self.span.hidden_size))
+        hypo_ids = tensors.get("hypo_ids")
+        if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
+            raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
+        priority = Priority.DECODE if step.hidden.shape[1] <= 8 else Priority.PREFILL
+        done = await self.lane.submit(priority, partial(self._run_step, cache, step.position, tensors))
+        self.steps_served += 1
+        reply = pb.StepDone(
+            step_id=step.step_id, queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6)
+        )
+        pieces: list[memoryview] = []
+        if not step.silent:
+            header, pieces = encode_tensor(done.value, opening.reply_encoding)
+            reply.hidden.CopyFrom(header)
+        message = pb.InferenceReply(step_done=reply)
+        conversation.reply(message)
+        await messages.write_message(message.SerializeToString(), *pieces)
+
+    def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor]) -> Tensor:
+        """In the compute thread."""
+        if position < cache.position:
+            cache.rollback(position)
+        hidden = tensors["hidden"].to(self.span.dtype)
+        return self.span.step(
+            hidden,
+            cache,
+            attention_mask=tensors.get("attention_mask"),
+            prompts=tensors.get("prompts"),
+            hypo_ids=tensors.get("hypo_ids"),
+        )
+
+    async def answer_training(self, stream: ByteStream, *, backward: bool) -> None:
+        """Serve one forward or backward request."""
+        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
+        try:
+            with self._count(stream.remote_peer):
+                await self._train(messages, backward)
+        except Refused as refusal:
+            await self._say_goodbye(messages, pb.TrainingReply(error=refusal.as_message()))
+        except (RemoteProtocolError, ProtocolViolation) as error:
+            await self._say_goodbye(messages, pb.TrainingReply(error=_blame(error)))
+            raise RemoteProtocolError(str(error), stream.remote_peer) from None
+
+    async def _train(self, messages: MessageStream, backward: bool) -> None:
+        with self._deadline(self.config.payload_s):
+            data = await messages.read_message()
+        if data is None:
+            return
+        request = _parse(pb.TrainingRequest(), data)
+        plan = request_payload(request, self.span.hidden_size, backward=backward)
+        blocks = self._check_servable(request.model_digest, request.start_block, request.end_block, request.adapter)
+        tokens = request.hidden.shape[0] * request.hidden.shape[1]
+        if tokens > self.config.max_batch_tokens:
+            raise Refused(pb.TOO_LONG, f"{tokens} tokens in one request, at most {self.config.max_batch_tokens}")
+        tensors = await self._read_payload(messages, plan)
+        if backward:
+            done = await self.lane.submit(Priority.BACKWARD, partial(self._run_backward, blocks, tensors))
+        else:
+            done = await self.lane.submit(Priority.FORWARD, partial(self._run_forward, blocks, tensors))
+        reply = pb.TrainingDone(queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6))
+        hidden, prompts = done.value
+        header, pieces = encode_tensor(hidden, request.reply_encoding)
+        reply.hidden.CopyFrom(header)
+        if prompts is not None:
+            header, more = encode_tensor(prompts, request.reply_encoding)
+            reply.prompts.CopyFrom(header)
+            pieces += more
+        await messages.write_message(pb.TrainingReply(done=reply).SerializeToString(), *pieces)
+
+    def _run_forward(self, blocks: range, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """In the compute thread."""
+        with torch.inference_mode():
+            hidden = self.span.forward(
+                tensors["hidden"].to(self.span.dtype),
+                blocks,
+                attention_mask=tensors.get("attention_mask"),
+                prompts=tensors.get("prompts"),
+            )
+        return hidden, None
+
+    def _run_backward(self, blocks: range, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """In the compute thread. The forward pass is run again: nothing is kept between the two requests."""
+        hidden = tensors["hidden"].to(self.span.dtype).requires_grad_()
+        prompts = tensors.get("prompts")
+        inputs = [hidden] if prompts is None else [hidden, prompts.requires_grad_()]
+        with torch.enable_grad():
+            output = self.span.forward(hidden, blocks, attention_mask=tensors.get("attention_mask"), prompts=prompts)
+            gradients = torch.autograd.grad(output, inputs, tensors["grad_output"].to(output.dtype))
+        return gradients[0], gradients[1] if prompts is not None else None
+
+    def _check_servable(self, digest: str, start: int, end: int, adapter: str) -> range:
+        if self.leaving:
+            raise Refused(pb.LEAVING, "this server is shutting down")
+        if digest != self.model.digest:
+            raise Refused(pb.UNKNOWN_MODEL, f"this server holds {self.model.name} ({self.model.digest[:12]})")
+        held = self.span.blocks
+        if start < held.start or end > held.stop:
+            raise Refused(pb.BLOCKS_NOT_HELD, f"blocks {start}:{end} asked, {held.start}:{held.stop} are held")
+        if adapter:
+            raise Refused(pb.UNSUPPORTED, f"adapter {adapter[:100]!r} is not hosted here")
+        return range(start, end)
+
+    async def _next_request(self, messages: MessageStream) -> pb.InferenceRequest | None:
+        with self._deadline(self.config.session_idle_s):
+            data = await messages.read_message()
+        return None if data is None else _parse(pb.InferenceRequest(), data)
+
+    async def _read_payload(self, messages: MessageStream, plan: Plan) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        with self._deadline(self.config.payload_s):
+            for name, header, nbytes in plan:
+                payload = bytearray(nbytes)
+                await messages.read_into(memoryview(payload))
+                tensors[name] = decode_tensor(header, payload)
+        return tensors
+
+    @contextmanager
+    def _deadline(self, seconds: float) -> Iterator[None]:
+        with trio.move_on_after(seconds) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise Refused(pb.OUT_OF_ORDER, f"nothing came for {seconds:.0f} s")
+
+    @contextmanager
+    def _count(self, peer_id: PeerId) -> Iterator[None]:
+        if self._sessions[peer_id] >= self.config.max_sessions_per_peer:
+            limit = self.config.max_sessions_per_peer
+            raise Refused(pb.QUOTA, f"one peer may have {limit} sessions and requests here", retry_after_s=5.0)
+        self._sessions[peer_id] += 1
+        try:
+            yield
+        finally:
+            self._sessions[peer_id] -= 1
+            self._sessions += Counter()  # drops peers that have none
+
+    async def _say_goodbye(self, messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply) -> None:
+        with trio.move_on_after(5):
+            await messages.write_message(reply.SerializeToString())
+            await messages.close_write()
+
+
+def _blame(error: RemoteProtocolError | ProtocolViolation) -> pb.Error:
+    late = isinstance(error, ProtocolViolation) and error.out_of_order
+    return pb.Error(code=pb.OUT_OF_ORDER if late else pb.MALFORMED, message=str(error)[:1000])
+
+
+def _parse(message: Request, data: bytes) -> Request:
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise RemoteProtocolError("a message that does not decode") from None
+    return message

@@ -1,0 +1,102 @@
+"""One priority queue in front of one compute thread.
+
+Decode steps go first, then prefill, then forward, then backward; equals in the order they came. Two rules make
+cancellation safe: a job that is cancelled while it waits never runs, and one that is running is waited for, because it
+writes into a cache that must not be leased to somebody else before it has stopped.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import outcome
+import trio
+
+T = TypeVar("T")
+
+
+class Priority(enum.IntEnum):
+    DECODE = 0
+    PREFILL = 1
+    FORWARD = 2
+    BACKWARD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Timed(Generic[T]):
+    """A result and where its time went, in seconds."""
+
+    value: T
+    queue_s: float
+    compute_s: float
+
+
+@dataclass(eq=False)
+class _Job:
+    work: Callable[[], Any]
+    finished: trio.Event = field(default_factory=trio.Event)
+    outcome: outcome.Outcome[Any] | None = None
+    started_at: float | None = None
+    ended_at: float = 0.0
+    cancelled: bool = False
+
+
+class Lane:
+    """Runs jobs one at a time. `run()` must be running for `submit()` to return."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, _Job]] = []
+        self._order = itertools.count()
+        self._wake_up = trio.Event()
+        self._limiter = trio.CapacityLimiter(1)
+        self.busy_s = 0.0
+        """Seconds of compute so far."""
+
+    @property
+    def queued(self) -> int:
+        return sum(not job.cancelled for _, _, job in self._heap)
+
+    async def submit(self, priority: Priority, work: Callable[[], T]) -> Timed[T]:
+        """Run `work()` in the compute thread when its turn comes. What it raises is raised here."""
+        job = _Job(work)
+        asked_at = trio.current_time()
+        heapq.heappush(self._heap, (priority, next(self._order), job))
+        self._wake_up.set()
+        try:
+            await job.finished.wait()
+        except trio.Cancelled:
+            job.cancelled = True
+            if job.started_at is not None:
+                with trio.CancelScope(shield=True):
+                    await job.finished.wait()
+            raise
+        if job.outcome is None or job.started_at is None:
+            raise trio.ClosedResourceError("the compute lane has stopped")
+        value: T = job.outcome.unwrap()
+        return Timed(value, job.started_at - asked_at, job.ended_at - job.started_at)
+
+    async def run(self) -> None:
+        """Serve the queue until cancelled; returns only once the running job has ended."""
+        while True:
+            while not self._heap:
+                self._wake_up = trio.Event()
+                await self._wake_up.wait()
+            job = heapq.heappop(self._heap)[2]
+            if not job.cancelled:
+                await self._execute(job)
+
+    async def _execute(self, job: _Job) -> None:
+        job.started_at = trio.current_time()
+        try:
+            # Captured in the thread: an error belongs to whoever asked, not to the lane.
+            job.outcome = await trio.to_thread.run_sync(partial(outcome.capture, job.work), limiter=self._limiter)
+        finally:
+            job.ended_at = trio.current_time()
+            self.busy_s += job.ended_at - job.started_at
+            job.finished.set()

@@ -1,0 +1,113 @@
+"""The cache budget: bytes are leased before a session's first step and come back on every way out."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+import trio
+
+from petals.protocols.errors import SwarmError
+from petals.protocols.types import PeerId
+
+
+class NoRoom(SwarmError):
+    """The budget can not give that much.
+
+    Attributes:
+        for_ever: it is more than a session may have, however long one waits.
+    """
+
+    def __init__(self, message: str, *, for_ever: bool) -> None:
+        self.for_ever = for_ever
+        super().__init__(message)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    nbytes: int
+    granted: trio.Event = field(default_factory=trio.Event)
+
+
+class CacheBudget:
+    """A fixed number of bytes, leased first come, first served.
+
+    Args:
+        total_bytes: all there is.
+        max_share: the most one remote peer may hold or wait for, as a share of the total.
+    """
+
+    def __init__(self, total_bytes: int, *, max_share: float = 1.0) -> None:
+        self.total_bytes = total_bytes
+        self.left_bytes = total_bytes
+        self._max_peer_bytes = int(total_bytes * max_share)
+        self._by_peer: Counter[PeerId] = Counter()
+        self._queue: deque[_Waiting] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests are queued."""
+        return len(self._queue)
+
+    async def acquire(self, peer_id: PeerId, nbytes: int, wait_s: float) -> Lease:
+        """Lease `nbytes` for `peer_id`, queueing for at most `wait_s` seconds behind those who came before.
+
+        Raises:
+            NoRoom: more than a peer may hold, or no room within `wait_s`. Nothing is held then.
+        """
+        if nbytes > self._max_peer_bytes:
+            raise NoRoom(f"{nbytes} bytes of cache asked, one peer may hold {self._max_peer_bytes}", for_ever=True)
+        if self._by_peer[peer_id] + nbytes > self._max_peer_bytes:
+            raise NoRoom(f"this peer's sessions would hold more than {self._max_peer_bytes} bytes", for_ever=False)
+        self._by_peer[peer_id] += nbytes
+        entry = _Waiting(nbytes)
+        self._queue.append(entry)
+        self._hand_out()
+        try:
+            if not entry.granted.is_set():
+                with trio.move_on_after(max(wait_s, 0)):
+                    await entry.granted.wait()
+            if not entry.granted.is_set():
+                raise NoRoom(f"no room for {nbytes} bytes of cache within {wait_s:.1f} s", for_ever=False)
+        except BaseException:
+            self._by_peer[peer_id] -= nbytes
+            if entry.granted.is_set():  # granted and cancelled in the same moment
+                self.left_bytes += nbytes
+            else:
+                self._queue.remove(entry)
+            self._hand_out()  # a big request that gives up may have held smaller ones back
+            raise
+        return Lease(self, peer_id, nbytes)
+
+    def _hand_out(self) -> None:
+        while self._queue and self._queue[0].nbytes <= self.left_bytes:
+            entry = self._queue.popleft()
+            self.left_bytes -= entry.nbytes
+            entry.granted.set()
+
+    def _release(self, lease: Lease) -> None:
+        self._by_peer[lease.peer_id] -= lease.nbytes
+        self._by_peer += Counter()  # drops peers that hold nothing
+        self.left_bytes += lease.nbytes
+        self._hand_out()
+
+
+@dataclass(eq=False)
+class Lease:
+    """Bytes that are ours until `release()`, which may be called twice. A context manager."""
+
+    budget: CacheBudget
+    peer_id: PeerId
+    nbytes: int
+    _released: bool = False
+
+    def release(self) -> None:
+        if not self._released:
+            self._released = True
+            self.budget._release(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

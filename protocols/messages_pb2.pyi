@@ -1,0 +1,217 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    FLOAT32: _ClassVar[DType]
+    BFLOAT16: _ClassVar[DType]
+    FLOAT16: _ClassVar[DType]
+    INT64: _ClassVar[DType]
+    BOOL: _ClassVar[DType]
+
+class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RAW: _ClassVar[Encoding]
+    AS_FLOAT16: _ClassVar[Encoding]
+    BLOCKWISE_INT8: _ClassVar[Encoding]
+
+class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_UNSPECIFIED: _ClassVar[ErrorCode]
+    MALFORMED: _ClassVar[ErrorCode]
+    OUT_OF_ORDER: _ClassVar[ErrorCode]
+    UNKNOWN_MODEL: _ClassVar[ErrorCode]
+    BLOCKS_NOT_HELD: _ClassVar[ErrorCode]
+    TOO_LONG: _ClassVar[ErrorCode]
+    BUSY: _ClassVar[ErrorCode]
+    UNSUPPORTED: _ClassVar[ErrorCode]
+    LEAVING: _ClassVar[ErrorCode]
+    INTERNAL: _ClassVar[ErrorCode]
+    QUOTA: _ClassVar[ErrorCode]
+DTYPE_UNSPECIFIED: DType
+FLOAT32: DType
+BFLOAT16: DType
+FLOAT16: DType
+INT64: DType
+BOOL: DType
+RAW: Encoding
+AS_FLOAT16: Encoding
+BLOCKWISE_INT8: Encoding
+ERROR_UNSPECIFIED: ErrorCode
+MALFORMED: ErrorCode
+OUT_OF_ORDER: ErrorCode
+UNKNOWN_MODEL: ErrorCode
+BLOCKS_NOT_HELD: ErrorCode
+TOO_LONG: ErrorCode
+BUSY: ErrorCode
+UNSUPPORTED: ErrorCode
+LEAVING: ErrorCode
+INTERNAL: ErrorCode
+QUOTA: ErrorCode
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "encoding")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    encoding: Encoding
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., encoding: _Optional[_Union[Encoding, str]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "message", "retry_after_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    code: ErrorCode
+    message: str
+    retry_after_ms: int
+    def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("session_id", "model_digest", "start_block", "end_block", "batch_size", "max_length", "wait_ms", "adapter", "reply_encoding")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    END_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REPLY_ENCODING_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    model_digest: str
+    start_block: int
+    end_block: int
+    batch_size: int
+    max_length: int
+    wait_ms: int
+    adapter: str
+    reply_encoding: Encoding
+    def __init__(self, session_id: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ...) -> None: ...
+
+class Opened(_message.Message):
+    __slots__ = ("dtype", "cache_bytes")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    cache_bytes: int
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., cache_bytes: _Optional[int] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("step_id", "position", "silent", "hidden", "attention_mask", "prompts", "hypo_ids")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    HYPO_IDS_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    position: int
+    silent: bool
+    hidden: Tensor
+    attention_mask: Tensor
+    prompts: Tensor
+    hypo_ids: Tensor
+    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., silent: _Optional[bool] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., hypo_ids: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class StepDone(_message.Message):
+    __slots__ = ("step_id", "hidden", "queue_us", "compute_us")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    hidden: Tensor
+    queue_us: int
+    compute_us: int
+    def __init__(self, step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class InferenceRequest(_message.Message):
+    __slots__ = ("open", "step", "close")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    step: Step
+    close: Close
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+
+class InferenceReply(_message.Message):
+    __slots__ = ("opened", "step_done", "error")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    STEP_DONE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    opened: Opened
+    step_done: StepDone
+    error: Error
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class TrainingRequest(_message.Message):
+    __slots__ = ("model_digest", "start_block", "end_block", "adapter", "reply_encoding", "hidden", "attention_mask", "prompts", "grad_output")
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    END_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REPLY_ENCODING_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    GRAD_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    model_digest: str
+    start_block: int
+    end_block: int
+    adapter: str
+    reply_encoding: Encoding
+    hidden: Tensor
+    attention_mask: Tensor
+    prompts: Tensor
+    grad_output: Tensor
+    def __init__(self, model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., grad_output: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class TrainingDone(_message.Message):
+    __slots__ = ("hidden", "prompts", "queue_us", "compute_us")
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    hidden: Tensor
+    prompts: Tensor
+    queue_us: int
+    compute_us: int
+    def __init__(self, hidden: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+
+class TrainingReply(_message.Message):
+    __slots__ = ("done", "error")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    done: TrainingDone
+    error: Error
+    def __init__(self, done: _Optional[_Union[TrainingDone, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class InfoRequest(_message.Message):
+    __slots__ = ("model_digest",)
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    model_digest: str
+    def __init__(self, model_digest: _Optional[str] = ...) -> None: ...
+
+class InfoReply(_message.Message):
+    __slots__ = ("records", "version")
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    records: _containers.RepeatedScalarFieldContainer[bytes]
+    version: str
+    def __init__(self, records: _Optional[_Iterable[bytes]] = ..., version: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,139 @@
+"""A tensor as peers exchange it: a small header in the message, raw bytes behind it.
+
+Nothing here believes a number from the wire before it is checked: dtype and encoding against a table, shape against
+what the caller expects, and the byte count that follows from them against the caller's limit. Only then is a buffer
+allocated.
+
+Encodings (`messages.proto`): RAW is exact. AS_FLOAT16 rounds to half precision (overflow is clipped to its largest
+finite value). BLOCKWISE_INT8 stores each row of the last dimension as round(x / scale) with scale = max|x| / 127, so
+that the error of a value is at most half of its row's scale.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from petals.protocols import messages_pb2 as pb
+from petals.protocols.errors import LocalProtocolError, RemoteProtocolError
+
+DTYPES: dict[int, torch.dtype] = {
+    pb.FLOAT32: torch.float32,
+    pb.BFLOAT16: torch.bfloat16,
+    pb.FLOAT16: torch.float16,
+    pb.INT64: torch.int64,
+    pb.BOOL: torch.bool,
+}
+WIRE_DTYPES: dict[torch.dtype, pb.DType] = {
+    torch.float32: pb.FLOAT32,
+    torch.bfloat16: pb.BFLOAT16,
+    torch.float16: pb.FLOAT16,
+    torch.int64: pb.INT64,
+    torch.bool: pb.BOOL,
+}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INT64 = (torch.int64,)
+BOOL = (torch.bool,)
+
+MAX_DIMENSIONS = 4
+MAX_TENSOR_BYTES = 256 << 20
+"""One tensor, as it travels: a forward pass of 16 rows of 2,048 tokens at hidden size 2,048 in float32."""
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("tensors travel in little-endian order and are not swapped: this machine is big-endian")
+
+
+def encode_tensor(tensor: Tensor, encoding: pb.Encoding = pb.RAW) -> tuple[pb.Tensor, list[memoryview]]:
+    """`tensor` as (header, pieces of payload); the pieces share memory with it where it is contiguous on the CPU.
+
+    Raises:
+        LocalProtocolError: a dtype or number of dimensions that cannot travel.
+    """
+    if tensor.dtype not in WIRE_DTYPES or tensor.dim() > MAX_DIMENSIONS:
+        raise LocalProtocolError(f"a {tensor.dtype} tensor of {tensor.dim()} dimensions has no form on the wire")
+    tensor = tensor.detach().to("cpu")
+    if encoding != pb.RAW and tensor.dtype not in FLOATS:
+        encoding = pb.RAW
+    header = pb.Tensor(dtype=WIRE_DTYPES[tensor.dtype], shape=list(tensor.shape), encoding=encoding)
+    if encoding == pb.AS_FLOAT16:
+        limit = torch.finfo(torch.float16).max
+        return header, [_bytes_of(tensor.float().clamp(-limit, limit).half())]
+    if encoding == pb.BLOCKWISE_INT8:
+        rows = tensor.float().reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.float().reshape(1, 1)
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        return header, [_bytes_of(scale), _bytes_of((rows / scale).round().to(torch.int8))]
+    return header, [_bytes_of(tensor)]
+
+
+def check_header(
+    header: pb.Tensor,
+    *,
+    name: str,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    max_bytes: int = MAX_TENSOR_BYTES,
+) -> int:
+    """The number of payload bytes of a tensor that is about to arrive.
+
+    Args:
+        header: as received; nothing in it has been checked.
+        name: how the error message calls the tensor.
+        shape: what it must be; None stands for any positive size.
+        dtypes: what may come.
+        max_bytes: refuse more than this, on the wire and in memory.
+    Raises:
+        RemoteProtocolError: anything else than that.
+    """
+    dtype = DTYPES.get(header.dtype)
+    if dtype is None or dtype not in dtypes:
+        wanted = " or ".join(str(each).removeprefix("torch.") for each in dtypes)
+        raise RemoteProtocolError(f"{name}: dtype {dtype or header.dtype} instead of {wanted}")
+    got = tuple(header.shape)
+    if len(got) != len(shape) or any(
+        size < 1 or (want is not None and size != want) for size, want in zip(got, shape, strict=True)
+    ):
+        described = ", ".join("any" if want is None else str(want) for want in shape)
+        raise RemoteProtocolError(f"{name}: shape {_short(got)} instead of ({described})")
+    if header.encoding not in (pb.RAW, pb.AS_FLOAT16, pb.BLOCKWISE_INT8) or (
+        header.encoding != pb.RAW and dtype not in FLOATS
+    ):
+        raise RemoteProtocolError(f"{name}: encoding {header.encoding} of {dtype}")
+    numel = math.prod(got)  # Python ints: no overflow to hide behind
+    if numel * max(4, dtype.itemsize) > 2 * max_bytes or (on_wire := _wire_bytes(header, numel, dtype)) > max_bytes:
+        raise RemoteProtocolError(f"{name}: shape {_short(got)} in {dtype} is over the limit of {max_bytes} bytes")
+    return on_wire
+
+
+def decode_tensor(header: pb.Tensor, payload: bytearray) -> Tensor:
+    """The tensor behind a header that `check_header` has passed; RAW ones share memory with `payload`."""
+    dtype, shape = DTYPES[header.dtype], tuple(header.shape)
+    if header.encoding == pb.AS_FLOAT16:
+        return torch.frombuffer(payload, dtype=torch.float16).reshape(shape).to(dtype)
+    if header.encoding == pb.BLOCKWISE_INT8:
+        rows = math.prod(shape[:-1])
+        scale = torch.frombuffer(payload, dtype=torch.float32, count=rows).reshape(rows, 1)
+        values = torch.frombuffer(payload, dtype=torch.int8, offset=4 * rows).reshape(rows, -1)
+        return (values.float() * scale).reshape(shape).to(dtype)
+    if dtype is torch.bool:  # any non-zero byte must mean one: torch takes the bytes as they are
+        return torch.frombuffer(payload, dtype=torch.uint8).reshape(shape) != 0
+    return torch.frombuffer(payload, dtype=dtype).reshape(shape)
+
+
+def _wire_bytes(header: pb.Tensor, numel: int, dtype: torch.dtype) -> int:
+    if header.encoding == pb.AS_FLOAT16:
+        return 2 * numel
+    if header.encoding == pb.BLOCKWISE_INT8:
+        return numel + 4 * (numel // header.shape[-1])
+    return numel * dtype.itemsize
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _short(shape: tuple[int, ...]) -> str:
+    return str(shape) if len(shape) <= 8 else f"of {len(shape)} dimensions"
