@@ -1,0 +1,336 @@
+"""A loaded span of consecutive blocks: the unit a server computes with.
+
+The span is the family's own base model with everything but the blocks taken out (loading.py does that), so attention
+masks, rotary positions and alibi are built by the library's own code. Blocks keep their absolute index. A session may
+use any sub-range of a span: it runs on a *view*, a shallow copy of the base model whose list holds only those blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from petals.models.cache import LayerShape, SpanCache, cache_bytes
+from petals.models.errors import BlockRangeError, StepError
+
+
+class BlockSpan:
+    """Consecutive blocks of one model, ready to compute; weights are frozen.
+
+    Not thread-safe in what it allocates, safe in what it computes: several threads may run different sessions.
+    """
+
+    def __init__(self, model: PreTrainedModel, path: str, blocks: range, *, quant_type: str, dtype: torch.dtype) -> None:
+        """`model` is a base model whose list of blocks at `path` holds exactly `blocks`."""
+        self.blocks = blocks
+        self.dtype = dtype
+        self.quant_type = quant_type
+        self.hidden_size: int = model.config.get_text_config(decoder=True).hidden_size
+        self._model = model
+        self._path = path
+        self._layers = list(_get_list(model, path))
+        self._prompts = threading.local()
+        self._views: dict[range, PreTrainedModel] = {}
+        self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+        self._stateful_rope = _has_stateful_rope(model)
+        for index, layer in zip(blocks, self._layers, strict=True):
+            layer.register_forward_pre_hook(_PromptHook(self._prompts, index), with_kwargs=True)
+        self._shapes: list[LayerShape] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._layers[0].parameters())).device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers of the blocks."""
+        tensors = [t for layer in self._layers for t in (*layer.parameters(), *layer.buffers())]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def layers(self, blocks: range | None = None) -> list[nn.Module]:
+        """The library's own modules of these blocks."""
+        blocks = self._check_blocks(self.blocks if blocks is None else blocks)
+        return self._layers[blocks.start - self.blocks.start : blocks.stop - self.blocks.start]
+
+    def measure_shapes(self) -> None:
+        """Learn the shape of every block's keys and values by running one token through the span."""
+        recorder = _Recorder()
+        hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        with torch.inference_mode():
+            self._run(self._view(self.blocks), hidden, recorder, None)
+        self._shapes = [recorder.shape_of(block) for block in self.blocks]
+
+    def cache_bytes(self, blocks: range, batch_size: int, max_length: int) -> int:
+        """Bytes that `new_cache` with the same arguments reserves."""
+        return cache_bytes(self._shapes_of(blocks), batch_size, max_length)
+
+    def new_cache(self, blocks: range, batch_size: int, max_length: int) -> SpanCache:
+        """Reserve a session's caches over `blocks`, a sub-range of the span.
+
+        Raises: BlockRangeError, and StepError for a size that is not positive.
+        """
+        if batch_size < 1 or max_length < 1:
+            raise StepError(f"a session needs batch_size and max_length of at least 1, got {batch_size}, {max_length}")
+        cache = SpanCache(blocks, self._shapes_of(blocks), batch_size, max_length, self.device)
+        cache.view = self._view(blocks, private=self._stateful_rope)
+        return cache
+
+    @torch.inference_mode()
+    def step(
+        self,
+        hidden: Tensor,
+        cache: SpanCache,
+        *,
+        attention_mask: Tensor | None = None,
+        prompts: Tensor | None = None,
+        hypo_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Run new tokens through the cache's blocks and extend it; shapes as in `ChainSession.step`.
+
+        Raises: StepError when a tensor does not fit (nothing changed), CacheFull when there is no room.
+        """
+        self._check_hidden(hidden)
+        if hidden.shape[0] != cache.batch_size:
+            raise StepError(f"hidden has {hidden.shape[0]} rows, the session {cache.batch_size}")
+        cache.check_room(hidden.shape[1])
+        mask = self._checked_mask(attention_mask, hidden.shape[0], cache.position + hidden.shape[1])
+        if prompts is not None:
+            self._check_prompts(prompts, cache.blocks, hidden)
+            if cache.position != 0:
+                raise StepError(f"prompts are only taken by the step at position 0, this is {cache.position}")
+        if hypo_ids is not None:
+            cache.reorder(hypo_ids)
+        assert isinstance(cache.view, PreTrainedModel)
+        position = cache.position
+        try:
+            with self._prompting(prompts, cache.blocks):
+                return self._run(cache.view, hidden, cache.library_cache, mask)
+        except BaseException:  # blocks before the failing one have already appended their keys and values
+            for layer in cache.library_cache.layers:
+                layer.length = position
+            raise
+
+    def forward(
+        self, hidden: Tensor, blocks: range, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None
+    ) -> Tensor:
+        """Blocks without cache; differentiable with respect to `hidden` and `prompts`, shapes as in `BlockChain`.
+
+        Raises: BlockRangeError, StepError.
+        """
+        self._check_hidden(hidden)
+        mask = self._checked_mask(attention_mask, hidden.shape[0], hidden.shape[1])
+        if prompts is not None:
+            self._check_prompts(prompts, blocks, hidden)
+        view = self._view(blocks, private=self._stateful_rope)
+        with self._prompting(prompts, blocks):
+            return self._run(view, hidden, None, mask)
+
+    def _run(self, view: PreTrainedModel, hidden: Tensor, cache: Any, mask: Tensor | None) -> Tensor:  # noqa: ANN401
+        """One pass of a view; dtype and device of `hidden` come back."""
+        inputs = hidden.to(device=self.device, dtype=self.dtype)
+        extra: dict[str, Tensor] = {}
+        if mask is not None:
+            extra["attention_mask"] = mask
+            if self._takes_positions:
+                extra["position_ids"] = position_ids(mask)[:, -hidden.shape[1] :]
+        output = view(inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None, **extra)
+        last: Tensor = output.last_hidden_state
+        return last.to(device=hidden.device, dtype=hidden.dtype)
+
+    def _view(self, blocks: range, *, private: bool = False) -> PreTrainedModel:
+        """The base model over a sub-range. Private: with rotary embeddings of its own.
+
+        "dynamic" and "longrope" rotary embeddings remember how long the last sequence was; shared between sessions
+        they would give one session the frequencies of another.
+        """
+        self._check_blocks(blocks)
+        view = self._views.get(blocks)
+        if view is None:
+            view = self._views[blocks] = _shorten(self._model, self._path, self.blocks, blocks)
+        return _with_own_rope(view) if private else view
+
+    def _shapes_of(self, blocks: range) -> list[LayerShape]:
+        self._check_blocks(blocks)
+        return self._shapes[blocks.start - self.blocks.start : blocks.stop - self.blocks.start]
+
+    def _check_blocks(self, blocks: range) -> range:
+        inside = self.blocks.start <= blocks.start < blocks.stop <= self.blocks.stop
+        if not inside or blocks.step != 1:
+            raise BlockRangeError(
+                f"blocks {blocks.start}:{blocks.stop} are not within the loaded {self.blocks.start}:{self.blocks.stop}"
+            )
+        return blocks
+
+    def _check_hidden(self, hidden: Tensor) -> None:
+        if hidden.ndim != 3 or hidden.shape[2] != self.hidden_size or 0 in hidden.shape:
+            raise StepError(f"hidden must be (batch, tokens, {self.hidden_size}), got {tuple(hidden.shape)}")
+        if not hidden.is_floating_point():
+            raise StepError(f"hidden must be floating, got {hidden.dtype}")
+
+    def _checked_mask(self, mask: Tensor | None, batch_size: int, length: int) -> Tensor | None:
+        """The mask as int64 on the span's device; None when it hides nothing, which is the library's fast path."""
+        if mask is None:
+            return None
+        if tuple(mask.shape) != (batch_size, length):
+            raise StepError(f"attention_mask must be ({batch_size}, {length}), got {tuple(mask.shape)}")
+        if mask.is_floating_point():
+            raise StepError(f"attention_mask must be integer or bool, got {mask.dtype}")
+        mask = (mask != 0).to(device=self.device, dtype=torch.int64)
+        return None if bool(mask.all()) else mask
+
+    def _check_prompts(self, prompts: Tensor, blocks: range, hidden: Tensor) -> None:
+        batch, tokens, size = hidden.shape
+        fits = prompts.ndim == 4 and tuple(prompts.shape[:2]) == (len(blocks), batch) and prompts.shape[3] == size
+        if not fits or prompts.shape[2] > tokens:
+            raise StepError(
+                f"prompts must be ({len(blocks)}, {batch}, at most {tokens}, {size}), got {tuple(prompts.shape)}"
+            )
+
+    @contextmanager
+    def _prompting(self, prompts: Tensor | None, blocks: range) -> Iterator[None]:
+        """While open, this thread's runs add prompts[i] to the input of blocks[i]."""
+        if prompts is None or prompts.shape[2] == 0:
+            yield
+            return
+        prompts = prompts.to(device=self.device, dtype=self.dtype)
+        self._prompts.by_block = dict(zip(blocks, prompts, strict=True))
+        try:
+            yield
+        finally:
+            self._prompts.by_block = None
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions of all tokens of a padded batch, as `transformers.generate` counts them: (batch, length) int64."""
+    return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+
+
+class _PromptHook:
+    """Adds this thread's prompt, if any, to the first positions of one block's input."""
+
+    def __init__(self, prompts: threading.local, block: int) -> None:
+        self._prompts = prompts
+        self._block = block
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        by_block: dict[int, Tensor] | None = getattr(self._prompts, "by_block", None)
+        if by_block is None:
+            return None
+        prompt = by_block[self._block]
+        if args:
+            return (_add_prefix(args[0], prompt), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": _add_prefix(kwargs["hidden_states"], prompt)}
+
+
+def _add_prefix(hidden: Tensor, prompt: Tensor) -> Tensor:
+    """hidden (batch, tokens, size) + prompt (batch, prefix, size) on its first `prefix` positions, out of place."""
+    prefix = prompt.shape[1]
+    return torch.cat([hidden[:, :prefix] + prompt, hidden[:, prefix:]], dim=1)
+
+
+class _Recorder:
+    """A cache that keeps nothing but the shapes; every block starts from an empty past."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self._shapes: dict[int, LayerShape] = {}
+        self.is_sliding: list[bool] = []
+        self.is_linear: list[bool] = []
+        self.is_dummy: list[bool] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kw: object) -> tuple[Tensor, Tensor]:
+        self._shapes[layer_idx] = LayerShape(
+            keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype
+        )
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def shape_of(self, block: int) -> LayerShape:
+        return self._shapes[block]
+
+
+def _get_list(model: nn.Module, path: str) -> nn.ModuleList:
+    found = model.get_submodule(path)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def _shallow(module: nn.Module) -> Any:  # noqa: ANN401
+    """A copy that shares parameters and children with `module`, but may be given other children."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _shorten(model: PreTrainedModel, path: str, have: range, want: range) -> PreTrainedModel:
+    """The base model over `want`, a sub-range of its blocks `have`; weights are shared."""
+    twin = owner = _shallow(model)
+    *parents, name = path.split(".")
+    for parent in parents:
+        child = _shallow(getattr(owner, parent))
+        owner._modules[parent] = child
+        owner = child
+    layers = _get_list(model, path)[want.start - have.start : want.stop - have.start]
+    owner._modules[name] = layers
+    # The stack zips its blocks with per-layer entries of the configuration ("layer_types"), which are still those of
+    # the whole model; the blocks themselves were built from it and keep it.
+    shortened = config_slice(model.config, want)
+    twin.config = shortened
+    if owner is not twin and hasattr(owner, "config"):
+        owner.config = shortened
+    result: PreTrainedModel = twin
+    return result
+
+
+def config_slice(config: PretrainedConfig, blocks: range) -> PretrainedConfig:
+    """A configuration of `len(blocks)` layers: every list with one entry per layer of the whole model is cut."""
+    total = config.num_hidden_layers
+    sliced = copy.deepcopy(config)
+    for key, value in list(vars(sliced).items()):
+        if isinstance(value, (list, tuple)) and len(value) == total and total > 1:
+            setattr(sliced, key, type(value)(value[blocks.start : blocks.stop]))
+    sliced.num_hidden_layers = len(blocks)
+    return sliced
+
+
+def _rotary_modules(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "rope_type")]
+
+
+def _has_stateful_rope(model: nn.Module) -> bool:
+    kinds = [module.rope_type for _, module in _rotary_modules(model)]
+    flat = [k for kind in kinds for k in (kind.values() if isinstance(kind, dict) else [kind])]
+    return any("dynamic" in str(kind) or kind == "longrope" for kind in flat)
+
+
+def _with_own_rope(view: PreTrainedModel) -> PreTrainedModel:
+    """A view whose rotary embeddings are its own; the stack's ones, blocks of the families known hold none."""
+    twin: PreTrainedModel = _shallow(view)
+    for name, module in _rotary_modules(view):
+        *parents, leaf = name.split(".")
+        owner: nn.Module = twin
+        for parent in parents:
+            child = _shallow(getattr(owner, parent))
+            owner._modules[parent] = child
+            owner = child
+        owner._modules[leaf] = copy.deepcopy(module)
+    return twin

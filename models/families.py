@@ -1,0 +1,71 @@
+"""Which architectures are known, and what a new one has to say about itself.
+
+The block contract is generic (see loading.py): a family needs no line of code here to be served. The table names the
+families that the tests prove exact, so that the self-test at load time may be short for them and the documentation can
+list them; `register_family` adds an architecture from user code (docs/custom-model.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+from petals.models.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What is known about one `model_type`."""
+
+    model_type: str
+    """As in config.json."""
+    title: str
+    """For people."""
+    base_class: type[PreTrainedModel] | None = None
+    """The model without head. None: the one `transformers.AutoModel` would build."""
+    layers: str | None = None
+    """Where the list of blocks is in the base model ("layers", "decoder.layers"). None: looked for."""
+    verified: bool = False
+    """Proven exact by this project's tests: the self-test is short."""
+
+
+_FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(model_type="bloom", title="BLOOM", verified=True),
+        Family(model_type="llama", title="Llama 1-3.x, SmolLM2", verified=True),
+    )
+}
+
+
+def families() -> tuple[Family, ...]:
+    """All families, in the order of their registration."""
+    return tuple(_FAMILIES.values())
+
+
+def register_family(family: Family) -> None:
+    """Add an architecture, or replace what is known about one. Raises ValueError for a nameless one."""
+    if not family.model_type:
+        raise ValueError("a family needs the model_type that its config.json carries")
+    _FAMILIES[family.model_type] = family
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a configuration; one that nobody listed is described by its model_type alone."""
+    return _FAMILIES.get(config.model_type) or Family(model_type=config.model_type, title=config.model_type)
+
+
+def base_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model without head. Raises UnsupportedModel when `transformers` has none."""
+    known = family_of(config).base_class
+    if known is not None:
+        return known
+    try:
+        found = AutoModel._model_mapping[type(config)]
+    except KeyError:
+        raise UnsupportedModel(
+            f"transformers has no model for {config.model_type!r}; register its class (docs/custom-model.md)"
+        ) from None
+    base_class: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+    return base_class
