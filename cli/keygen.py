@@ -1,0 +1,26 @@
+"""`petals keygen`: make a key file, so that a peer keeps its name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "keygen",
+        help="make a key file for --identity",
+        description="Write a new private key (libp2p's protobuf form, mode 0600) and print the peer ID that it gives.",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="where to write; an existing file is never overwritten")
+    parser.add_argument("--type", choices=("ed25519", "rsa"), default="ed25519", help="kind of key (default: ed25519)")
+    parser.set_defaults(run=run, synchronous=True, verbose=False)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the key and print its peer ID."""
+    from petals.peer.identity import create_identity
+
+    identity = create_identity(options.file, key_type=options.type)
+    print(identity.peer_id)

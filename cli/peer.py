@@ -1,0 +1,230 @@
+"""`petals peer`: one peer, roles chosen by flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from petals.protocols.errors import UserError
+
+if TYPE_CHECKING:
+    from petals.peer.client.generation import TokenStream
+    from petals.peer.node import Peer
+
+EXAMPLES = """
+examples:
+  petals peer --serve 0:15 --new_swarm                    hold the first half of the default model
+  petals peer --serve 15:30 --initial_peers ADDR          hold the other half; ADDR is what the first peer printed
+  petals peer --generate "A cat sat on" --initial_peers ADDR
+  petals peer --serve 0:30 --generate "A cat sat on"      everything in one process
+  petals peer --bootstrap --listen /ip4/0.0.0.0/tcp/31337 only keep the directory (starts without torch)
+"""
+
+
+def block_range(text: str) -> range:
+    """ "0:12" -> range(0, 12)"""
+    start, colon, end = text.partition(":")
+    if colon and start.isdigit() and end.isdigit() and int(start) < int(end):
+        return range(int(start), int(end))
+    raise argparse.ArgumentTypeError(f"{text!r} is no block range; write START:END, half-open, like 0:12")
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "peer",
+        help="run a peer: serve blocks, generate text, or both",
+        description="Run one peer. --serve holds blocks and answers others; --generate asks the swarm.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `petals peer`, which the aliases share."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="hub name, local directory or .gguf file (default: SmolLM2-135M-Instruct, fetched on first use)",
+    )
+    roles = parser.add_argument_group("roles, any combination")
+    roles.add_argument("--serve", metavar="A:B", type=block_range, help="hold blocks A to B (half-open), answer others")
+    roles.add_argument("--generate", metavar="PROMPT", help="ask the swarm to go on with PROMPT")
+    roles.add_argument("--bootstrap", action="store_true", help="only keep the directory of the swarm")
+
+    network = parser.add_argument_group("network")
+    network.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm to join")
+    network.add_argument("--new_swarm", action="store_true", help="say that this peer starts a swarm of its own")
+    network.add_argument(
+        "--listen", metavar="ADDR", nargs="+", default=None, help="multiaddrs (default: /ip4/127.0.0.1/tcp/0)"
+    )
+    network.add_argument("--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)")
+    network.add_argument(
+        "--transport", choices=("petals", "stock"), default="petals", help="stock: py-libp2p's own, for comparison"
+    )
+
+    asking = parser.add_argument_group("asking")
+    asking.add_argument("--max_new_tokens", metavar="N", type=int, default=64, help="how many tokens (default: 64)")
+    asking.add_argument("--temperature", type=float, help="sample at this temperature instead of taking the likeliest")
+    asking.add_argument("--top_k", type=int, help="sample among the K likeliest tokens")
+    asking.add_argument("--top_p", type=float, help="sample among the likeliest tokens that make up this probability")
+    asking.add_argument("--seed", type=int, help="makes sampling repeatable")
+    asking.add_argument("--compression", choices=("none", "float16", "int8"), default="none",
+                        help="how hidden states travel; none is exact")  # fmt: skip
+    asking.add_argument("--route_timeout", metavar="S", type=float, default=20.0,
+                        help="how long to look for peers that hold missing blocks (default: 20 s)")  # fmt: skip
+
+    serving = parser.add_argument_group("serving")
+    serving.add_argument("--dtype", "--torch_dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    serving.add_argument("--device", default="auto", help="auto, cpu, cuda:0")
+    serving.add_argument("--quant_type", choices=("none", "int8", "nf4"), default="none", help="quantise the blocks")
+    serving.add_argument("--cache_mb", metavar="MB", type=float, default=1024, help="KV-cache budget (default: 1024)")
+    serving.add_argument("--throughput", metavar="RPS", type=float, help="announce this instead of measuring")
+    serving.add_argument("--public_name", default="", help="shown to others")
+    serving.add_argument("--revision", help="of a hub model")
+    serving.add_argument("--token", help="for private hub models")
+
+    parser.add_argument("--json", action="store_true", help="results as JSON on stdout")
+    parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
+    parser.set_defaults(run=run, synchronous=False)
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Run the peer that the flags describe."""
+    _check(options)
+    if options.bootstrap:
+        from petals.cli.run_dht import keep_directory
+
+        await keep_directory(options)
+        return
+    started = time.perf_counter()
+    _say("starting (torch takes a few seconds to import)")
+    from petals.peer.config import PeerConfig, ServeConfig, Timeouts
+    from petals.peer.node import open_peer
+
+    serve = None
+    if options.serve is not None:
+        serve = ServeConfig(
+            blocks=options.serve,
+            cache_bytes=int(options.cache_mb * 1e6),
+            dtype=options.dtype,
+            quant_type=options.quant_type,
+            device=options.device,
+            public_name=options.public_name,
+            throughput=options.throughput,
+        )
+    config = PeerConfig(
+        model=options.model,
+        revision=options.revision,
+        token=options.token,
+        serve=serve,
+        identity=options.identity,
+        listen=tuple(options.listen or PeerConfig().listen),
+        initial_peers=tuple(options.initial_peers),
+        transport=options.transport,
+        timeouts=Timeouts(route_s=options.route_timeout),
+    )
+    async with open_peer(config, progress=_say) as peer:
+        if peer.server is not None:
+            _print_server(peer, as_json=options.json and options.generate is None)
+        if options.generate is not None:
+            await _generate(peer, options, time.perf_counter() - started)
+        else:
+            import trio
+
+            await trio.sleep_forever()
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.new_swarm and options.initial_peers:
+        raise UserError("--new_swarm starts a swarm and --initial_peers joins one: give one of them")
+    if options.bootstrap:
+        if options.serve is not None or options.generate is not None:
+            raise UserError("--bootstrap only keeps the directory: leave it out to serve or generate")
+        return
+    if options.serve is None and options.generate is None:
+        raise UserError('nothing to do: give --serve A:B to hold blocks, --generate "..." to ask, or both')
+    if options.serve is None and not options.initial_peers:
+        raise UserError("nobody to ask: give --initial_peers ADDR, or hold the blocks here with --serve")
+    if options.max_new_tokens < 1:
+        raise UserError("--max_new_tokens must be at least 1")
+
+
+async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> None:
+    from petals.peer.client.generation import GenerationOptions
+    from petals.peer.client.model_client import ClientOptions
+
+    wanted = GenerationOptions(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    stream = await peer.generate(
+        options.generate, options=wanted, client=ClientOptions(compression=options.compression)
+    )
+    if not options.json:
+        print(options.generate, end="", flush=True)
+    async with stream:
+        async for token in stream:
+            if not options.json:
+                print(token.text, end="", flush=True)
+    if options.json:
+        print(json.dumps(_as_json(stream, options.generate, start_s)), flush=True)
+    else:
+        print(flush=True)
+        _say(_summary(stream))
+
+
+def _summary(stream: TokenStream) -> str:
+    legs = " => ".join(
+        f"{hop.blocks.start}:{hop.blocks.stop} via …{hop.peer_id[-6:]} ({hop.round_trip_s * 1e3:.1f} ms)"
+        for hop in stream.route
+    )
+    return f"route {legs}; {len(stream.token_ids)} tokens, {stream.tokens_per_s:.1f} tokens/s"
+
+
+def _as_json(stream: TokenStream, prompt: str, start_s: float) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": stream.text,
+        "token_ids": stream.token_ids,
+        "prompt_token_ids": stream.prompt_ids,
+        "route": [
+            {
+                "peer_id": hop.peer_id,
+                "blocks": [hop.blocks.start, hop.blocks.stop],
+                "round_trip_s": hop.round_trip_s,
+                "queue_s": hop.queue_s,
+                "compute_s": hop.compute_s,
+            }
+            for hop in stream.route
+        ],
+        "seconds": {"start": start_s, **dataclasses.asdict(stream.seconds)},
+        "tokens_per_s": stream.tokens_per_s,
+    }
+
+
+def _print_server(peer: Peer, *, as_json: bool) -> None:
+    assert peer.server is not None
+    blocks, model = peer.server.span.blocks, peer.server.model
+    if as_json:
+        described = {"model": model.name, "digest": model.digest, "blocks": [blocks.start, blocks.stop]}
+        print(json.dumps({"peer_id": peer.peer_id, "addrs": list(peer.addrs), **described}), flush=True)
+        return
+    _say(f"ready: blocks {blocks.start}:{blocks.stop} of {model.name}. Other peers join with")
+    for addr in peer.addrs:
+        print(f"--initial_peers {addr}", file=sys.stderr, flush=True)
+
+
+def _say(line: str) -> None:
+    print(f"petals: {line}", file=sys.stderr, flush=True)

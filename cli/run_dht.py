@@ -1,0 +1,35 @@
+"""`python -m petals.cli.run_dht`: a peer that only keeps the directory. Starts without importing torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from petals.cli.main import main
+from petals.cli.run_server import translate_flags
+
+
+async def keep_directory(options: argparse.Namespace) -> None:
+    """Hold the swarm's directory until cancelled."""
+    import trio
+
+    from petals.dht.bootstrap import open_bootstrap
+
+    async with open_bootstrap(
+        identity=options.identity,
+        listen=tuple(options.listen or ("/ip4/127.0.0.1/tcp/0",)),
+        initial_peers=tuple(options.initial_peers),
+        transport=options.transport,
+    ) as host:
+        if options.json:
+            print(json.dumps({"peer_id": host.peer_id, "addrs": list(host.addrs)}), flush=True)
+        else:
+            print("petals: keeping the directory. Other peers join with", file=sys.stderr)
+            for addr in host.addrs:
+                print(f"--initial_peers {addr}", file=sys.stderr, flush=True)
+        await trio.sleep_forever()
+
+
+if __name__ == "__main__":
+    main(["peer", "--bootstrap", *translate_flags(sys.argv[1:])])

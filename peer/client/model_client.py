@@ -1,0 +1,151 @@
+"""One model as this peer's client sees it: the view of its swarm, and everything opened over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import trio
+
+from petals.models.checkpoint import Checkpoint
+from petals.peer.client.batch import BatchTrainer
+from petals.peer.client.chain import RemoteChain
+from petals.peer.client.hop import SessionSpec
+from petals.peer.client.routing import Route, find_route
+from petals.peer.client.session import RemoteSession
+from petals.peer.client.view import SwarmWatcher
+from petals.peer.config import Timeouts
+from petals.peer.host import Host
+from petals.peer.portal import Portal
+from petals.protocols import messages_pb2 as pb
+from petals.protocols.types import ModelId, PeerId
+
+ENCODINGS = {"none": pb.RAW, "float16": pb.AS_FLOAT16, "int8": pb.BLOCKWISE_INT8}
+"""How hidden states travel. "none" is exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """What a client wants of its servers."""
+
+    allowed_servers: frozenset[PeerId] | None = None
+    blocked_servers: frozenset[PeerId] = frozenset()
+    max_retries: int = 10
+    """Failures in a row that one step, or one span of a batch, may survive."""
+    compression: str = "none"
+    """none (exact), float16 or int8: how hidden states travel."""
+    require_dtype: str | None = None
+    """Only servers that compute in this dtype without quantisation; None: any."""
+
+
+class ModelClient:
+    """Asks the swarm of one model. Made by `Peer.client`; lives as long as the peer."""
+
+    def __init__(
+        self,
+        host: Host,
+        portal: Portal,
+        checkpoint: Checkpoint,
+        model: ModelId,
+        watcher: SwarmWatcher,
+        timeouts: Timeouts,
+        random: Callable[[], float],
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.model = model
+        self.watcher = watcher
+        self._host = host
+        self._portal = portal
+        self._timeouts = timeouts
+        self._random = random
+
+    @property
+    def blocks(self) -> range:
+        return range(self.checkpoint.num_blocks)
+
+    async def open_session(
+        self, blocks: range, batch_size: int, max_length: int, options: ClientOptions | None = None
+    ) -> RemoteSession:
+        """Caches of `batch_size` x `max_length` tokens over `blocks`, leased on a route.
+
+        Raises:
+            MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
+            RemoteError: those who hold them refuse.
+        """
+        options = options or ClientOptions()
+        spec = SessionSpec(
+            model=self.model,
+            hidden_size=self.checkpoint.hidden_size,
+            batch_size=batch_size,
+            max_length=max_length,
+            encoding=ENCODINGS[options.compression],
+        )
+        session = RemoteSession(
+            self._host,
+            self.watcher,
+            blocks,
+            spec,
+            self._timeouts,
+            partial(self._latency_route, options, batch_size, max_length),
+            max_retries=options.max_retries,
+        )
+        try:
+            await session.open()
+        except BaseException:
+            await session.reset()
+            raise
+        return session
+
+    def chain(self, options: ClientOptions | None = None, *, dtype: torch.dtype = torch.float32) -> RemoteChain:
+        """All blocks as a `BlockChain` for the models, to be used from a torch thread."""
+        options = options or ClientOptions()
+        trainer = BatchTrainer(
+            self._host,
+            self.watcher,
+            self.model,
+            self._timeouts,
+            partial(self._throughput_route, options),
+            encoding=ENCODINGS[options.compression],
+            max_retries=options.max_retries,
+        )
+
+        async def open_session(blocks: range, batch_size: int, max_length: int) -> RemoteSession:
+            return await self.open_session(blocks, batch_size, max_length, options)
+
+        return RemoteChain(self._portal, self.blocks, self.checkpoint.hidden_size, dtype, open_session, trainer)
+
+    async def ready(self) -> None:
+        """Wait until every block has a holder.
+
+        Raises:
+            MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
+        """
+        deadline = trio.current_time() + self._timeouts.route_s
+        await self.watcher.wait_for(self.blocks, deadline)
+
+    def _latency_route(
+        self, options: ClientOptions, batch_size: int, max_length: int, blocks: range, avoid: frozenset[PeerId]
+    ) -> Route:
+        return find_route(
+            self.watcher.view,
+            blocks,
+            mode="latency",
+            batch_size=batch_size,
+            cache_tokens=batch_size * max_length,
+            allowed=options.allowed_servers,
+            blocked=options.blocked_servers | avoid,
+            require_dtype=options.require_dtype,
+        )
+
+    def _throughput_route(self, options: ClientOptions, blocks: range, avoid: frozenset[PeerId]) -> Route:
+        return find_route(
+            self.watcher.view,
+            blocks,
+            mode="throughput",
+            rng=self._random,
+            allowed=options.allowed_servers,
+            blocked=options.blocked_servers | avoid,
+            require_dtype=options.require_dtype,
+        )

@@ -1,0 +1,195 @@
+"""A node of the swarm. `open_peer` owns every task it starts in one nursery: host, directory, server, clients."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from petals.dht.directory import Directory, open_directory
+from petals.dht.records import sign_record
+from petals.models.checkpoint import Checkpoint, open_checkpoint
+from petals.peer.client.generation import GenerationOptions, TokenStream, run_generation
+from petals.peer.client.model_client import ClientOptions, ModelClient
+from petals.peer.client.view import SwarmWatcher
+from petals.peer.concurrency import gather, service_nursery
+from petals.peer.config import PeerConfig, ServeConfig
+from petals.peer.host import Host, HostConfig, open_host
+from petals.peer.identity import Identity, create_identity, load_or_create_identity
+from petals.peer.info import answer_info, fetch_record
+from petals.peer.portal import Portal
+from petals.peer.server.service import Server, check_blocks, serve
+from petals.protocols.errors import PeerUnreachable, SwarmError, UserError
+from petals.protocols.info import INFO_V1
+from petals.protocols.types import ModelId, PeerId
+
+log = logging.getLogger(__name__)
+
+
+class Peer:
+    """An open peer. Made by `open_peer`; everything it starts ends with that context."""
+
+    def __init__(
+        self,
+        config: PeerConfig,
+        identity: Identity,
+        host: Host,
+        directory: Directory,
+        nursery: trio.Nursery,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.host = host
+        self.directory = directory
+        self.portal = Portal()
+        self.server: Server | None = None
+        self._identity = identity
+        self._nursery = nursery
+        self._progress = progress
+        self._checkpoints: dict[str | None, Checkpoint] = {}
+        self._clients: dict[ModelId, ModelClient] = {}
+        self._opening = trio.Lock()
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.host.peer_id
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """Full multiaddrs another peer may pass as `initial_peers`."""
+        return self.host.addrs
+
+    async def checkpoint(self, model: str | None = None) -> Checkpoint:
+        """Open a model's checkpoint once; None: the one of the configuration.
+
+        Raises:
+            ModelError: one line saying what is wrong with it.
+        """
+        name = model or self.config.model
+        async with self._opening:
+            if name not in self._checkpoints:
+                opening = partial(
+                    open_checkpoint,
+                    name,
+                    revision=self.config.revision,
+                    token=self.config.token,
+                    progress=self._progress,
+                )
+                self._checkpoints[name] = await trio.to_thread.run_sync(opening)
+            return self._checkpoints[name]
+
+    async def client(self, model: str | None = None) -> ModelClient:
+        """The client half for one model; several models share the peer."""
+        return await self.client_for(await self.checkpoint(model))
+
+    async def client_for(self, checkpoint: Checkpoint) -> ModelClient:
+        """The client half for an open checkpoint."""
+        digest = await trio.to_thread.run_sync(lambda: checkpoint.digest)
+        model = ModelId(checkpoint.name, digest)
+        if model not in self._clients:
+            watcher = SwarmWatcher(self.host, self.directory, model, update_s=self.config.update_s)
+            await self._nursery.start(watcher.run)
+            self._clients[model] = ModelClient(
+                self.host, self.portal, checkpoint, model, watcher, self.config.timeouts, random.random
+            )
+        return self._clients[model]
+
+    async def serve(self, config: ServeConfig, model: str | None = None) -> Server:
+        """Load blocks and serve them until the peer is closed; returns once the swarm has been told.
+
+        Raises:
+            UserError: a range that the model does not have. ModelError: blocks that can not be loaded.
+        """
+        checkpoint = await self.checkpoint(model)
+        blocks = check_blocks(config.blocks or range(checkpoint.num_blocks), checkpoint)
+        self.server = await self._nursery.start(
+            serve, self.host, self.directory, checkpoint, blocks, config, self._progress
+        )
+        return self.server
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        options: GenerationOptions | None = None,
+        client: ClientOptions | None = None,
+    ) -> TokenStream:
+        """Ask the swarm to go on with `prompt`; iterate over the result for text as it comes.
+
+        Cancelling the iteration, or leaving its context, gives all caches back at once.
+
+        Raises:
+            MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
+            UserError: a prompt that does not fit.
+        """
+        asked = await self.client(model)
+        await asked.ready()
+        return await self._nursery.start(
+            run_generation, asked, prompt, options or GenerationOptions(), client or ClientOptions()
+        )
+
+    def _signed_records(self, digest: str) -> list[bytes]:
+        if self.server is None or digest not in ("", self.server.model.digest):
+            return []
+        record = self.server.announcer.record()
+        return [sign_record(record, self._identity.sign, self._identity.public_key)]
+
+
+@asynccontextmanager
+async def open_peer(
+    config: PeerConfig | None = None, *, progress: Callable[[str], None] | None = None
+) -> AsyncIterator[Peer]:
+    """Run a peer until the context is left. Roles come from the configuration, or later from the peer's methods.
+
+    Args:
+        progress: told in one line what long work is being done.
+    Raises:
+        UserError: a key that can not be read, a port in use, an initial peer that can not be reached.
+        ModelError: blocks to serve that can not be loaded.
+    """
+    config = config or PeerConfig()
+    say = progress or log.info
+    identity = load_or_create_identity(config.identity) if config.identity is not None else create_identity()
+    settings = HostConfig(
+        listen=config.listen,
+        transport=config.transport,
+        keep_alive_s=config.keep_alive_s,
+        connect_s=config.timeouts.connect_s,
+    )
+    async with open_host(identity.key_pair, settings) as host:
+        await _join(host, config.initial_peers)
+
+        async def fetch_direct(peer_id: PeerId, addrs: tuple[str, ...], model: ModelId) -> bytes | None:
+            return await fetch_record(host, peer_id, addrs, model)
+
+        async with (
+            open_directory(host, identity, fetch_direct=fetch_direct) as directory,
+            service_nursery() as nursery,
+        ):
+            peer = Peer(config, identity, host, directory, nursery, say)
+            host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
+            if config.serve is not None:
+                await peer.serve(config.serve)
+            yield peer
+
+
+async def _join(host: Host, addrs: tuple[str, ...]) -> None:
+    """Connect to the initial peers, at least one of which must answer."""
+    if not addrs:
+        return
+    results = await gather([partial(host.connect, addr) for addr in addrs])
+    failures = [result for result in results if isinstance(result, SwarmError)]
+    for failure in failures:
+        if not isinstance(failure, PeerUnreachable):
+            raise failure
+        log.warning("%s", failure)
+    if len(failures) == len(addrs):
+        raise UserError(
+            f"none of the initial peers can be reached: {failures[0]}. "
+            "Check the address and that the other peer is running."
+        )

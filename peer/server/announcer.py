@@ -1,0 +1,76 @@
+"""Keeps a server's signed record fresh in the directory, and takes it back on the way out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import trio
+
+from petals.dht.directory import Directory
+from petals.dht.records import ServerRecord, ServerState
+from petals.protocols.errors import SwarmError
+
+log = logging.getLogger(__name__)
+
+
+class Announcer:
+    """Announces what `describe` says, at every `every_s` seconds and whenever the state changes."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        describe: Callable[[], ServerRecord],
+        every_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._directory = directory
+        self._describe = describe
+        self._every_s = every_s
+        self._clock = clock
+        self._sequence = int(clock() * 1000)  # a restarted server must not be older than its own past
+        self._state = ServerState.JOINING
+
+    @property
+    def state(self) -> ServerState:
+        return self._state
+
+    def record(self) -> ServerRecord:
+        """The record as of now, with a sequence number above all earlier ones."""
+        now = self._clock()
+        self._sequence = max(self._sequence + 1, int(now * 1000))
+        return replace(
+            self._describe(),
+            state=self._state,
+            sequence=self._sequence,
+            issued_at=now,
+            expires_at=now + 3 * self._every_s,
+        )
+
+    async def enter(self, state: ServerState) -> None:
+        """Change the state and tell the swarm now. A directory that does not answer is tried again later."""
+        self._state = state
+        await self._announce()
+
+    async def run(self) -> None:
+        """Renew the record until cancelled."""
+        while True:
+            await trio.sleep(self._every_s)
+            await self._announce()
+
+    async def leave(self, within_s: float) -> None:
+        """Say OFFLINE, even while being cancelled; bounded."""
+        self._state = ServerState.OFFLINE
+        with trio.move_on_after(within_s, shield=True):
+            try:
+                await self._directory.withdraw(self.record())
+            except SwarmError as error:
+                log.warning("could not withdraw the record: %s (it expires by itself)", error)
+
+    async def _announce(self) -> None:
+        try:
+            await self._directory.announce(self.record())
+        except SwarmError as error:
+            log.warning("could not announce: %s; trying again in %.0f s", error, self._every_s)

@@ -1,0 +1,99 @@
+"""The house itself: imports point down, the packaging tables tell the truth, the wheel holds what it should."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("cli", "dht", "models", "peer", "protocols")
+MAY_IMPORT = {
+    "cli": {"cli", "peer", "dht", "models", "protocols"},
+    "peer": {"peer", "dht", "models", "protocols"},
+    "dht": {"dht", "protocols"},
+    "models": {"models"},
+    "protocols": {"protocols"},
+}
+LIBP2P_LIVES_IN = ("peer/host.py", "peer/identity.py", "peer/transport/", "dht/directory.py")
+TRIO_LIVES_IN = ("peer/", "dht/", "protocols/stream.py", "cli/main.py", "cli/peer.py", "cli/run_dht.py")
+TORCH_LIVES_IN = ("models/", "protocols/tensors.py", "peer/client/", "peer/server/")
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            if not path.name.endswith("_pb2.py"):
+                yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which room is meant"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize(("path", "tree"), [pytest.param(*each, id=each[0]) for each in sources()])
+def test_imports_point_down(path: str, tree: ast.Module) -> None:
+    room = path.split("/")[0]
+    for name in imported(tree):
+        top, _, rest = name.partition(".")
+        assert top not in ROOMS, f"{path} imports {name}: say petals.{name}"
+        if top == "petals" and rest:
+            assert rest.split(".")[0] in MAY_IMPORT[room], f"{path} imports {name}"
+        for library, homes in (("libp2p", LIBP2P_LIVES_IN), ("trio", TRIO_LIVES_IN), ("torch", TORCH_LIVES_IN)):
+            if top == library:
+                assert path.startswith(homes), f"{path} imports {library}"
+
+
+def tables() -> tuple[set[str], dict[str, str]]:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    return set(tool["packages"]), tool["package-dir"]
+
+
+def test_every_folder_with_code_stands_in_both_tables() -> None:
+    folders = {"petals"}
+    for room in ROOMS:
+        folders |= {
+            "petals." + str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / room).rglob("*.py")
+        }
+    packages, directories = tables()
+    assert packages == folders
+    assert set(directories) == folders
+    for package, directory in directories.items():
+        assert (ROOT / directory / "__init__.py").is_file(), f"{package} is not a package"
+
+
+def test_the_links_lead_to_the_rooms() -> None:
+    for room in ROOMS:
+        assert (ROOT / "petals" / room).resolve() == ROOT / room
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0] for name in names} == {"petals", "petals_libp2p-0.1.0.dist-info"}
+    for expected in ("petals/py.typed", "petals/protocols/SPEC.md", "petals/peer/transport/__init__.py"):
+        assert expected in names
+    assert not [name for name in names if name.endswith(".key") or "/tests/" in name]
+
+
+def test_the_help_and_the_directory_start_without_torch() -> None:
+    probe = (
+        "import sys; import petals.cli.main, petals.cli.run_dht, petals.cli.run_server, petals.dht.bootstrap; "
+        "sys.exit(','.join({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, cwd=ROOT)
