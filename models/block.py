@@ -28,7 +28,9 @@ class BlockSpan:
     Not thread-safe in what it allocates, safe in what it computes: several threads may run different sessions.
     """
 
-    def __init__(self, model: PreTrainedModel, path: str, blocks: range, *, quant_type: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, path: str, blocks: range, *, quant_type: str, dtype: torch.dtype
+    ) -> None:
         """`model` is a base model whose list of blocks at `path` holds exactly `blocks`."""
         self.blocks = blocks
         self.dtype = dtype
@@ -249,10 +251,10 @@ class _Recorder:
         self.is_linear: list[bool] = []
         self.is_dummy: list[bool] = []
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kw: object) -> tuple[Tensor, Tensor]:
-        self._shapes[layer_idx] = LayerShape(
-            keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype
-        )
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kw: object
+    ) -> tuple[Tensor, Tensor]:
+        self._shapes[layer_idx] = LayerShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

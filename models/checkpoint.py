@@ -1,14 +1,7 @@
-"""A checkpoint on disk: its configuration, its tensors by name, and who it is.
+"""A model on disk: its configuration, the names of its tensors, and any few of them.
 
-Identity. Peers must agree that they hold the same weights, and a client must know it without having any block weights.
-`Checkpoint.digest` is SHA-256 over
-
-- the configuration as canonical JSON, without what changes when nothing does (file names, library version, dtype), and
-- for a snapshot of the Hugging Face hub: repository and commit, which name the weights exactly;
-- for a local directory: every tensor's name, dtype and shape, and three 4-KiB samples of its bytes (start, middle,
-  end). Any ordinary change of weights - training, merging, another conversion - changes every sample. The result is
-  kept in `petals.json` beside the weights (in the user's cache where that can not be written), with the sizes of the
-  files it was made from, so that a client whose block shards were never copied or were deleted still knows it.
+Only safetensors are read, never pickles: reading is parsing a header and copying the bytes of the tensors asked for.
+Nothing here keeps a file mapped, so the memory of a process is that of the tensors it holds.
 """
 
 from __future__ import annotations
@@ -17,260 +10,421 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from petals.models.errors import ModelError
-
-Progress = Callable[[str], None]
-"""Takes one line for people."""
+from petals.models.errors import BlockRangeError, CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "petals.json"
+MANIFEST_VERSION = 1
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER_BYTES = 100 << 20
+"""The limit of the safetensors format itself."""
+
 _SAMPLE_BYTES = 4096
-_VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "_commit_hash")
-_HEADER_LIMIT = 100 << 20
-"""A safetensors header; the format's own limit is 100 MB."""
+_SAMPLES = 4
+"""The digest looks at this many pieces of every block tensor, evenly spread from its first to its last byte."""
+
+_VOLATILE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+"""Entries of config.json that say how a file was written or used, not which model it is."""
+
+Progress = Callable[[str], None]
+"""Called with one line for people, when something takes time."""
+
+Fetch = Callable[[str], Path]
+"""Gives the local path of one file of the checkpoint, downloading it if need be."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model on disk. Opening it reads no weights."""
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file: where it is and what it is."""
 
     name: str
-    directory: Path
-    config: PretrainedConfig = field(repr=False)
-    files: dict[str, str] = field(repr=False)
-    """Tensor name -> file name; files may be missing where only a part of the model is here."""
-    hub_commit: str | None = None
-
-    @property
-    def num_blocks(self) -> int:
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self.config.hidden_size)
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The dtype most of the weights are stored in."""
-        declared = getattr(self.config, "dtype", None)
-        return declared if isinstance(declared, torch.dtype) else torch.float32
-
-    @cached_property
-    def digest(self) -> str:
-        """64 hex digits; what "the same model" means in the swarm (module docstring)."""
-        whole = hashlib.sha256(_canonical_config(self.config))
-        if self.hub_commit is not None:
-            whole.update(f"hub {self.name} {self.hub_commit}".encode())
-        else:
-            whole.update(self._weights_identity().encode())
-        return whole.hexdigest()
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors and nothing else, memory-mapped from their files.
-
-        Raises:
-            ModelError: a tensor's file is not here, or is damaged.
-        """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        tensors: dict[str, Tensor] = {}
-        for file, wanted in by_file.items():
-            try:
-                with safe_open(self._present(file), framework="pt") as shard:
-                    for name in wanted:
-                        tensors[name] = shard.get_tensor(name)
-            except SafetensorError as error:
-                raise ModelError(f"{self.directory / file} is damaged ({error}); fetch it again") from None
-        return tensors
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer.
-
-        Raises:
-            ModelError: the checkpoint has none.
-        """
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(self.directory))
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{self.directory} has no tokenizer that can be read: {_first_line(error)}") from None
-        return tokenizer
-
-    def _present(self, file: str) -> Path:
-        path = self.directory / file
-        if not path.exists():
-            if self.hub_commit is None:
-                raise ModelError(f"{path} is missing: this directory does not hold the weights that were asked for")
-            from petals.models.hub import fetch_file
-
-            return fetch_file(self.name, file, self.hub_commit)
-        return path
-
-    def _weights_identity(self) -> str:
-        sizes = {
-            file: (self.directory / file).stat().st_size
-            for file in sorted(set(self.files.values()))
-            if (self.directory / file).exists()
-        }
-        manifests = [self.directory / MANIFEST, _cached_manifest(self.directory)]
-        for manifest in manifests:
-            known = _read_manifest(manifest)
-            if known is not None and all(known["files"].get(file) == size for file, size in sizes.items()):
-                return str(known["weights"])
-        absent = sorted(set(self.files.values()) - set(sizes))
-        if absent:
-            raise ModelError(
-                f"{self.directory} lacks {absent[0]} and has no {MANIFEST} that names the whole model; "
-                f"copy {MANIFEST} from a peer that holds all of it"
-            )
-        identity = _sample_weights(self.directory, sorted(sizes))
-        content = json.dumps({"weights": identity, "files": sizes}, indent=1)
-        for manifest in manifests:
-            try:
-                manifest.parent.mkdir(parents=True, exist_ok=True)
-                temporary = manifest.with_suffix(f".{os.getpid()}")
-                temporary.write_text(content)
-                temporary.replace(manifest)
-                break
-            except OSError:
-                continue  # a read-only model directory: the user's cache is next
-        return identity
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte, from the start of the file."""
+    nbytes: int
 
 
 def open_checkpoint(
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Open a model by what the user called it.
+    """Open MODEL; no block weights are read.
 
     Args:
-        model: a local directory, a `.gguf` file, a hub name ("org/name"), or None: the default model.
-        revision, token: for the hub.
-        progress: told in one line what is fetched or converted, when it takes time.
-    Raises:
-        ModelError: one line saying what is wrong and what to do.
+        model: a directory with config.json and safetensors, a .gguf file, a name on the Hugging Face hub, or None for
+            the default model, SmolLM2-135M-Instruct.
+        revision, token: for the hub only.
+        progress: told what is fetched or converted; None: lines on stderr.
+    Raises: CheckpointError, one line that says what to do.
     """
-    from petals.models import hub
+    from petals.models import hub  # it needs this module
 
-    say = progress or (lambda line: None)
-    if model is None:
-        return open_directory(hub.default_model(say), name=hub.DEFAULT_MODEL)
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return open_directory(hub.convert_gguf(path, say), name=path.stem)
-    if path.is_dir():
-        return open_directory(path)
-    if model == hub.DEFAULT_MODEL and revision is None:
-        return open_directory(hub.default_model(say), name=hub.DEFAULT_MODEL)
-    if model.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ModelError(f"no model at {model!r}: give a directory, a .gguf file or a hub name like org/name")
-    directory, commit = hub.fetch_metadata(model, revision, token, say)
-    return open_directory(directory, name=model, hub_commit=commit)
+    return hub.open_model(model, revision, token, progress)
 
 
-def open_directory(path: Path, *, name: str | None = None, hub_commit: str | None = None) -> Checkpoint:
-    """Open a directory with config.json and safetensors weights, single or sharded."""
-    path = path.resolve()
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json: it is not a model directory in the transformers format")
+class Checkpoint:
+    """A model's files. Opened by `open_checkpoint`; the constructor takes a directory as it is.
+
+    Attributes:
+        name: the hub's name, or the directory's.
+        directory: where config.json lies.
+        config: the configuration of the text model.
+        num_blocks, hidden_size: as configured.
+    """
+
+    def __init__(self, name: str, directory: Path, *, identity: str | None = None, fetch: Fetch | None = None) -> None:
+        """`identity` names the block weights if the source does (a hub commit); `fetch` brings shards when needed.
+
+        Raises: CheckpointError when the directory is no safetensors checkpoint.
+        """
+        self.name = name
+        self.directory = directory
+        self._identity = identity
+        self._fetch: Fetch = fetch or (lambda file: directory / file)
+        self._raw_config = _read_json(directory / "config.json")
+        self.config = _load_config(name, directory)
+        self.num_blocks: int = self.config.num_hidden_layers
+        self.hidden_size: int = self.config.hidden_size
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.name!r}, {str(self.directory)!r})"
+
+    @cached_property
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor name -> file."""
+        if (self.directory / INDEX).exists():
+            found: dict[str, str] = _read_json(self.directory / INDEX)["weight_map"]
+            for file in set(found.values()):
+                if Path(file).name != file or not file.endswith(".safetensors"):
+                    raise CheckpointError(
+                        f"{self.name}: {INDEX} names {file!r}, which is no safetensors file beside it"
+                    )
+            return found
+        _refuse_pickles(self.name, self.directory)
+        return dict.fromkeys(self._header(SINGLE), SINGLE)
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of all tensors, as in the files."""
+        return tuple(self._weight_map)
+
+    @cached_property
+    def _block_names(self) -> tuple[tuple[tuple[str, str], ...], ...]:
+        """For every block, (name, name after the block's index) of its tensors."""
+        stacks: dict[str, dict[int, list[tuple[str, str]]]] = {}
+        for name in self._weight_map:
+            found = re.match(r"((?:[^.]+\.)*?)(\d+)\.(.+)", name)
+            if found:
+                stack = stacks.setdefault(found[1], {})
+                stack.setdefault(int(found[2]), []).append((name, found[3]))
+        for stack in stacks.values():
+            if sorted(stack) == list(range(self.num_blocks)):
+                return tuple(tuple(sorted(stack[block])) for block in range(self.num_blocks))
+        raise CheckpointError(f"{self.name} has no tensors numbered for {self.num_blocks} blocks; is it a causal LM?")
+
+    def block_tensors(self, block: int) -> tuple[tuple[str, str], ...]:
+        """(name, name within the block) of every tensor of a block: ("model.layers.3.mlp.w", "mlp.w")."""
+        if not 0 <= block < self.num_blocks:
+            raise BlockRangeError(f"{self.name} has blocks 0:{self.num_blocks}; there is no block {block}")
+        return self._block_names[block]
+
+    def other_tensor_names(self) -> tuple[str, ...]:
+        """Names of the tensors that belong to no block: embeddings, final norm, head."""
+        blocks = {name for block in self._block_names for name, _ in block}
+        return tuple(name for name in self._weight_map if name not in blocks)
+
+    def read(self, names: Iterable[str], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Read these tensors, and no others, into memory of their own.
+
+        Args:
+            dtype: floating tensors are converted to it, one at a time. None: as stored.
+        Raises: CheckpointError for unknown names and damaged or missing files.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self._weight_map:
+                raise CheckpointError(f"{self.name} has no tensor {name!r}")
+            by_file.setdefault(self._weight_map[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            entries = [self._entry(file, name) for name in wanted]
+            with self._open(file) as shard:
+                for entry in sorted(entries, key=lambda entry: entry.offset):
+                    tensor = _read_tensor(shard, entry)
+                    if dtype is not None and tensor.is_floating_point():
+                        tensor = tensor.to(dtype)
+                    tensors[entry.name] = tensor
+        return tensors
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the checkpoint says it is stored in, else float32."""
+        said = self._raw_config.get("dtype") or self._raw_config.get("torch_dtype")
+        if said is None:
+            said = getattr(self.config, "dtype", None)
+        named = said if isinstance(said, torch.dtype) else getattr(torch, str(said), None)
+        return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hex digits that tell this model's blocks from any other's, however they are called.
+
+        SHA-256 over two things:
+        - the configuration: config.json without the entries that say how it was written (`_VOLATILE`), as JSON with
+          sorted keys;
+        - the block weights' identity. For a hub model that is the repository and the commit of the snapshot. For a
+          model converted from a GGUF file it is that file's SHA-256. For a local directory it is the sum modulo
+          2**256 of one SHA-256 per block tensor, over its block, name, dtype, shape and four 4-KiB pieces spread
+          evenly from its first to its last byte; a sum, so that it does not depend on how tensors are dealt to shards.
+
+        The pieces make it cheap (four disk reads a tensor) and tell apart whatever training touched; an adversary
+        could hide a change between them, which a digest that servers state about themselves could not prevent anyway.
+
+        A client has no block shards to look at. So the sums of a local directory are written to `petals.json` beside
+        the checkpoint (or, when that is not writable, to the user's cache), one per shard, with the shard's size: a
+        shard that is there is looked at again when its size or time has changed, one that is not is believed.
+
+        Raises: CheckpointError when a shard is missing and no manifest knows it.
+        """
+        config = {key: value for key, value in self._raw_config.items() if key not in _VOLATILE}
+        weights = self._identity or _written_identity(self.directory) or self._sampled_identity()
+        spoken = json.dumps({"config": config, "weights": weights}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(spoken.encode()).hexdigest()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the checkpoint. Raises CheckpointError when there is none."""
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.name} has no usable tokenizer: {_first_line(error)}") from error
+        return tokenizer
+
+    def _header(self, file: str) -> dict[str, TensorEntry]:
+        if file not in self._headers:
+            with self._open(file) as shard:
+                self._headers[file] = _parse_header(shard, f"{self.name}: {file}")
+        return self._headers[file]
+
+    def _entry(self, file: str, name: str) -> TensorEntry:
+        try:
+            return self._header(file)[name]
+        except KeyError:
+            raise CheckpointError(f"{self.name}: {file} lacks {name!r}, which {INDEX} says it holds") from None
+
+    def _open(self, file: str) -> Any:  # noqa: ANN401 (an unbuffered binary file)
+        try:
+            return open(self._fetch(file), "rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{self.name}: cannot read {file}: {error.strerror or error}") from error
+
+    def _sampled_identity(self) -> str:
+        manifests = _manifest_paths(self.directory)
+        known = next((found for path in manifests if (found := _read_manifest(path))), {})
+        block_of = {name: (block, rest) for block, names in enumerate(self._block_names) for name, rest in names}
+        files: dict[str, dict[str, Any]] = {}
+        for file in sorted({self._weight_map[name] for name in block_of}):
+            files[file] = self._file_identity(file, block_of, known.get(file))
+        if files != known:
+            _write_manifest(manifests, files)
+        total = sum(int(entry["sum"], 16) for entry in files.values()) % (1 << 256)
+        return f"sampled:{total:064x}"
+
+    def _file_identity(
+        self, file: str, block_of: dict[str, tuple[int, str]], known: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        try:
+            stat = (self.directory / file).stat()
+        except OSError:
+            if known is None:
+                raise CheckpointError(
+                    f"{self.name}: {file} is missing and {MANIFEST} does not know it; open the whole checkpoint once"
+                ) from None
+            return known
+        if known is not None and (known["size"], known["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+            return known
+        total = 0
+        names = [name for name, home in self._weight_map.items() if home == file and name in block_of]
+        with self._open(file) as shard:
+            for name in names:
+                total += _tensor_identity(shard, self._entry(file, name), block_of[name])
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sum": f"{total % (1 << 256):064x}"}
+
+
+def write_identity(directory: Path, identity: str) -> None:
+    """Record, in a checkpoint made here, what its block weights were made from."""
+    _write_json(directory / MANIFEST, {"version": MANIFEST_VERSION, "identity": identity})
+
+
+def _written_identity(directory: Path) -> str | None:
+    found = _load_manifest(directory / MANIFEST).get("identity")
+    return found if isinstance(found, str) else None
+
+
+def _load_config(name: str, directory: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path / 'config.json'} can not be used: {_first_line(error)}") from None
-    text = config.get_text_config()
-    return Checkpoint(name or path.name, path, text, _tensor_files(path), hub_commit)
+        raise CheckpointError(f"{name} is not a model that transformers knows: {_first_line(error)}") from error
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    if not getattr(text, "num_hidden_layers", None) or not getattr(text, "hidden_size", None):
+        raise CheckpointError(f"{name} ({config.model_type}) has no transformer blocks")
+    return text
+
+
+def _refuse_pickles(name: str, directory: Path) -> None:
+    if (directory / SINGLE).exists():
+        return
+    pickles = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt")) + sorted(directory.glob("*.pth"))
+    if pickles:
+        raise CheckpointError(
+            f"{name} holds {pickles[0].name}: pickles can run code and are not read; convert it with "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+
+
+def _parse_header(shard: Any, what: str) -> dict[str, TensorEntry]:  # noqa: ANN401
+    """The tensors of a safetensors file. Raises CheckpointError when it is none, or is shorter than it says."""
+    total = os.fstat(shard.fileno()).st_size
+    head = shard.read(8)
+    size = struct.unpack("<Q", head)[0] if len(head) == 8 else total
+    if 8 + size > total or size > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{what} is no safetensors file (or a Git LFS pointer, or cut short)")
+    entries: dict[str, TensorEntry] = {}
+    try:
+        for name, entry in json.loads(shard.read(size)).items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            entries[name] = TensorEntry(name, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
+            if not 0 <= begin <= end <= total - 8 - size:
+                raise CheckpointError(f"{what} is cut short: {name} ends beyond the file")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{what} has a damaged header: {error}") from error
+    return entries
+
+
+def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:  # noqa: ANN401
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise CheckpointError(f"{entry.name} is stored as {entry.dtype}, which is not supported")
+    tensor = torch.empty(entry.shape, dtype=dtype)
+    if tensor.numel() * tensor.element_size() != entry.nbytes:
+        raise CheckpointError(f"{entry.name} takes {entry.nbytes} bytes, its shape {list(entry.shape)} says otherwise")
+    if entry.nbytes == 0:
+        return tensor
+    into = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    shard.seek(entry.offset)
+    done = 0
+    while done < entry.nbytes:
+        got = shard.readinto(into[done:])
+        if not got:
+            raise CheckpointError(f"{entry.name}: the file ended after {done} of {entry.nbytes} bytes")
+        done += got
+    return tensor
+
+
+def _tensor_identity(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> int:  # noqa: ANN401
+    spoken = json.dumps([*place, entry.dtype, list(entry.shape)]).encode()
+    hashed = hashlib.sha256(spoken)
+    last = max(0, entry.nbytes - _SAMPLE_BYTES)
+    for offset in sorted({last * piece // (_SAMPLES - 1) for piece in range(_SAMPLES)}):
+        shard.seek(entry.offset + offset)
+        hashed.update(shard.read(min(_SAMPLE_BYTES, entry.nbytes - offset)))
+    return int.from_bytes(hashed.digest(), "big")
 
 
 def cache_directory() -> Path:
-    """Where converted models and downloads are kept: $PETALS_CACHE, else the user's cache directory."""
-    if configured := os.environ.get("PETALS_CACHE"):
-        return Path(configured)
+    """Where converted checkpoints live: $PETALS_CACHE, else `petals` in the platform's cache directory."""
+    chosen = os.environ.get("PETALS_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "petals"
 
 
-def _tensor_files(path: Path) -> dict[str, str]:
-    index = path / INDEX
-    if index.is_file():
-        try:
-            files = json.loads(index.read_text())["weight_map"]
-            if all(isinstance(file, str) and Path(file).name == file for file in files.values()):
-                return dict(files)
-        except (ValueError, KeyError, AttributeError):
-            pass
-        raise ModelError(f"{index} is not a safetensors index; fetch it again")
-    if (path / SINGLE).is_file():
-        return dict.fromkeys(_tensor_names(path / SINGLE), SINGLE)
-    if list(path.glob("*.bin")):
-        raise ModelError(
-            f"{path} holds pickled weights (.bin), which are never opened; convert them once with "
-            "transformers' save_pretrained(..., safe_serialization=True)"
-        )
-    raise ModelError(f"{path} has neither {SINGLE} nor {INDEX}")
+def _manifest_paths(directory: Path) -> tuple[Path, Path]:
+    key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:32]
+    return directory / MANIFEST, cache_directory() / "manifests" / f"{key}.json"
 
 
-def _tensor_names(file: Path) -> list[str]:
+def _load_manifest(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(file, framework="pt") as shard:
-            return list(shard.keys())
-    except SafetensorError as error:
-        raise ModelError(f"{file} is damaged ({error}); fetch it again") from None
-
-
-def _canonical_config(config: PretrainedConfig) -> bytes:
-    fields: dict[str, Any] = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
-    return json.dumps(fields, sort_keys=True, default=str).encode()
-
-
-def _sample_weights(directory: Path, files: list[str]) -> str:
-    """Digest over names, dtypes, shapes and samples of all tensors; reads about 12 KiB per tensor."""
-    lines: list[str] = []
-    for file in files:
-        with (directory / file).open("rb") as stream:
-            header_size = int.from_bytes(stream.read(8), "little")
-            if header_size > _HEADER_LIMIT:
-                raise ModelError(f"{directory / file} is no safetensors file; fetch it again")
-            header = json.loads(stream.read(header_size))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, end = entry["data_offsets"]
-                sample = hashlib.sha256()
-                for offset in (start, (start + end - _SAMPLE_BYTES) // 2, end - _SAMPLE_BYTES):
-                    stream.seek(8 + header_size + max(start, offset))
-                    sample.update(stream.read(min(_SAMPLE_BYTES, end - start)))
-                lines.append(f"{name} {entry['dtype']} {entry['shape']} {sample.hexdigest()}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _cached_manifest(directory: Path) -> Path:
-    return cache_directory() / "manifests" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:32]}.json"
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        return None
-    return manifest if isinstance(manifest.get("weights"), str) else None
+        return {}
+    return found if isinstance(found, dict) and found.get("version") == MANIFEST_VERSION else {}
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    files = _load_manifest(path).get("files")
+    if not isinstance(files, dict):
+        return {}
+    fields = ("size", "mtime_ns", "sum")
+    return {k: v for k, v in files.items() if isinstance(v, dict) and all(field in v for field in fields)}
+
+
+def _write_manifest(paths: Iterable[Path], files: dict[str, dict[str, Any]]) -> None:
+    """Write it to the first place that can be written; nowhere is fine too, it is computed again next time."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_json(path, {"version": MANIFEST_VERSION, "files": files})
+        except OSError:
+            continue
+        return
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Atomically, so that another process sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=1)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {_first_line(error)}") from error
+    return found
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,30 +1,37 @@
-"""The tensor side's own exceptions; it imports nobody at home.
+"""What can go wrong between a checkpoint and a hidden state. `models` imports nobody at home, hence a root of its own.
 
-    ModelError             a model that can not be opened, loaded or run as asked; the message says what to do
-    ├─ UnsupportedModel    an architecture that can not be served
-    ├─ BlockRangeError     blocks outside of what is there
-    ├─ CacheFull           no room for more tokens in a session
-    └─ StepError           a tensor that does not fit
+    ModelError
+    ├─ CheckpointError      MODEL cannot be found, read or trusted       fix the argument or the files
+    ├─ UnsupportedModel     unknown architecture, or a failed self-test  another family; docs/custom-model.md
+    ├─ BlockRangeError      blocks that the model or the span has not    ask for others
+    └─ StepError            a tensor that does not fit the span          the message names the limit
+       └─ CacheFull         more tokens than the session has room for    open a longer session
+
+Every message is one line that says what to do.
 """
 
 from __future__ import annotations
 
 
 class ModelError(Exception):
-    """A model that can not be opened, loaded or run as asked; the message says what to do."""
+    """Root of everything `petals.models` raises on purpose."""
+
+
+class CheckpointError(ModelError):
+    """MODEL cannot be found, fetched, read or trusted."""
 
 
 class UnsupportedModel(ModelError):
-    """An architecture that can not be served."""
+    """The blocks of this architecture cannot be served exactly."""
 
 
 class BlockRangeError(ModelError):
-    """Blocks outside of what is there."""
-
-
-class CacheFull(ModelError):
-    """No room for more tokens in a session."""
+    """A range of blocks which the model, or the loaded span, does not have."""
 
 
 class StepError(ModelError):
-    """A tensor that does not fit a step."""
+    """A tensor handed to a span does not fit it; nothing was computed and no cache changed."""
+
+
+class CacheFull(StepError):
+    """More tokens than the cache has room for; it is unchanged."""

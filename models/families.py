@@ -8,6 +8,7 @@ list them; `register_family` adds an architecture from user code (docs/custom-mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
@@ -67,5 +68,4 @@ def base_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
         raise UnsupportedModel(
             f"transformers has no model for {config.model_type!r}; register its class (docs/custom-model.md)"
         ) from None
-    base_class: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
-    return base_class
+    return cast("type[PreTrainedModel]", found[0] if isinstance(found, (tuple, list)) else found)

