@@ -116,8 +116,7 @@ class BlockSpan:
             with self._prompting(prompts, cache.blocks):
                 return self._run(cache.view, hidden, cache.library_cache, mask)
         except BaseException:  # blocks before the failing one have already appended their keys and values
-            for layer in cache.library_cache.layers:
-                layer.length = position
+            cache.truncate(position)
             raise
 
     def forward(

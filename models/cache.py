@@ -13,7 +13,6 @@ sliding window. A server needs three other things, so the storage here is our ow
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +36,14 @@ class LayerShape:
         return (self.key_heads * self.key_dim + self.value_heads * self.value_dim) * self.dtype.itemsize
 
 
-class _Layer(CacheLayerMixin):
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one block: (batch, heads, max_length, head_dim), the first `length` tokens are real."""
 
     is_sliding = False
     is_croppable = True
 
     def __init__(self, shape: LayerShape, batch_size: int, max_length: int, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
         self.keys = torch.empty(
             batch_size, shape.key_heads, max_length, shape.key_dim, dtype=shape.dtype, device=device
@@ -89,23 +88,21 @@ class _BlockCache(Cache):
 
     def __init__(self, layers: list[_Layer], first_block: int) -> None:
         super().__init__(layers=list(layers))
+        self._own_layers = layers
         self.first_block = first_block
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         layer = layer_idx - self.first_block
-        if not 0 <= layer < len(self.layers):  # a block that leans on another block's keys and values
+        if not 0 <= layer < len(self._own_layers):  # a block that leans on another block's keys and values
             raise StepError(f"block {layer_idx} is outside this session's blocks")
-        keys, values = self.layers[layer].update(key_states, value_states)
-        return keys, values
+        return self._own_layers[layer].update(key_states, value_states)
 
     def _own(self, layer_idx: int) -> _Layer:
         """The layer meant by an index which may be absolute, or 0 for "any"."""
         layer = layer_idx - self.first_block
-        own = self.layers[layer if 0 <= layer < len(self.layers) else 0]
-        assert isinstance(own, _Layer)
-        return own
+        return self._own_layers[layer if 0 <= layer < len(self._own_layers) else 0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._own(layer_idx).length
@@ -146,6 +143,10 @@ class SpanCache:
         """Forget everything from `position` on. Raises StepError if the cache is not that long."""
         if not 0 <= position <= self.position:
             raise StepError(f"cannot roll back to position {position}: the cache holds {self.position} tokens")
+        self.truncate(position)
+
+    def truncate(self, position: int) -> None:
+        """`rollback` for a step that failed half-way, when blocks hold different numbers of tokens."""
         for layer in self._layers:
             layer.length = position
 

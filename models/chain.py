@@ -85,9 +85,7 @@ class BlockChain(Protocol):
         """Reserve caches of `batch_size` x `max_length` tokens on every block."""
         ...
 
-    def forward(
-        self, hidden: Tensor, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
         """All blocks without cache; differentiable with respect to `hidden` and `prompts` (shapes as in `step`)."""
         ...
 

@@ -343,7 +343,7 @@ def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:  # noqa: ANN401
         raise CheckpointError(f"{entry.name} takes {entry.nbytes} bytes, its shape {list(entry.shape)} says otherwise")
     if entry.nbytes == 0:
         return tensor
-    into = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    into = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     shard.seek(entry.offset)
     done = 0
     while done < entry.nbytes:

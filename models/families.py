@@ -36,6 +36,20 @@ _FAMILIES: dict[str, Family] = {
     for family in (
         Family(model_type="bloom", title="BLOOM", verified=True),
         Family(model_type="llama", title="Llama 1-3.x, SmolLM2", verified=True),
+        Family(model_type="mistral", title="Mistral", verified=True),
+        Family(model_type="mixtral", title="Mixtral", verified=True),
+        Family(model_type="falcon", title="Falcon", verified=True),
+        Family(model_type="qwen2", title="Qwen2, Qwen2.5", verified=True),
+        Family(model_type="qwen3", title="Qwen3", verified=True),
+        Family(model_type="qwen3_moe", title="Qwen3-MoE", verified=True),
+        Family(model_type="gemma", title="Gemma", verified=True),
+        Family(model_type="gemma2", title="Gemma 2", verified=True),
+        Family(model_type="gemma3_text", title="Gemma 3 (text)", verified=True),
+        Family(model_type="phi3", title="Phi-3, Phi-4", verified=True),
+        Family(model_type="olmo2", title="OLMo 2", verified=True),
+        Family(model_type="gpt_neox", title="GPT-NeoX, Pythia", verified=True),
+        Family(model_type="gpt2", title="GPT-2", verified=True),
+        Family(model_type="opt", title="OPT", verified=True),
     )
 }
 

@@ -181,7 +181,7 @@ def _open_gguf(path: Path, name: str, expected_sha256: str | None, progress: Pro
         raise CheckpointError(f"{path} has SHA-256 {sha256[:16]}..., expected {expected_sha256[:16]}...")
     directory = _converted_path(sha256)
     if not _is_complete(directory):
-        progress(f"converting {path.name} to safetensors, once (about half a minute for 135M parameters)")
+        progress(f"converting {path.name} to safetensors, once (some seconds per 100M parameters)")
         _convert_gguf(path, sha256, directory)
         progress(f"converted: {sum(f.stat().st_size for f in directory.iterdir()) / 1e6:.0f} MB in {directory}")
     return Checkpoint(name, directory)
@@ -212,8 +212,9 @@ def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.config._name_or_path = ""
-        model.save_pretrained(room)
-        tokenizer.save_pretrained(room)
+        with quiet_library():
+            model.save_pretrained(room)
+            tokenizer.save_pretrained(room)
         write_identity(room, f"gguf:{sha256}:v{_CONVERSION}")
         room.chmod(0o755)
         try:

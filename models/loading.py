@@ -53,7 +53,7 @@ def load_span(
     dtype = dtype or checkpoint.dtype
     config = prepare_config(checkpoint.config)
     model, path = load_shortened(checkpoint, config, blocks, dtype)
-    model.to(device)
+    nn.Module.to(model, device)
     span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
     span.measure_shapes()
     return span
@@ -85,15 +85,17 @@ def load_shortened(
     state = read_blocks(checkpoint, blocks, path, dtype)
     with quiet_library():
         try:
-            model, info = span_class(base_class, path, blocks).from_pretrained(
+            loaded: Any = span_class(base_class, path, blocks).from_pretrained(
                 None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
             )
         except (RuntimeError, ValueError, KeyError) as error:
             raise UnsupportedModel(
                 f"{base_class.__name__} cannot take the blocks of {checkpoint.name}: {error}"
             ) from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     _check_loaded(checkpoint, info, path)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return model, path
 
@@ -153,7 +155,7 @@ def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> 
         skeleton = base_class(config)
     for name, module in skeleton.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
-            return name
+            return str(name)
     raise UnsupportedModel(
         f"{base_class.__name__} has no list of {total} blocks; name it with register_family(layers=...)"
     )
@@ -188,11 +190,11 @@ def quiet_library() -> Iterator[None]:
     library = logging.getLogger("transformers")
     level = library.level
     had_bars = library_logging.is_progress_bar_enabled()
-    library_logging.disable_progress_bar()
+    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     library.setLevel(logging.ERROR)
     try:
         yield
     finally:
         library.setLevel(level)
         if had_bars:
-            library_logging.enable_progress_bar()
+            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

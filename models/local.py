@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,7 @@ class LocalChain:
         spans = (spans,) if isinstance(spans, BlockSpan) else tuple(spans)
         if not spans:
             raise BlockRangeError("a chain needs at least one span")
-        for left, right in zip(spans, spans[1:], strict=False):
+        for left, right in pairwise(spans):
             if left.blocks.stop != right.blocks.start:
                 raise BlockRangeError(
                     f"a span ends at block {left.blocks.stop}, the next begins at {right.blocks.start}"
