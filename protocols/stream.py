@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from petals.protocols.errors import ProtocolViolation, RemoteProtocolError
+from petals.protocols.framing import FrameDecoder, encode_frame
 from petals.protocols.types import PeerId
+
+_READ_BYTES = 64 * 1024
+_COALESCE_BYTES = 16 * 1024
+"""A message and payload together below this are one write; a larger payload is worth a write of its own."""
 
 
 class ByteStream(Protocol):
@@ -20,6 +26,7 @@ class ByteStream(Protocol):
 
         Raises:
             PeerUnreachable: the stream was reset or its connection died.
+            RemoteProtocolError: the connection died because the peer broke its rules.
         """
         ...
 
@@ -42,3 +49,103 @@ class ByteStream(Protocol):
     async def reset(self) -> None:
         """End both directions at once; what was in flight is lost. Idempotent, never raises."""
         ...
+
+
+class MessageStream:
+    """Messages with a length in front, and raw payloads behind them, on a ByteStream. One reader, one writer.
+
+    Args:
+        max_message_bytes: a longer message ends the conversation before any of it is stored. Payloads are bounded by
+            whoever announces them.
+    """
+
+    def __init__(self, stream: ByteStream, *, max_message_bytes: int) -> None:
+        self.stream = stream
+        self._decoder = FrameDecoder(max_message_bytes)
+
+    @property
+    def remote_peer(self) -> PeerId:
+        return self.stream.remote_peer
+
+    async def read_message(self) -> bytes | None:
+        """The next message; None at a clean end between messages. A cancelled call loses nothing.
+
+        Raises:
+            RemoteProtocolError: longer than `max_message_bytes`, or the stream ends inside a message.
+            PeerUnreachable: the stream was reset or its connection died.
+        """
+        while True:
+            try:
+                message = self._decoder.next_frame()
+            except ProtocolViolation as error:
+                raise RemoteProtocolError(str(error), self.remote_peer) from None
+            if message is not None:
+                return message
+            data = await self.stream.read(_READ_BYTES)
+            if not data:
+                if self._decoder.is_empty():
+                    return None
+                raise RemoteProtocolError("the stream ended inside a message", self.remote_peer)
+            self._decoder.receive_data(data)
+
+    async def write_message(self, message: bytes, *payload: bytes | bytearray | memoryview) -> None:
+        """Send one message and the raw payload it announces. Pieces of the payload are not copied here, unless they
+        are small enough to travel with the message."""
+        head = bytearray(encode_frame(message))
+        for index, piece in enumerate(payload):
+            view = memoryview(piece).cast("B")
+            if len(head) + len(view) <= _COALESCE_BYTES:
+                head += view
+                continue
+            if head:
+                await self.stream.write(head)
+                head = bytearray()
+            if index == len(payload) - 1 or len(view) > _COALESCE_BYTES:
+                await self.stream.write(view)
+            else:
+                head += view
+        if head:
+            await self.stream.write(head)
+
+    async def read_some(self, max_bytes: int) -> bytes:
+        """As many raw bytes as come, up to `max_bytes`; fewer only when the stream ends."""
+        data = bytearray()
+        while len(data) < max_bytes:
+            piece = self._decoder.take_rest(max_bytes - len(data)) or await self.stream.read(max_bytes - len(data))
+            if not piece:
+                break
+            data += piece
+        return bytes(data)
+
+    async def read_exactly(self, n: int) -> bytes:
+        """`n` raw bytes. When cancelled, those already read are lost: reset the stream then.
+
+        Raises:
+            RemoteProtocolError: the stream ends before.
+        """
+        data = bytearray(n)
+        await self.read_into(memoryview(data))
+        return bytes(data)
+
+    async def read_into(self, buffer: memoryview) -> None:
+        """Fill `buffer` with raw bytes. When cancelled, those already read are lost: reset the stream then.
+
+        Raises:
+            RemoteProtocolError: the stream ends before.
+        """
+        view = buffer.cast("B")
+        while view:
+            piece = self._decoder.take_rest(len(view)) or await self.stream.read(len(view))
+            if not piece:
+                raise RemoteProtocolError(f"the stream ended {len(view)} bytes too early", self.remote_peer)
+            view[: len(piece)] = piece
+            view = view[len(piece) :]
+
+    async def close_write(self) -> None:
+        await self.stream.close_write()
+
+    async def close(self) -> None:
+        await self.stream.close()
+
+    async def reset(self) -> None:
+        await self.stream.reset()

@@ -1,0 +1,587 @@
+"""The plug: a py-libp2p Swarm whose connections are ours, so that BasicHost, identify and KadDHT run on it unchanged.
+
+What of the library's Swarm (0.8.1) is replaced, and why:
+
+* Upgrading. Its yamux class is hard-coded (muxer_multistream.py), its secure channel loses the nonce when cancelled.
+* Dialling. It tries one TCP address per peer, waits 250 ms for a second, retries with back-off, and then refuses the
+  peer for a minute (`_negative_peer_cache`). Ours races all addresses and is bounded.
+* Inbound connections. It holds a token per connection until the *swarm* ends, so that after 250 of them it accepts no
+  more; its listener shares ports with strangers (SO_REUSEPORT). Ours are in peer/host.py.
+* `add_conn`: resource-manager limits that are off by one, and 0.1 s of sleep for each connection closed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, cast
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream, INetConn, IPeerStore, IRawConnection, ISecureConn
+from libp2p.connection_types import ConnectionType
+from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.x25519 import create_new_key_pair as new_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.stream.net_stream import NetStream
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.rcmgr import Direction
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.security.secure_session import SecureSession
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamEOF,
+    MuxedStreamError,
+    MuxedStreamReset,
+)
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+from noise.exceptions import NoiseHandshakeError, NoiseInvalidMessage
+
+from petals.peer.transport.multistream import Dialler, Listener, proposal
+from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
+from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
+from petals.peer.transport.pipe import Pipe, RawPipe, TcpPipe
+from petals.peer.transport.yamux import PROTOCOL as YAMUX_ID
+from petals.protocols.errors import ProtocolViolation, RemoteError
+from petals.protocols.types import PeerId
+
+log = logging.getLogger(__name__)
+
+_HANDSHAKE_ERRORS = (
+    BaseLibp2pError,
+    ProtocolViolation,
+    NoiseHandshakeError,
+    NoiseInvalidMessage,
+    OSError,
+    EOFError,
+    ValueError,  # protobuf's DecodeError and the key parsers
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.TooSlowError,
+)
+_STAGGER_S = 0.1
+"""Between the starts of dials to several addresses of one peer: the first listed gets a head start."""
+
+
+def peer_id_text(peer_id: ID) -> PeerId:
+    return PeerId(str(peer_id))
+
+
+# -- from a socket to a connection -----------------------------------------------------------------------------------
+
+
+class _Lines:
+    """multistream-select in the clear, on a raw connection."""
+
+    def __init__(self, raw: IRawConnection) -> None:
+        self._raw = raw
+
+    async def dial(self, protocol: str) -> None:
+        dialler = Dialler(protocol)
+        await self._raw.write(proposal(protocol))
+        while (agreed := dialler.agreed()) is None:
+            dialler.receive_data(await self._read(dialler.wanted()))
+        if not agreed:
+            raise ProtocolViolation(f"peer does not speak {protocol}")
+
+    async def listen(self, protocol: str) -> None:
+        listener = Listener({protocol})
+        while True:
+            chosen = listener.chosen()
+            if output := listener.take_output():
+                await self._raw.write(output)
+            if chosen:
+                return
+            listener.receive_data(await self._read(listener.wanted()))
+
+    async def _read(self, n: int) -> bytes:
+        data = await self._raw.read(n)
+        if not data:
+            raise EOFError("peer closed the connection during the handshake")
+        return data
+
+
+class _Channel:
+    """Noise frames on a pipe, as far as the muxer's negotiation needs them."""
+
+    def __init__(self, pipe: Pipe, framing: NoiseFraming) -> None:
+        self._pipe, self._framing = pipe, framing
+        self._buffer, self._end = bytearray(MAX_FRAME_BYTES), 0
+
+    async def send(self, data: bytes) -> None:
+        await self._pipe.send_all(self._framing.encrypt(data))
+
+    async def receive(self) -> bytes:
+        while True:
+            with memoryview(self._buffer) as view:
+                plaintexts, used = self._framing.decrypt(view[: self._end])
+                if used:
+                    view[: self._end - used] = bytes(view[used : self._end])
+                    self._end -= used
+                    return b"".join(plaintexts)
+                received = await self._pipe.receive_into(view[self._end :])
+            if not received:
+                raise EOFError("peer closed the connection during the handshake")
+            self._end += received
+
+    def rest(self) -> bytes:
+        return bytes(self._buffer[: self._end])
+
+
+async def upgrade(
+    raw: IRawConnection,
+    noise: NoiseTransport,
+    *,
+    expected: ID | None,
+    on_stream: Callable[[MuxedStream], None],
+    config: MuxerConfig,
+) -> tuple[ID, Connection]:
+    """Secure and mux a raw connection.
+
+    Args:
+        expected: whom we dialled; None: we listened, and take whoever can prove who it is.
+    Raises: one of _HANDSHAKE_ERRORS. The caller closes `raw` then.
+    """
+    if expected is None:
+        await _Lines(raw).listen(NOISE_ID)
+        session = cast(SecureSession, await noise.secure_inbound(raw))
+    else:
+        await _Lines(raw).dial(NOISE_ID)
+        session = cast(SecureSession, await noise.secure_outbound(raw, expected))
+    # The library's handshake, our transport messages: take the two keys out of its state.
+    protocol = cast(Any, session.conn).noise_state.noise_protocol
+    framing = NoiseFraming(protocol.cipher_state_encrypt.k, protocol.cipher_state_decrypt.k)
+    pipe = _pipe_of(raw)
+    channel = _Channel(pipe, framing)
+    early = await _agree_on_yamux(channel, is_client=expected is not None)
+    remote = session.get_remote_peer()
+    connection = Connection(
+        pipe,
+        framing,
+        remote_peer=peer_id_text(remote),
+        is_client=expected is not None,
+        on_stream=on_stream,
+        config=config,
+        early=([early] if early else [], channel.rest()),
+    )
+    return remote, connection
+
+
+async def _agree_on_yamux(channel: _Channel, *, is_client: bool) -> bytes:
+    """Returns what the peer sent after the agreement already: it need not wait for ours."""
+    if is_client:
+        dialler = Dialler(YAMUX_ID)
+        await channel.send(proposal(YAMUX_ID))
+        while (agreed := dialler.agreed()) is None:
+            dialler.receive_data(await channel.receive())
+        if not agreed:
+            raise ProtocolViolation(f"peer does not speak {YAMUX_ID}")
+        return dialler.rest()
+    listener = Listener({YAMUX_ID})
+    while True:
+        chosen = listener.chosen()
+        if output := listener.take_output():
+            await channel.send(output)
+        if chosen:
+            return listener.rest()
+        listener.receive_data(await channel.receive())
+
+
+def _pipe_of(raw: IRawConnection) -> Pipe:
+    if isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream):
+        return TcpPipe(raw.stream.stream)
+    return RawPipe(raw)
+
+
+# -- what the library expects of a connection and a stream -----------------------------------------------------------
+
+
+class LibraryStream(IMuxedStream):
+    """Our stream with the library's habits: its end is an exception."""
+
+    def __init__(self, stream: MuxedStream, muxed_conn: IMuxedConn) -> None:
+        self.stream = stream
+        self.muxed_conn = muxed_conn
+
+    async def read(self, n: int | None = None) -> bytes:
+        if n == 0:
+            return b""
+        try:
+            data = await self.stream.read(1 << 20 if n is None or n < 0 else n)
+        except RemoteError as error:
+            raise MuxedStreamReset(str(error)) from error
+        except trio.ClosedResourceError as error:
+            raise MuxedStreamError(str(error)) from error
+        if not data:
+            raise MuxedStreamEOF("the peer closed the stream")
+        return bytes(data)
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self.stream.write(data)
+        except RemoteError as error:
+            raise MuxedStreamReset(str(error)) from error
+        except trio.ClosedResourceError as error:
+            raise MuxedStreamError(str(error)) from error
+
+    async def close_write(self) -> None:
+        await self.stream.close_write()
+
+    async def close(self) -> None:
+        await self.stream.close()
+
+    async def reset(self) -> None:
+        await self.stream.reset()
+
+    def set_deadline(self, ttl: int) -> None:
+        raise NotImplementedError("use trio's deadlines")
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return None
+
+    async def __aenter__(self) -> IMuxedStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class LibraryConn(IMuxedConn):
+    """Our connection as the library's Swarm keeps it. Streams the peer opens never come this way (see `Network`)."""
+
+    def __init__(self, connection: Connection, peer_id: ID, raw: IRawConnection) -> None:
+        self.connection = connection
+        self.peer_id = peer_id
+        self.event_started = trio.Event()
+        self.on_close: Callable[[], Awaitable[None]] | None = None
+        """The library hangs a hook here; `Network._run_conn` does what it would."""
+        self.conn: NetworkConn | None = None
+        self._addrs = raw.get_transport_addresses()
+        self._type = raw.get_connection_type()
+        self._is_initiator = raw.is_initiator
+
+    @property
+    def is_initiator(self) -> bool:
+        return self._is_initiator
+
+    @property
+    def is_established(self) -> bool:
+        return not self.is_closed
+
+    @property
+    def is_closed(self) -> bool:
+        return self.connection.error is not None
+
+    async def start(self) -> None:
+        self.event_started.set()
+        await self.connection.run()
+
+    async def close(self) -> None:
+        await self.connection.close()
+
+    async def open_stream(self) -> IMuxedStream:
+        try:
+            return LibraryStream(self.connection.open_stream(), self)
+        except RemoteError as error:
+            raise MuxedConnUnavailable(str(error)) from error
+
+    async def accept_stream(self) -> IMuxedStream:
+        await self.connection.closed.wait()
+        raise MuxedConnUnavailable(str(self.connection.error))
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        return self._addrs
+
+    def get_connection_type(self) -> ConnectionType:
+        return self._type
+
+
+class NetworkConn(SwarmConn):
+    """The library's connection entry, without the nap of 0.1 s at its end."""
+
+    async def _cleanup(self) -> None:
+        self.swarm.remove_conn(self)
+        for stream in self.streams.copy():
+            await stream.reset()
+        await self._notify_disconnected()
+
+
+# -- the network -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Dial:
+    """One dial under way; whoever else wants the peer waits for the same."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    error: SwarmException | None = None
+
+
+class Network(Swarm):
+    """A Swarm with our connections, dials and bounds.
+
+    Attributes:
+        nursery: runs the connections; set by the host before the first of them.
+        on_stream: takes each stream a peer opens, before its protocol is known.
+        is_frozen: says whether a peer has stopped answering, so that dialling it would only wait.
+    """
+
+    nursery: trio.Nursery
+    on_stream: Callable[[NetworkConn, MuxedStream], None]
+    is_frozen: Callable[[ID], bool]
+
+    def __init__(
+        self,
+        key_pair: KeyPair,
+        *,
+        transport: Literal["petals", "stock"],
+        muxer: MuxerConfig,
+        connect_s: float,
+        handshake_s: float,
+        max_connections: int,
+        max_connections_per_peer: int,
+    ) -> None:
+        self._noise = NoiseTransport(key_pair, noise_privkey=new_noise_key_pair().private_key)
+        self._muxer, self._transport = muxer, transport
+        self._connect_s, self._handshake_s = connect_s, handshake_s
+        peer_id = ID.from_pubkey(key_pair.public_key)
+        peerstore: IPeerStore = PeerStore()
+        peerstore.add_key_pair(peer_id, key_pair)
+        super().__init__(
+            peer_id,
+            peerstore,
+            TransportUpgrader({NOISE_ID: self._noise}, {TProtocol(YAMUX_ID): Yamux}),  # the stock stack's; Noise only
+            transports=[TCP()],
+            connection_config=ConnectionConfig(
+                max_connections=max_connections,
+                high_watermark=max_connections,
+                min_connections=0,  # the library's auto-connector stays quiet
+                low_watermark=0,
+                max_connections_per_peer=max_connections_per_peer,
+            ),
+        )
+        self._dials: dict[ID, _Dial] = {}
+
+    # -- connections -----------------------------------------------------------------------------------------------
+
+    def live_conn(self, peer_id: ID) -> NetworkConn | None:
+        """A connection on which a stream can be opened."""
+        for conn in self.connections.get(peer_id, ()):
+            assert isinstance(conn, NetworkConn)
+            muxed = conn.muxed_conn
+            if not conn.is_closed and (not isinstance(muxed, LibraryConn) or muxed.connection.takes_streams):
+                return conn
+        return None
+
+    async def accept(self, stream: trio.SocketStream, maddr: Multiaddr) -> None:
+        """A stranger's socket: make it a connection within `handshake_s`, or close it. Never raises."""
+        raw = RawConnection(TrioTCPStream(stream), False)
+        try:
+            with trio.fail_after(self._handshake_s):
+                await self.upgrade_inbound_raw_conn(raw, maddr)
+        except _HANDSHAKE_ERRORS as error:
+            log.debug("inbound connection at %s refused: %r", maddr, error)
+
+    async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
+        return (await self._upgrade(raw_conn, None)).muxed_conn
+
+    async def upgrade_outbound_raw_conn(
+        self, raw_conn: IRawConnection, peer_id: ID, pre_scope: object = None
+    ) -> SwarmConn:
+        return await self._upgrade(raw_conn, peer_id)
+
+    async def _upgrade(self, raw: IRawConnection, expected: ID | None) -> SwarmConn:
+        """Raises SwarmException; `raw` is closed then."""
+        try:
+            if self.get_total_connections() >= self.connection_config.max_connections:
+                raise SwarmException(f"{self.connection_config.max_connections} connections are open already")
+            muxed = await (self._mux_stock(raw, expected) if self._transport == "stock" else self._mux(raw, expected))
+            return await self.add_conn(muxed, "inbound" if expected is None else "outbound")
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                await raw.close()
+            if isinstance(error, _HANDSHAKE_ERRORS) and not isinstance(error, SwarmException):
+                raise SwarmException(f"handshake failed: {error or type(error).__name__}") from error
+            raise
+
+    async def _mux(self, raw: IRawConnection, expected: ID | None) -> IMuxedConn:
+        muxed: LibraryConn
+
+        def on_stream(stream: MuxedStream) -> None:
+            assert muxed.conn is not None  # set by add_conn, before the connection runs
+            self.on_stream(muxed.conn, stream)
+
+        peer_id, connection = await upgrade(
+            raw,
+            self._noise,
+            expected=expected,
+            on_stream=on_stream,
+            config=self._muxer,
+        )
+        muxed = LibraryConn(connection, peer_id, raw)
+        return muxed
+
+    async def _mux_stock(self, raw: IRawConnection, expected: ID | None) -> IMuxedConn:
+        secured: ISecureConn = await self.upgrader.upgrade_security(raw, expected is not None, expected)
+        return await self.upgrader.upgrade_connection(secured, secured.get_remote_peer())
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        """Run `muxed_conn`, list it, tell the notifees. Raises SwarmException when the peer has enough connections."""
+        peer_id = muxed_conn.peer_id
+        conn = NetworkConn(muxed_conn, self, direction)
+        if isinstance(muxed_conn, LibraryConn):
+            muxed_conn.conn = conn
+        conn.set_transport_info(muxed_conn.get_transport_addresses(), muxed_conn.get_connection_type())
+        conn.set_negotiated_protocols(NOISE_ID, YAMUX_ID)
+        known = self.connections.get(peer_id, [])
+        if len(known) >= self.connection_config.max_connections_per_peer:
+            await muxed_conn.close()
+            raise SwarmException(f"{len(known)} connections to {peer_id} are open already")
+        self.connections.setdefault(peer_id, []).append(conn)
+        self.nursery.start_soon(self._run_conn, conn)
+        await muxed_conn.event_started.wait()
+        self.nursery.start_soon(self._run_accepting, conn)
+        await conn.event_started.wait()
+        await self.notify_connected(conn)
+        return conn
+
+    async def _run_conn(self, conn: NetworkConn) -> None:
+        try:
+            await conn.muxed_conn.start()
+        except Exception:  # a bug of ours or of the library: it costs this connection, not the node
+            log.exception("connection to %s failed", conn.muxed_conn.peer_id)
+        finally:
+            with trio.move_on_after(self._muxer.close_s, shield=True):
+                await conn.close()
+
+    async def _run_accepting(self, conn: NetworkConn) -> None:
+        try:
+            await conn.start()
+        except Exception:
+            log.exception("accepting streams of %s failed", conn.muxed_conn.peer_id)
+
+    async def close_connections(self) -> None:
+        """Say goodbye to everybody at once, bounded by the muxer's `close_s`."""
+        async with trio.open_nursery() as nursery:
+            for conn in self.get_connections():
+                nursery.start_soon(self._close_connection_async, conn)
+
+    def library_stream(self, conn: NetworkConn, stream: MuxedStream, protocol: TProtocol) -> NetStream:
+        """A peer's stream as the library's handlers take it."""
+        net_stream = NetStream(LibraryStream(stream, conn.muxed_conn), conn, None)
+        net_stream.set_protocol(protocol)
+        net_stream._direction = Direction.INBOUND
+        conn.streams.add(net_stream)
+        return net_stream
+
+    # -- dialling --------------------------------------------------------------------------------------------------
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """The library's way in: dial what the peerstore knows."""
+        try:
+            addrs = self.peerstore.addrs(peer_id)
+        except PeerStoreError:
+            addrs = []
+        return [await self.dial(peer_id, addrs)]
+
+    async def dial(self, peer_id: ID, addrs: Sequence[Multiaddr]) -> NetworkConn:
+        """A live connection to `peer_id`: the one there is, or the first of `addrs` that answers within `connect_s`.
+
+        Raises:
+            SwarmException: nobody answered; the message says why, address by address.
+        """
+        while True:
+            if (conn := self.live_conn(peer_id)) is not None:
+                return conn
+            if self.is_frozen(peer_id):
+                raise SwarmException("it has stopped answering")
+            if (dial := self._dials.get(peer_id)) is None:
+                return await self._dial_first(peer_id, addrs)
+            await dial.done.wait()
+            if dial.error is not None:
+                raise SwarmException(str(dial.error))
+            # The dial succeeded, or its owner was cancelled: look again.
+
+    async def _dial_first(self, peer_id: ID, addrs: Sequence[Multiaddr]) -> NetworkConn:
+        dial = self._dials[peer_id] = _Dial()
+        try:
+            return await self.race(peer_id, addrs)
+        except SwarmException as error:
+            dial.error = error
+            raise
+        finally:
+            del self._dials[peer_id]
+            dial.done.set()
+
+    async def race(self, peer_id: ID, addrs: Sequence[Multiaddr]) -> NetworkConn:
+        """Dial all of `addrs`, staggered; the first connection wins. Raises SwarmException."""
+        if not addrs:
+            raise SwarmException("no address of it is known")
+        winners: list[NetworkConn] = []
+        failures: dict[str, str] = {str(addr): f"no answer in {self._connect_s:g} s" for addr in addrs}
+        with trio.move_on_after(self._connect_s):
+            async with trio.open_nursery() as nursery:
+
+                async def attempt(addr: Multiaddr, gave_up: trio.Event) -> None:
+                    try:
+                        winners.append(await self._dial_one(peer_id, addr))
+                        nursery.cancel_scope.cancel()
+                    except (*_HANDSHAKE_ERRORS, *_CONNECT_ERRORS) as error:
+                        failures[str(addr)] = _reason(error)
+                    finally:
+                        gave_up.set()
+
+                for addr in addrs:
+                    gave_up = trio.Event()
+                    nursery.start_soon(attempt, addr, gave_up)
+                    with trio.move_on_after(_STAGGER_S):
+                        await gave_up.wait()
+        if winners:
+            return winners[0]
+        raise SwarmException("; ".join(f"{addr}: {reason}" for addr, reason in failures.items()))
+
+    async def _dial_one(self, peer_id: ID, addr: Multiaddr) -> NetworkConn:
+        host, port = tcp_endpoint(addr)
+        stream = await trio.open_tcp_stream(host, port)
+        raw = RawConnection(TrioTCPStream(stream), True)
+        return cast(NetworkConn, await self.upgrade_outbound_raw_conn(raw, peer_id))
+
+
+_CONNECT_ERRORS = (ExceptionGroup,)  # trio.open_tcp_stream, when a name has several addresses
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.__cause__ is not None:
+        error = error.__cause__  # "all attempts to connect failed" says less than its cause
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def tcp_endpoint(addr: Multiaddr) -> tuple[str, int]:
+    """Host and port of a plain TCP address.
+
+    Raises:
+        SwarmException: it is another kind of address.
+    """
+    parts = [(part.name, value) for part, value in addr.items()]
+    hosts = [str(value) for name, value in parts[:1] if name in ("ip4", "ip6", "dns", "dns4", "dns6")]
+    ports = [str(value) for name, value in parts[1:2] if name == "tcp"]
+    if not hosts or not ports or any(name != "p2p" for name, _ in parts[2:]):
+        raise SwarmException("not a plain TCP address")
+    return hosts[0], int(ports[0])

@@ -1,0 +1,111 @@
+"""What carries a connection's bytes: a TCP socket as a rule, any libp2p raw connection (a relay's) otherwise."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Protocol
+
+import trio
+from libp2p.abc import IRawConnection
+from libp2p.exceptions import BaseLibp2pError
+
+_UNSENT_BYTES = 256 * 1024
+"""What the kernel may hold unsent. Its own limit is megabytes, behind which a ping or a small step would queue."""
+
+
+class Pipe(Protocol):
+    """A byte stream with one reader and one writer. All methods raise OSError or trio.BrokenResourceError when it
+    breaks and trio.ClosedResourceError when this end has closed it."""
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        """At least one byte into `buffer`; 0 at the end."""
+        ...
+
+    def try_send(self, data: bytes | bytearray | memoryview) -> int:
+        """As much as goes without waiting; returns that number of bytes."""
+        ...
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None: ...
+
+    async def send_eof(self) -> None:
+        """Say that no more bytes follow, where the carrier can say so."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class TcpPipe:
+    """A connected TCP socket. Reads and writes go to the descriptor: trio's own calls pass through a checkpoint and a
+    conflict detector each time, and one reader and one writer per connection need neither."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        if sys.platform == "linux":
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        while True:
+            await trio.lowlevel.wait_readable(self._checked_fd())
+            try:
+                return os.readv(self._checked_fd(), [buffer])
+            except BlockingIOError:
+                pass
+
+    def try_send(self, data: bytes | bytearray | memoryview) -> int:
+        try:
+            return os.write(self._checked_fd(), data)
+        except BlockingIOError:
+            return 0
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            await trio.lowlevel.wait_writable(self._checked_fd())
+            view = view[self.try_send(view) :]
+
+    async def send_eof(self) -> None:
+        self._checked_fd()
+        self._stream.socket.shutdown(socket.SHUT_WR)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def _checked_fd(self) -> int:
+        fd = self._stream.socket.fileno()
+        if fd < 0:
+            raise trio.ClosedResourceError
+        return fd
+
+
+class RawPipe:
+    """Any libp2p raw connection, a relayed one for instance."""
+
+    def __init__(self, connection: IRawConnection) -> None:
+        self._connection = connection
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        try:
+            data = await self._connection.read(len(buffer))
+        except EOFError:
+            return 0
+        except BaseLibp2pError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def try_send(self, data: bytes | bytearray | memoryview) -> int:
+        return 0
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            await self._connection.write(bytes(data))
+        except BaseLibp2pError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def send_eof(self) -> None:
+        return None
+
+    async def aclose(self) -> None:
+        await self._connection.close()
