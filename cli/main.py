@@ -34,7 +34,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; prints help or a one-line complaint and exits where it must."""
     parser = Parser(
-        prog="petals", description="Run language models together: each peer holds some of the blocks.", allow_abbrev=False
+        prog="petals",
+        description="Run language models together: each peer holds some of the blocks.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"petals {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--listen", metavar="ADDR", nargs="+", default=None, help="multiaddrs (default: /ip4/127.0.0.1/tcp/0)"
     )
-    network.add_argument("--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)")
+    network.add_argument(
+        "--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)"
+    )
     network.add_argument(
         "--transport", choices=("petals", "stock"), default="petals", help="stock: py-libp2p's own, for comparison"
     )

@@ -14,7 +14,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
     """Hold the swarm's directory until cancelled."""
     import trio
 
-    from petals.dht.bootstrap import open_bootstrap
+    from petals.peer.bootstrap import open_bootstrap
 
     async with open_bootstrap(
         identity=options.identity,

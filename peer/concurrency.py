@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import trio
@@ -51,26 +50,3 @@ async def together(first: Callable[[], Awaitable[object]], second: Callable[[], 
     if failed:
         raise failed[0]
     return result[0]
-
-
-@asynccontextmanager
-async def service_nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery for services: leaving the body cancels them, and errors come out as they were raised.
-
-    A plain nursery wraps what its body raises into an exception group, so that `except MissingBlocks` around
-    `async with open_peer(...)` would not match. Several failures at once still come as a group.
-    """
-    raised: Exception | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            try:
-                yield nursery
-            except Exception as error:  # kept, not handled: raised again below
-                raised = error
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) > 1 or raised is not None:
-            raise
-        raise group.exceptions[0] from None
-    if raised is not None:
-        raise raised

@@ -16,14 +16,14 @@ from petals.models.checkpoint import Checkpoint, open_checkpoint
 from petals.peer.client.generation import GenerationOptions, TokenStream, run_generation
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.view import SwarmWatcher
-from petals.peer.concurrency import gather, service_nursery
 from petals.peer.config import PeerConfig, ServeConfig
 from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.identity import Identity, create_identity, load_or_create_identity
+from petals.peer.identity import Identity, create_identity, load_or_create_identity, verify
 from petals.peer.info import answer_info, fetch_record
+from petals.peer.joining import join
 from petals.peer.portal import Portal
 from petals.peer.server.service import Server, check_blocks, serve
-from petals.protocols.errors import PeerUnreachable, SwarmError, UserError
+from petals.protocols.errors import UserError
 from petals.protocols.info import INFO_V1
 from petals.protocols.types import ModelId, PeerId
 
@@ -161,35 +161,29 @@ async def open_peer(
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
     )
+    raised: Exception | None = None
     async with open_host(identity.key_pair, settings) as host:
-        await _join(host, config.initial_peers)
+        try:
+            await join(host, config.initial_peers)
+        except UserError as error:
+            raised = error
 
         async def fetch_direct(peer_id: PeerId, addrs: tuple[str, ...], model: ModelId) -> bytes | None:
             return await fetch_record(host, peer_id, addrs, model)
 
-        async with (
-            open_directory(host, identity, fetch_direct=fetch_direct) as directory,
-            service_nursery() as nursery,
-        ):
-            peer = Peer(config, identity, host, directory, nursery, say)
-            host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
-            if config.serve is not None:
-                await peer.serve(config.serve)
-            yield peer
-
-
-async def _join(host: Host, addrs: tuple[str, ...]) -> None:
-    """Connect to the initial peers, at least one of which must answer."""
-    if not addrs:
-        return
-    results = await gather([partial(host.connect, addr) for addr in addrs])
-    failures = [result for result in results if isinstance(result, SwarmError)]
-    for failure in failures:
-        if not isinstance(failure, PeerUnreachable):
-            raise failure
-        log.warning("%s", failure)
-    if len(failures) == len(addrs):
-        raise UserError(
-            f"none of the initial peers can be reached: {failures[0]}. "
-            "Check the address and that the other peer is running."
-        )
+        if raised is None:
+            async with (
+                open_directory(host, identity, verify, fetch_direct=fetch_direct) as directory,
+                trio.open_nursery() as nursery,
+            ):
+                try:
+                    peer = Peer(config, identity, host, directory, nursery, say)
+                    host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
+                    if config.serve is not None:
+                        await peer.serve(config.serve)
+                    yield peer
+                except Exception as error:  # kept, not handled: raised again below, outside of the nurseries
+                    raised = error
+                nursery.cancel_scope.cancel()
+    if raised is not None:
+        raise raised

@@ -20,7 +20,7 @@ _HOMES: dict[str, str] = {
 __all__ = [*sorted(_HOMES), "__version__"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401  # whatever lives there
+def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'petals' has no attribute {name!r}")

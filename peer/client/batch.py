@@ -21,7 +21,7 @@ from petals.peer.concurrency import gather
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import LocalProtocolError, PeerUnreachable, RemoteError, RemoteProtocolError, SwarmError
+from petals.protocols.errors import LocalProtocolError, RemoteError, RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES
 from petals.protocols.stream import MessageStream
 from petals.protocols.tensors import encode_tensor

@@ -125,9 +125,7 @@ class RemoteChain:
         session = self._portal.run(self._open_session, self.blocks, batch_size, max_length)
         return RemoteChainSession(self._portal, session)
 
-    def forward(
-        self, hidden: Tensor, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
         """See `BlockChain.forward`; gradients with respect to `hidden` and `prompts` are computed by the swarm."""
         output: Tensor = _RemoteBlocks.apply(hidden, prompts, attention_mask, self)
         return output
@@ -136,9 +134,7 @@ class RemoteChain:
         """The chain of a sub-range (absolute indices)."""
         if not self.blocks.start <= blocks.start < blocks.stop <= self.blocks.stop:
             raise IndexError(f"blocks {blocks.start}:{blocks.stop} are not in {self.blocks.start}:{self.blocks.stop}")
-        return RemoteChain(
-            self._portal, blocks, self.hidden_size, self.dtype, self._open_session, self._trainer
-        )
+        return RemoteChain(self._portal, blocks, self.hidden_size, self.dtype, self._open_session, self._trainer)
 
     def run_forward(
         self, hidden: Tensor, mask: Tensor | None, prompts: Tensor | None
@@ -158,7 +154,7 @@ class _RemoteBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,  # noqa: ANN401  # torch's own untyped context
+        ctx: Any,
         hidden: Tensor,
         prompts: Tensor | None,
         attention_mask: Tensor | None,
@@ -172,7 +168,7 @@ class _RemoteBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_output: Tensor,
     ) -> tuple[Tensor, Tensor | None, None, None]:
         grad, grad_prompts = ctx.chain.run_backward(_to_wire(grad_output), ctx.spans, ctx.mask, ctx.prompts)

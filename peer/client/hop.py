@@ -91,9 +91,7 @@ def answer_within(seconds: float, peer_id: PeerId) -> Iterator[None]:
         raise PeerUnreachable(f"peer …{peer_id[-6:]} did not answer within {seconds:.1f} s", peer_id)
 
 
-async def read_reply(
-    messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply | pb.InfoReply
-) -> None:
+async def read_reply(messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply | pb.InfoReply) -> None:
     """Fill `reply` with the next message.
 
     Raises:
@@ -232,9 +230,7 @@ class Hop:
 
     async def _send_step(self, step: StepInput, *, silent: bool) -> None:
         hidden, payload = encode_tensor(step.hidden, self.spec.encoding)
-        message = pb.Step(
-            step_id=self.conversation.next_step_id, position=step.position, silent=silent, hidden=hidden
-        )
+        message = pb.Step(step_id=self.conversation.next_step_id, position=step.position, silent=silent, hidden=hidden)
         for name, tensor in (
             ("attention_mask", step.attention_mask),
             ("prompts", step.prompts),

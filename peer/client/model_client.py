@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import trio
+from transformers import PreTrainedTokenizerBase
 
+from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import Checkpoint
+from petals.models.generation import InferenceSession
 from petals.peer.client.batch import BatchTrainer
 from petals.peer.client.chain import RemoteChain
 from petals.peer.client.hop import SessionSpec
@@ -56,8 +61,11 @@ class ModelClient:
         self.checkpoint = checkpoint
         self.model = model
         self.watcher = watcher
+        self.portal = portal
+        self.active_session: ContextVar[InferenceSession | None] = ContextVar("active_session", default=None)
         self._host = host
-        self._portal = portal
+        self._language_model: tuple[Any, PreTrainedTokenizerBase] | None = None
+        self._loading = trio.Lock()
         self._timeouts = timeouts
         self._random = random
 
@@ -114,7 +122,22 @@ class ModelClient:
         async def open_session(blocks: range, batch_size: int, max_length: int) -> RemoteSession:
             return await self.open_session(blocks, batch_size, max_length, options)
 
-        return RemoteChain(self._portal, self.blocks, self.checkpoint.hidden_size, dtype, open_session, trainer)
+        return RemoteChain(self.portal, self.blocks, self.checkpoint.hidden_size, dtype, open_session, trainer)
+
+    async def language_model(self) -> tuple[Any, PreTrainedTokenizerBase]:
+        """Embeddings and head around the swarm's blocks, and the tokenizer; loaded once, in a thread.
+
+        Raises:
+            ModelError: a checkpoint without head or tokenizer.
+        """
+        async with self._loading:
+            if self._language_model is None:
+                self._language_model = await trio.to_thread.run_sync(self._load)
+            return self._language_model
+
+    def _load(self) -> tuple[Any, PreTrainedTokenizerBase]:
+        dtype = torch.float32 if self.checkpoint.dtype not in (torch.float32, torch.bfloat16) else None
+        return load_causal_lm(self.checkpoint, self.chain(), dtype=dtype), self.checkpoint.tokenizer()
 
     async def ready(self) -> None:
         """Wait until every block has a holder.

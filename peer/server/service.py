@@ -104,9 +104,7 @@ async def serve(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lane.run)
         measured = await _throughput(lane, span, config)
-        announcer = Announcer(
-            directory, partial(_describe, host, inbound, measured, config), config.announce_s
-        )
+        announcer = Announcer(directory, partial(_describe, host, inbound, measured, config), config.announce_s)
         host.set_handler(INFERENCE_V1, inbound.answer_inference)
         host.set_handler(FORWARD_V1, partial(inbound.answer_training, backward=False))
         host.set_handler(BACKWARD_V1, partial(inbound.answer_training, backward=True))

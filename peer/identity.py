@@ -1,0 +1,103 @@
+"""Who a peer is: a key pair, and the peer ID that is the hash of its public half.
+
+Key files hold libp2p's protobuf encoding of a private key, like those of go-libp2p and of the original Petals; Ed25519
+(new keys) and RSA are accepted. The key never appears in a repr, a log or an error.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519
+from libp2p.crypto.keys import KeyPair, KeyType
+from libp2p.crypto.rsa import create_new_key_pair as new_rsa
+from libp2p.crypto.serialization import deserialize_private_key, deserialize_public_key
+from libp2p.peer.id import ID
+
+from petals.protocols.errors import UserError
+from petals.protocols.types import PeerId
+
+MAX_KEY_FILE_BYTES = 16 << 10
+
+
+class IdentityError(UserError):
+    """A key file that can not be used; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A peer's key pair and name."""
+
+    key_pair: KeyPair = field(repr=False)
+    peer_id: PeerId
+
+    @property
+    def public_key(self) -> bytes:
+        """The public half in libp2p's protobuf form, as signed records carry it."""
+        return self.key_pair.public_key.serialize()
+
+    def sign(self, data: bytes) -> bytes:
+        """A signature over `data` that `verify` accepts for this peer."""
+        return self.key_pair.private_key.sign(data)
+
+
+def load_identity(path: Path) -> Identity:
+    """Read a key file.
+
+    Raises:
+        IdentityError: it can not be read, or holds no Ed25519 or RSA private key.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_KEY_FILE_BYTES + 1)
+    except OSError as error:
+        raise IdentityError(f"can not read the key file {path}: {error.strerror}") from None
+    try:
+        private = deserialize_private_key(data)
+        if len(data) > MAX_KEY_FILE_BYTES or private.get_type() not in (KeyType.Ed25519, KeyType.RSA):
+            raise ValueError
+        return _identity(KeyPair(private, private.get_public_key()))
+    except Exception:  # the library raises whatever its parsers raise, and its messages may quote the key
+        raise IdentityError(
+            f"{path} holds no Ed25519 or RSA private key in libp2p's encoding; make one with: petals keygen FILE"
+        ) from None
+
+
+def create_identity(path: Path | None = None, key_type: str = "ed25519") -> Identity:
+    """A new identity, written to `path` (mode 0600, never overwriting) unless that is None.
+
+    Raises:
+        IdentityError: the file exists or can not be written.
+    """
+    key_pair = new_rsa(2048) if key_type == "rsa" else new_ed25519()
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(key_pair.private_key.serialize())
+        except FileExistsError:
+            raise IdentityError(f"{path} exists already and is not overwritten; choose another name") from None
+        except OSError as error:
+            raise IdentityError(f"can not write the key file {path}: {error.strerror}") from None
+    return _identity(key_pair)
+
+
+def load_or_create_identity(path: Path) -> Identity:
+    """The identity in `path`, made on first use."""
+    return load_identity(path) if path.exists() else create_identity(path)
+
+
+def verify(peer_id: PeerId, public_key: bytes, data: bytes, signature: bytes) -> bool:
+    """Whether `signature` over `data` was made by the peer of that name, whose public key is claimed to be this."""
+    try:
+        key = deserialize_public_key(public_key)
+        return ID.from_pubkey(key).to_base58() == peer_id and key.verify(data, signature)
+    except Exception:  # garbage makes the library's parsers raise anything; all of it means no
+        return False
+
+
+def _identity(key_pair: KeyPair) -> Identity:
+    return Identity(key_pair, PeerId(ID.from_pubkey(key_pair.public_key).to_base58()))
