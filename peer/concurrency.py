@@ -50,3 +50,10 @@ async def together(first: Callable[[], Awaitable[object]], second: Callable[[], 
     if failed:
         raise failed[0]
     return result[0]
+
+
+def shielded_for(seconds: float) -> trio.CancelScope:
+    """At most `seconds` that no cancellation from outside can cut short: for goodbyes."""
+    scope = trio.move_on_after(seconds)
+    scope.shield = True
+    return scope

@@ -23,10 +23,12 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.host.exceptions import StreamFailure
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamEOF, StreamError
+from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
-from multiaddr import Multiaddr
-from multiaddr.utils import get_network_addrs
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+from multiaddr.utils import get_network_addrs  # type: ignore[import-untyped]
 
+from petals.peer.concurrency import shielded_for
 from petals.peer.transport.multistream import Listener
 from petals.peer.transport.muxer import MuxedStream, MuxerConfig
 from petals.peer.transport.network import LibraryConn, Network, NetworkConn, tcp_endpoint
@@ -300,7 +302,7 @@ class Host:
             await stream.close()
             return elapsed
         except BaseException:
-            with trio.move_on_after(self._config.close_s, shield=True):
+            with shielded_for(self._config.close_s):
                 await stream.reset()
             raise
 
@@ -347,7 +349,7 @@ class Host:
         except Exception:
             log.exception("%s with %s failed; its stream is reset", protocol, stream.remote_peer)
         finally:  # a no-op on a stream that was closed
-            with trio.move_on_after(self._config.close_s, shield=True):
+            with shielded_for(self._config.close_s):
                 await stream.reset()
 
     async def _run_library_handler(self, conn: NetworkConn, protocol: str, stream: MuxedStream) -> None:
@@ -460,14 +462,14 @@ class StockStream:
         try:
             await self._stream.write(bytes(data))
         except trio.Cancelled:
-            with trio.move_on_after(1, shield=True):
+            with shielded_for(1):
                 await self.reset()
             raise
         except (StreamError, BaseLibp2pError) as error:
             raise PeerUnreachable(f"stream broke: {error or type(error).__name__}", self.remote_peer) from None
 
     async def close_write(self) -> None:
-        await self._close(self._stream.close_write)
+        await self._close(cast(NetStream, self._stream).close_write)
 
     async def close(self) -> None:
         await self._close(self._stream.close)

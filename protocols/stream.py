@@ -12,6 +12,9 @@ _READ_BYTES = 64 * 1024
 _COALESCE_BYTES = 16 * 1024
 """A message and payload together below this are one write; a larger payload is worth a write of its own."""
 
+_PAYLOAD_STEP_BYTES = 1 << 20
+"""A payload's buffer starts with this and at most doubles each time it is full."""
+
 
 class ByteStream(Protocol):
     """One bidirectional stream to one peer. Any call may be cancelled; a cut write leaves the stream reset."""
@@ -140,6 +143,39 @@ class MessageStream:
                 raise RemoteProtocolError(f"the stream ended {len(view)} bytes too early", self.remote_peer)
             view[: len(piece)] = piece
             view = view[len(piece) :]
+
+    async def read_payload(self, n: int) -> bytearray:
+        """`n` raw bytes in a buffer of their own, which grows as they come: announcing much costs a peer much.
+
+        Raises:
+            RemoteProtocolError: the stream ends before.
+        """
+        if n <= _PAYLOAD_STEP_BYTES:
+            payload = bytearray(n)
+            await self.read_into(memoryview(payload))
+            return payload
+        payload = bytearray()
+        while len(payload) < n:
+            have = len(payload)
+            payload += bytes(min(n - have, max(_PAYLOAD_STEP_BYTES, have)))
+            with memoryview(payload) as view:
+                await self.read_into(view[have:])
+        return payload
+
+    async def read_payload(self, n: int) -> bytearray:
+        """`n` raw bytes, in a buffer that grows as they come: a peer's number costs nothing before its bytes are here.
+        When cancelled, those already read are lost: reset the stream then.
+
+        Raises:
+            RemoteProtocolError: the stream ends before.
+        """
+        data = bytearray()
+        while len(data) < n:
+            piece = self._decoder.take_rest(n - len(data)) or await self.stream.read(n - len(data))
+            if not piece:
+                raise RemoteProtocolError(f"the stream ended {n - len(data)} bytes too early", self.remote_peer)
+            data += piece
+        return data
 
     async def close_write(self) -> None:
         await self.stream.close_write()

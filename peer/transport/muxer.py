@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from petals.peer.concurrency import shielded_for
 from petals.peer.transport.multistream import Dialler, Listener, proposal
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
 from petals.peer.transport.pipe import Pipe
@@ -496,7 +497,7 @@ class Connection:
     async def close(self) -> None:
         """Say goodbye, let what is queued go out, close. Bounded by `close_s`; idempotent."""
         if self.error is None and self._started:
-            with trio.move_on_after(self._config.close_s, shield=True):
+            with shielded_for(self._config.close_s):
                 self.session.go_away(GoAway.NORMAL)
                 self.flush()
                 while self._unsent is not None and self.error is None:

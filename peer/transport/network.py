@@ -47,9 +47,10 @@ from libp2p.stream_muxer.exceptions import (
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
-from multiaddr import Multiaddr
-from noise.exceptions import NoiseHandshakeError, NoiseInvalidMessage
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+from noise.exceptions import NoiseHandshakeError, NoiseInvalidMessage  # type: ignore[import-untyped]
 
+from petals.peer.concurrency import shielded_for
 from petals.peer.transport.multistream import Dialler, Listener, proposal
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
@@ -466,7 +467,7 @@ class Network(Swarm):
         except Exception:  # a bug of ours or of the library: it costs this connection, not the node
             log.exception("connection to %s failed", conn.muxed_conn.peer_id)
         finally:
-            with trio.move_on_after(self._muxer.close_s, shield=True):
+            with shielded_for(self._muxer.close_s):
                 await conn.close()
 
     async def _run_accepting(self, conn: NetworkConn) -> None:

@@ -314,7 +314,7 @@ class YamuxSession:
                 if not self._body_left:
                     self._finish_body(events)
             elif not self._header and size - position >= HEADER_BYTES:
-                self._on_header(*HEADER.unpack_from(data, position), events)
+                self._on_header(HEADER.unpack_from(data, position), events)
                 position += HEADER_BYTES
             else:
                 end = min(position + HEADER_BYTES - len(self._header), size)
@@ -323,9 +323,10 @@ class YamuxSession:
                 if len(self._header) == HEADER_BYTES:
                     header = HEADER.unpack(self._header)
                     self._header.clear()
-                    self._on_header(*header, events)
+                    self._on_header(header, events)
 
-    def _on_header(self, version: int, kind: int, flags: int, stream_id: int, length: int, events: list[Event]) -> None:
+    def _on_header(self, header: tuple[int, ...], events: list[Event]) -> None:
+        version, kind, flags, stream_id, length = header
         if version != 0:
             raise ProtocolViolation(f"yamux version {version}")
         if flags & ~_ALL_FLAGS:
