@@ -162,21 +162,6 @@ class MessageStream:
                 await self.read_into(view[have:])
         return payload
 
-    async def read_payload(self, n: int) -> bytearray:
-        """`n` raw bytes, in a buffer that grows as they come: a peer's number costs nothing before its bytes are here.
-        When cancelled, those already read are lost: reset the stream then.
-
-        Raises:
-            RemoteProtocolError: the stream ends before.
-        """
-        data = bytearray()
-        while len(data) < n:
-            piece = self._decoder.take_rest(n - len(data)) or await self.stream.read(n - len(data))
-            if not piece:
-                raise RemoteProtocolError(f"the stream ended {n - len(data)} bytes too early", self.remote_peer)
-            data += piece
-        return data
-
     async def close_write(self) -> None:
         await self.stream.close_write()
 
