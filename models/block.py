@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.models.cache import LayerShape, SpanCache, cache_bytes
-from petals.models.errors import BlockRangeError, StepError
+from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 
 
 class BlockSpan:
@@ -68,6 +68,9 @@ class BlockSpan:
         hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
         with torch.inference_mode():
             self._run(self._view(self.blocks), hidden, recorder, None)
+        missing = [block for block in self.blocks if not recorder.knows(block)]
+        if missing:
+            raise UnsupportedModel(f"block {missing[0]} keeps no keys and values; such memory cannot be served yet")
         self._shapes = [recorder.shape_of(block) for block in self.blocks]
 
     def cache_bytes(self, blocks: range, batch_size: int, max_length: int) -> int:
@@ -134,7 +137,7 @@ class BlockSpan:
         with self._prompting(prompts, blocks):
             return self._run(view, hidden, None, mask)
 
-    def _run(self, view: PreTrainedModel, hidden: Tensor, cache: Any, mask: Tensor | None) -> Tensor:  # noqa: ANN401
+    def _run(self, view: PreTrainedModel, hidden: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
         """One pass of a view; dtype and device of `hidden` come back."""
         inputs = hidden.to(device=self.device, dtype=self.dtype)
         extra: dict[str, Tensor] = {}
@@ -265,6 +268,9 @@ class _Recorder:
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
 
+    def knows(self, block: int) -> bool:
+        return block in self._shapes
+
     def shape_of(self, block: int) -> LayerShape:
         return self._shapes[block]
 
@@ -275,7 +281,7 @@ def _get_list(model: nn.Module, path: str) -> nn.ModuleList:
     return found
 
 
-def _shallow(module: nn.Module) -> Any:  # noqa: ANN401
+def _shallow(module: nn.Module) -> Any:
     """A copy that shares parameters and children with `module`, but may be given other children."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)

@@ -200,13 +200,13 @@ class Checkpoint:
     def digest(self) -> str:
         """64 hex digits that tell this model's blocks from any other's, however they are called.
 
-        SHA-256 over two things:
-        - the configuration: config.json without the entries that say how it was written (`_VOLATILE`), as JSON with
-          sorted keys;
-        - the block weights' identity. For a hub model that is the repository and the commit of the snapshot. For a
-          model converted from a GGUF file it is that file's SHA-256. For a local directory it is the sum modulo
-          2**256 of one SHA-256 per block tensor, over its block, name, dtype, shape and four 4-KiB pieces spread
-          evenly from its first to its last byte; a sum, so that it does not depend on how tensors are dealt to shards.
+        SHA-256 over who the weights are, as far as the source says so:
+        - hub model: the repository and the commit of the snapshot;
+        - model converted from a GGUF file: that file's SHA-256;
+        - local directory: the configuration and the block weights. The configuration is config.json without the
+          entries that say how it was written (`_VOLATILE`). The block weights are the sum modulo 2**256 of one
+          SHA-256 per block tensor, over its block, name, dtype, shape and four 4-KiB pieces spread evenly from its
+          first to its last byte; a sum, so that it does not depend on how tensors are dealt to shards.
 
         The pieces make it cheap (four disk reads a tensor) and tell apart whatever training touched; an adversary
         could hide a change between them, which a digest that servers state about themselves could not prevent anyway.
@@ -217,9 +217,11 @@ class Checkpoint:
 
         Raises: CheckpointError when a shard is missing and no manifest knows it.
         """
-        config = {key: value for key, value in self._raw_config.items() if key not in _VOLATILE}
-        weights = self._identity or _written_identity(self.directory) or self._sampled_identity()
-        spoken = json.dumps({"config": config, "weights": weights}, sort_keys=True, separators=(",", ":"))
+        spoken = self._identity or _written_identity(self.directory)
+        if spoken is None:
+            config = {key: value for key, value in self._raw_config.items() if key not in _VOLATILE}
+            content = {"config": config, "weights": self._sampled_identity()}
+            spoken = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(spoken.encode()).hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -242,7 +244,7 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.name}: {file} lacks {name!r}, which {INDEX} says it holds") from None
 
-    def _open(self, file: str) -> Any:  # noqa: ANN401 (an unbuffered binary file)
+    def _open(self, file: str) -> Any:
         try:
             return open(self._fetch(file), "rb", buffering=0)
         except OSError as error:
@@ -313,7 +315,7 @@ def _refuse_pickles(name: str, directory: Path) -> None:
         )
 
 
-def _parse_header(shard: Any, what: str) -> dict[str, TensorEntry]:  # noqa: ANN401
+def _parse_header(shard: Any, what: str) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file. Raises CheckpointError when it is none, or is shorter than it says."""
     total = os.fstat(shard.fileno()).st_size
     head = shard.read(8)
@@ -334,7 +336,7 @@ def _parse_header(shard: Any, what: str) -> dict[str, TensorEntry]:  # noqa: ANN
     return entries
 
 
-def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:  # noqa: ANN401
+def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:
     dtype = _DTYPES.get(entry.dtype)
     if dtype is None:
         raise CheckpointError(f"{entry.name} is stored as {entry.dtype}, which is not supported")
@@ -354,7 +356,7 @@ def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:  # noqa: ANN401
     return tensor
 
 
-def _tensor_identity(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> int:  # noqa: ANN401
+def _tensor_identity(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> int:
     spoken = json.dumps([*place, entry.dtype, list(entry.shape)]).encode()
     hashed = hashlib.sha256(spoken)
     last = max(0, entry.nbytes - _SAMPLE_BYTES)

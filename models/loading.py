@@ -9,7 +9,7 @@ taken out. Masks, rotary embeddings, alibi, sliding windows and the conversion o
    since embeddings, final norm and head live at the client; the rotary embedding stays.
 3. The span's tensors are read, renamed to their place in the shortened list, and handed to `from_pretrained`, which
    converts (fused experts), quantises and computes the rotary buffers.
-4. A self-test compares the result with the model's own layer before anybody is served (selftest in this file).
+4. A self-test compares the result with the model's own layer before anybody is served (selftest.py).
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint, Progress
-from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
+from petals.models.errors import BlockRangeError, CheckpointError, ModelError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
+from petals.models.selftest import check_span
+
+_STRANGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+"""What model code that was not written for this may raise."""
 
 
 def load_span(
@@ -55,8 +59,23 @@ def load_span(
     model, path = load_shortened(checkpoint, config, blocks, dtype)
     nn.Module.to(model, device)
     span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
-    span.measure_shapes()
+    _prepare(span, checkpoint, self_test)
     return span
+
+
+def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool) -> None:
+    """Let the span learn its caches' shapes and prove itself. Raises UnsupportedModel."""
+    family = family_of(checkpoint.config)
+    title = f"{checkpoint.name} ({family.title})"
+    try:
+        span.measure_shapes()
+        if self_test:
+            check_span(span, title=title, thorough=not family.verified)
+    except ModelError:
+        raise
+    except _STRANGE as error:
+        said = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedModel(f"{title} cannot be served: {type(error).__name__}: {said}") from error
 
 
 def check_range(checkpoint: Checkpoint, blocks: range) -> None:
@@ -88,7 +107,7 @@ def load_shortened(
             loaded: Any = span_class(base_class, path, blocks).from_pretrained(
                 None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
             )
-        except (RuntimeError, ValueError, KeyError) as error:
+        except _STRANGE as error:
             raise UnsupportedModel(
                 f"{base_class.__name__} cannot take the blocks of {checkpoint.name}: {error}"
             ) from error

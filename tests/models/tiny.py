@@ -4,7 +4,6 @@ Weights are scaled so that greedy tokens vary and the best logit stands clear of
 initialisation would repeat one token for ever, and identity of tokens would prove nothing.
 """
 
-
 from __future__ import annotations
 
 import copy
