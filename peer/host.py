@@ -340,17 +340,19 @@ class Host:
 
     async def _run_handler(self, protocol: str, stream: ByteStream, handler: Handler) -> None:
         """The one place where any exception is caught: a crash costs one stream, not the node."""
+        answered = False
         try:
             await handler(stream)
             await stream.close()
-            return
+            answered = True
         except SwarmError as error:
             log.debug("%s with …%s ended: %s", protocol, stream.remote_peer[-6:], error)
         except Exception:
             log.exception("%s with %s failed; its stream is reset", protocol, stream.remote_peer)
-        finally:  # a no-op on a stream that was closed
-            with shielded_for(self._config.close_s):
-                await stream.reset()
+        finally:
+            if not answered:  # a reset after a close would take back what was said last
+                with shielded_for(self._config.close_s):
+                    await stream.reset()
 
     async def _run_library_handler(self, conn: NetworkConn, protocol: str, stream: MuxedStream) -> None:
         """Identify, Kademlia, relay: what the library answers. Its handlers close their streams themselves."""
@@ -485,9 +487,13 @@ class StockStream:
 
 
 async def _answer_ping(stream: ByteStream) -> None:
-    messages = MessageStream(stream, max_message_bytes=PING_BYTES)
-    while (payload := await messages.read_some(PING_BYTES)) and len(payload) == PING_BYTES:
-        await stream.write(payload)
+    """32 bytes come, the same 32 bytes go back, until the peer has had enough."""
+    payload = bytearray()
+    while piece := await stream.read(PING_BYTES - len(payload)):
+        payload += piece
+        if len(payload) == PING_BYTES:
+            await stream.write(payload)
+            payload = bytearray()
 
 
 class _deadline:

@@ -69,6 +69,10 @@ class FrameDecoder:
         del self._buffer[: len(rest)]
         return rest
 
+    def put_back(self, data: bytes | bytearray | memoryview) -> None:
+        """Undo `take_rest`: what was taken last comes first again."""
+        self._buffer[:0] = data
+
     def _take_length(self) -> int | None:
         value = 0
         for index, byte in enumerate(self._buffer[:MAX_VARINT_BYTES]):

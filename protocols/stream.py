@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import trio
+
 from petals.protocols.errors import ProtocolViolation, RemoteProtocolError
 from petals.protocols.framing import FrameDecoder, encode_frame
 from petals.protocols.types import PeerId
@@ -111,17 +113,11 @@ class MessageStream:
             await self.stream.write(head)
 
     async def read_some(self, max_bytes: int) -> bytes:
-        """As many raw bytes as come, up to `max_bytes`; fewer only when the stream ends."""
-        data = bytearray()
-        while len(data) < max_bytes:
-            piece = self._decoder.take_rest(max_bytes - len(data)) or await self.stream.read(max_bytes - len(data))
-            if not piece:
-                break
-            data += piece
-        return bytes(data)
+        """At least one raw byte and at most `max_bytes`; empty at the clean end."""
+        return self._decoder.take_rest(max_bytes) or bytes(await self.stream.read(max_bytes))
 
     async def read_exactly(self, n: int) -> bytes:
-        """`n` raw bytes. When cancelled, those already read are lost: reset the stream then.
+        """`n` raw bytes. A cancelled call loses nothing.
 
         Raises:
             RemoteProtocolError: the stream ends before.
@@ -131,18 +127,23 @@ class MessageStream:
         return bytes(data)
 
     async def read_into(self, buffer: memoryview) -> None:
-        """Fill `buffer` with raw bytes. When cancelled, those already read are lost: reset the stream then.
+        """Fill `buffer` with raw bytes. A cancelled call loses nothing: the next one starts with the same bytes.
 
         Raises:
             RemoteProtocolError: the stream ends before.
         """
-        view = buffer.cast("B")
-        while view:
-            piece = self._decoder.take_rest(len(view)) or await self.stream.read(len(view))
-            if not piece:
-                raise RemoteProtocolError(f"the stream ended {len(view)} bytes too early", self.remote_peer)
-            view[: len(piece)] = piece
-            view = view[len(piece) :]
+        view, have = buffer.cast("B"), 0
+        try:
+            while have < len(view):
+                left = len(view) - have
+                piece = self._decoder.take_rest(left) or await self.stream.read(left)
+                if not piece:
+                    raise RemoteProtocolError(f"the stream ended {left} bytes too early", self.remote_peer)
+                view[have : have + len(piece)] = piece
+                have += len(piece)
+        except trio.Cancelled:
+            self._decoder.put_back(view[:have])
+            raise
 
     async def read_payload(self, n: int) -> bytearray:
         """`n` raw bytes in a buffer of their own, which grows as they come: announcing much costs a peer much.
@@ -155,11 +156,14 @@ class MessageStream:
             await self.read_into(memoryview(payload))
             return payload
         payload = bytearray()
-        while len(payload) < n:
-            have = len(payload)
-            payload += bytes(min(n - have, max(_PAYLOAD_STEP_BYTES, have)))
-            with memoryview(payload) as view:
-                await self.read_into(view[have:])
+        try:
+            while (have := len(payload)) < n:
+                payload += bytes(min(n - have, max(_PAYLOAD_STEP_BYTES, have)))
+                with memoryview(payload) as view:
+                    await self.read_into(view[have:])
+        except trio.Cancelled:
+            self._decoder.put_back(memoryview(payload)[:have])
+            raise
         return payload
 
     async def close_write(self) -> None:

@@ -26,6 +26,7 @@ from libp2p.crypto.x25519 import create_new_key_pair as new_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.trio import TrioTCPStream
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
@@ -333,6 +334,14 @@ class _Dial:
     error: SwarmException | None = None
 
 
+class _NoAutoConnector(AutoConnector):
+    """Dials nobody: even with all its targets at zero the library's would dial every peer it has heard of."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None: ...
+
+    async def maybe_connect(self) -> None: ...
+
+
 class Network(Swarm):
     """A Swarm with our connections, dials and bounds.
 
@@ -371,11 +380,12 @@ class Network(Swarm):
             connection_config=ConnectionConfig(
                 max_connections=max_connections,
                 high_watermark=max_connections,
-                min_connections=0,  # the library's auto-connector stays quiet
+                min_connections=0,
                 low_watermark=0,
                 max_connections_per_peer=max_connections_per_peer,
             ),
         )
+        self.auto_connector = _NoAutoConnector(swarm=self)
         self._dials: dict[ID, _Dial] = {}
 
     # -- connections -----------------------------------------------------------------------------------------------
