@@ -27,7 +27,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.pubkey import PublicKeyValidator
 from libp2p.records.validator import NamespacedValidator, Validator
-from libp2p.tools.async_service import background_trio_service
+from libp2p.tools.anyio_service import background_trio_service
 
 from petals.dht.keys import NAMESPACE, parse_record_key, record_key, swarm_key
 from petals.dht.records import RecordError, ServerRecord, ServerState, Verify, open_record, sign_record

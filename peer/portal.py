@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import TypeVar, TypeVarTuple
 
 import trio
-from typing_extensions import TypeVarTuple, Unpack
+
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -26,13 +26,13 @@ class Portal:
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
 
-    def run(self, function: Callable[[Unpack[Args]], Awaitable[T]], *args: Unpack[Args]) -> T:
+    def run(self, function: Callable[[*Args], Awaitable[T]], *args: *Args) -> T:
         """Await `function(*args)` in the trio thread; blocks the calling thread."""
         if _home.get() is self._token:
             return trio.from_thread.run(function, *args)
         return trio.from_thread.run(function, *args, trio_token=self._token)
 
-    async def run_sync(self, function: Callable[[Unpack[Args]], T], *args: Unpack[Args]) -> T:
+    async def run_sync(self, function: Callable[[*Args], T], *args: *Args) -> T:
         """Call `function(*args)` in a worker thread that may use `run`."""
         reset = _home.set(self._token)  # worker threads inherit the context
         try:

@@ -215,9 +215,7 @@ class Inbound:
         tensors: dict[str, Tensor] = {}
         with self._deadline(self.config.payload_s):
             for name, header, nbytes in plan:
-                payload = bytearray(nbytes)
-                await messages.read_into(memoryview(payload))
-                tensors[name] = decode_tensor(header, payload)
+                tensors[name] = decode_tensor(header, await messages.read_payload(nbytes))
         return tensors
 
     @contextmanager
