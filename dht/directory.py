@@ -109,6 +109,7 @@ class Directory:
         self._verify = verify
         self._fetch_direct = fetch_direct
         self._clock = clock
+        self._own: dict[str, ServerRecord] = {}
         self.dropped_records = 0
         """Records that were not believed, so far."""
 
@@ -117,6 +118,7 @@ class Directory:
 
         Nobody being there to store it is no error: the next peer to join asks us.
         """
+        self._own[record.model.digest] = record
         data = sign_record(record, self._signer.sign, self._signer.public_key)
         with trio.move_on_after(STORE_S):
             async with trio.open_nursery() as nursery:
@@ -146,6 +148,9 @@ class Directory:
         async with trio.open_nursery() as nursery:
             for info in providers:
                 nursery.start_soon(fetch, info)
+        own = self._own.get(model.digest)  # never asked for over the network
+        if own is not None and own.state is not ServerState.OFFLINE:
+            found[own.peer_id] = own
         return tuple(found[peer_id] for peer_id in sorted(found))
 
     async def _fetch(self, info: PeerInfo, model: ModelId) -> ServerRecord | None:

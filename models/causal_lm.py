@@ -133,6 +133,7 @@ def load_causal_lm(checkpoint: Checkpoint, chain: BlockChain, *, dtype: torch.dt
 
         model.generation_config = GenerationConfig.from_pretrained(str(directory.parent))
     model.eval()
+    _probe_convention(model, model.blocks)
     model.blocks.connect(chain)
     return model
 
@@ -143,11 +144,10 @@ def _client_class(head_class: type[PreTrainedModel], path: str) -> type[PreTrain
         base = getattr(self, head_class.base_model_prefix)
         stack_path, _, name = path.rpartition(".")
         stack = base.get_submodule(stack_path)
-        wants_tuple = _returns_tuple(getattr(stack, name)[0])
         blocks = RemoteSequential()
         setattr(stack, name, blocks)
         object.__setattr__(self, "blocks", blocks)  # a second name, not a second child
-        base.register_forward_pre_hook(_Before(blocks, wants_tuple), with_kwargs=True)
+        base.register_forward_pre_hook(_Before(blocks), with_kwargs=True)
         base.register_forward_hook(_After(blocks), always_call=True)
 
     # The library looks conversions up by the class's name and module: keep them.
@@ -158,17 +158,25 @@ def _client_class(head_class: type[PreTrainedModel], path: str) -> type[PreTrain
     )
 
 
-def _returns_tuple(layer: nn.Module) -> bool:
-    """Whether the family's stack takes `layer(...)[0]`: by the annotation of the layer's own forward."""
-    annotation = str(type(layer).forward.__annotations__.get("return", ""))
-    return "tuple" in annotation.lower()
+def _probe_convention(model: Any, blocks: RemoteSequential) -> None:
+    """Find out whether the family's stack takes what a block returns, or the first item of it.
+
+    Two rows of two tokens go through with blocks that do nothing: the wrong answer loses a dimension.
+    """
+    base = getattr(model, type(model).base_model_prefix)
+    ids = torch.zeros(2, 2, dtype=torch.long, device=model.device)
+    for blocks.wants_tuple in (False, True):
+        with torch.no_grad(), contextlib.suppress(Exception), blocks.pretending():
+            if base(input_ids=ids, use_cache=False).last_hidden_state.shape[:2] == (2, 2):
+                return
+    raise UnsupportedModel(f"{type(model).__name__} does not loop over its blocks as other families do")
 
 
 class _Before:
     """Tells the blocks what the base model was called with, before it makes masks of it."""
 
-    def __init__(self, blocks: RemoteSequential, wants_tuple: bool) -> None:
-        self._blocks, self._wants_tuple = blocks, wants_tuple
+    def __init__(self, blocks: RemoteSequential) -> None:
+        self._blocks = blocks
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -179,7 +187,7 @@ class _Before:
             raise StepError(f"attention_mask must be (batch, tokens), got {tuple(mask.shape)}")
         if cache is None:
             kwargs["use_cache"] = False
-        self._blocks.calling(mask, cache, wants_tuple=self._wants_tuple)
+        self._blocks.calling(mask, cache)
 
 
 class _After:

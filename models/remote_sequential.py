@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class RemoteSequential(nn.Module):
 
     def __init__(self, chain: BlockChain | None = None) -> None:
         super().__init__()
+        self.wants_tuple = False
+        """What the family's own loop expects of a block: a tensor, or a tuple that starts with it."""
         self._chain = chain
         self._local = threading.local()
 
@@ -63,11 +66,13 @@ class RemoteSequential(nn.Module):
         call: _Call | None = getattr(self._local, "call", None)
         if call is None:
             return self.chain.forward(hidden, **kwargs)
-        if call.cache is not None:
+        if getattr(self._local, "pretending", False):
+            output = hidden
+        elif call.cache is not None:
             output = call.cache.step(hidden, call.attention_mask)
         else:
             output = self.chain.forward(hidden, attention_mask=call.attention_mask)
-        return (output,) if getattr(self._local, "wants_tuple", False) else output
+        return (output,) if self.wants_tuple else output
 
     def inference_session(self, *, max_length: int, batch_size: int = 1) -> ChainSession:
         """Caches for raw hidden states over these blocks."""
@@ -95,11 +100,19 @@ class RemoteSequential(nn.Module):
     def _inside(self) -> bool:
         return getattr(self._local, "call", None) is not None
 
-    def calling(self, attention_mask: Tensor | None, cache: ChainCache | None, *, wants_tuple: bool) -> None:
+    def calling(self, attention_mask: Tensor | None, cache: ChainCache | None) -> None:
         """The base model around us starts its loop in this thread."""
         self._local.call = _Call(attention_mask, cache)
-        self._local.wants_tuple = wants_tuple
 
     def called(self) -> None:
         """The base model around us has ended, or failed."""
         self._local.call = None
+
+    @contextmanager
+    def pretending(self) -> Iterator[None]:
+        """Blocks that do nothing, in this thread."""
+        self._local.pretending = True
+        try:
+            yield
+        finally:
+            self._local.pretending = False

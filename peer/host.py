@@ -30,6 +30,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from multiaddr.utils import get_network_addrs  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import shielded_for
+from petals.peer.transport.loopback import loopback_pair
 from petals.peer.transport.multistream import Listener
 from petals.peer.transport.muxer import MuxedStream, MuxerConfig
 from petals.peer.transport.network import LibraryConn, Network, NetworkConn, tcp_endpoint
@@ -263,6 +264,8 @@ class Host:
             RequestRefused: the peer does not speak `protocol`.
             RemoteProtocolError: the peer speaks nonsense.
         """
+        if peer_id == self.peer_id:
+            return await self._open_loopback(protocol)
         conn = await self._connect(peer_id, addrs)
         with _deadline(self._config.negotiate_s, f"{protocol} was not agreed on", peer_id):
             if not isinstance(conn.muxed_conn, LibraryConn):
@@ -277,6 +280,16 @@ class Host:
                 stream.reset_nowait()
                 raise
             return stream
+
+    async def _open_loopback(self, protocol: str) -> ByteStream:
+        """A stream to ourselves: a peer that serves and asks is its own cheapest server."""
+        await trio.lowlevel.checkpoint()
+        handler = self._handlers.get(protocol)
+        if handler is None:
+            raise RequestRefused(f"this peer does not speak {protocol}", self.peer_id)
+        near, far = loopback_pair(self.peer_id, self.peer_id)
+        self._nursery.start_soon(self._run_handler, protocol, far, handler)
+        return near
 
     def set_handler(self, protocol: str, handler: Handler) -> None:
         """Answer streams of `protocol` with `handler`, from now on."""

@@ -1,108 +1,29 @@
-"""Two ends of a stream without a network: `from tests.fakes.streams import memory_stream_pair`.
-
-The contract suite (tests/transport/test_contract.py) runs on these too, so they behave like the real ones.
-"""
+"""Two ends of a stream without a network: `from tests.fakes.streams import memory_stream_pair`."""
 
 from __future__ import annotations
 
-import trio
-
-from petals.protocols.errors import PeerUnreachable
+from petals.peer.transport.loopback import LoopbackStream, loopback_pair
 from petals.protocols.types import PeerId
 
-WINDOW = 256 * 1024
 
-
-class _Way:
-    """One direction: what was written and not read yet."""
-
-    def __init__(self) -> None:
-        self.buffer = bytearray()
-        self.finished = self.dropped = False
-        self._changed = trio.Event()
-
-    def change(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def wait(self) -> None:
-        await self._changed.wait()
-
-
-class MemoryStream:
-    """A ByteStream in memory.
+class MemoryStream(LoopbackStream):
+    """A loopback stream that remembers.
 
     Attributes:
         sent: every byte ever written at this end.
     """
 
-    def __init__(self, remote_peer: PeerId, out: _Way, back: _Way, broken: list[str]) -> None:
-        self.remote_peer = remote_peer
-        self.sent = bytearray()
-        self._out, self._back, self._broken = out, back, broken
-        self._closed = False
-
-    async def read(self, max_bytes: int) -> bytes:
-        await trio.lowlevel.checkpoint()
-        while not self._back.buffer:
-            if self._closed:
-                raise trio.ClosedResourceError
-            self._check()
-            if self._back.finished:
-                return b""
-            await self._back.wait()
-        data = bytes(self._back.buffer[:max_bytes])
-        del self._back.buffer[:max_bytes]
-        self._back.change()
-        return data
+    sent: bytearray
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        try:
-            await trio.lowlevel.checkpoint()
-            while view:
-                self._check()
-                if self._out.finished:
-                    raise trio.ClosedResourceError
-                room = len(view) if self._out.dropped else WINDOW - len(self._out.buffer)
-                if not self._out.dropped:
-                    self._out.buffer += view[:room]
-                self.sent += view[:room]
-                view = view[room:]
-                self._out.change()
-                if view:
-                    await self._out.wait()
-        except trio.Cancelled:
-            self._break()
-            raise
-
-    async def close_write(self) -> None:
-        self._out.finished = True
-        self._out.change()
-
-    async def close(self) -> None:
-        self._closed = self._back.dropped = True
-        self._back.buffer.clear()
-        self._back.change()
-        await self.close_write()
-
-    async def reset(self) -> None:
-        self._break()
-
-    def _break(self) -> None:
-        if not (self._closed and self._out.finished):
-            self._broken.append("reset")
-            self._out.buffer.clear()
-            self._back.buffer.clear()
-        self._out.change()
-        self._back.change()
-
-    def _check(self) -> None:
-        if self._broken:
-            raise PeerUnreachable("the stream was reset", self.remote_peer)
+        await super().write(data)
+        self.sent += data
 
 
 def memory_stream_pair(near: str = "peer-near", far: str = "peer-far") -> tuple[MemoryStream, MemoryStream]:
     """The two ends; each names the other as its remote peer."""
-    there, back, broken = _Way(), _Way(), []
-    return MemoryStream(PeerId(far), there, back, broken), MemoryStream(PeerId(near), back, there, broken)
+    ends = loopback_pair(PeerId(near), PeerId(far))
+    for end in ends:
+        end.__class__ = MemoryStream
+        end.sent = bytearray()  # type: ignore[attr-defined]
+    return ends  # type: ignore[return-value]

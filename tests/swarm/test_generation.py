@@ -1,0 +1,152 @@
+"""The promise: the words of the swarm are exactly those of the unsplit model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+from petals.models.causal_lm import load_causal_lm
+from petals.peer.client.generation import GenerationOptions
+from petals.peer.node import Peer
+from petals.protocols.errors import MissingBlocks, UserError
+from tests.swarm.conftest import Swarm, Truth, all_leases_returned
+
+MakeSwarm = Callable[..., Swarm]
+PROMPTS = ("A cat sat on", "The three primary colours are", "def fibonacci(n):")
+SPLITS = {1: (30,), 2: (15, 30), 3: (7, 20, 30)}
+
+
+async def ask(peer: Peer, prompt: str, **options: Any) -> list[int]:
+    stream = await peer.generate(prompt, options=GenerationOptions(**options))
+    return [token.id async for token in stream]
+
+
+@cache
+def truth_of(truth: Truth, prompt: str, **options: Any) -> list[int]:
+    inputs = truth.tokenizer(prompt, return_tensors="pt")
+    output = truth.model.generate(**inputs, **options)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("n_peers", [1, 2, 3])
+async def test_a_real_model_says_the_same_words_however_it_is_split(
+    make_swarm: MakeSwarm, smollm: Truth, n_peers: int
+) -> None:
+    swarm, start = make_swarm(), 0
+    for end in SPLITS[n_peers]:
+        await swarm.add(range(start, end))
+        start = end
+    client = await swarm.add()
+    for prompt in PROMPTS:
+        expected = truth_of(smollm, prompt, max_new_tokens=64, do_sample=False)
+        assert await ask(client, prompt, max_new_tokens=64) == expected
+        assert len(set(expected)) > 10, "a model that repeats itself proves nothing"
+    for server in swarm.peers[:-1]:
+        await all_leases_returned(server)
+
+
+async def test_seeded_sampling_throws_the_same_dice(make_swarm: MakeSwarm, smollm: Truth) -> None:
+    swarm = make_swarm()
+    await swarm.add(range(0, 12))
+    client = await swarm.add(range(12, 30))  # serves and asks at once
+    settings = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
+    torch.manual_seed(7)
+    expected = truth_of(smollm, PROMPTS[0], do_sample=True, **settings)
+
+    async def disturb() -> None:  # other generations draw from the same generator of the process
+        await ask(client, PROMPTS[1], max_new_tokens=24, seed=8)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disturb)
+        assert await ask(client, PROMPTS[0], seed=7, **settings) == expected
+    assert await ask(client, PROMPTS[0], seed=9, **settings) != expected
+
+
+async def test_text_streams_and_the_route_is_told(make_swarm: MakeSwarm, smollm: Truth) -> None:
+    swarm = make_swarm()
+    server = await swarm.add(range(0, 30))
+    client = await swarm.add()
+    stream = await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=20))
+    seen = ""
+    async for token in stream:
+        seen += token.text
+    assert seen == stream.text == smollm.tokenizer.decode(stream.token_ids)
+    assert [(hop.peer_id, hop.blocks) for hop in stream.route] == [(server.peer_id, range(0, 30))]
+    assert 0 < stream.route[0].compute_s <= stream.route[0].round_trip_s
+    assert stream.tokens_per_s > 0
+
+
+async def test_random_models_generate_the_same_in_every_way(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
+    swarm = make_swarm(tiny_truth.directory)
+    await swarm.add(range(0, 3))
+    await swarm.add(range(3, 4))
+    client = await (await swarm.add()).client()
+    await client.ready()
+    model = load_causal_lm(tiny_truth.checkpoint, client.chain())
+    ids = torch.tensor([[5, 17, 99, 3], [8, 2, 45, 101]])
+    padded = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+
+    def compare() -> None:
+        for arguments in (
+            {"input_ids": ids},
+            {"input_ids": ids, "attention_mask": padded},
+            {"input_ids": ids, "num_beams": 3},
+            {"input_ids": ids[:1], "repetition_penalty": 1.3},
+        ):
+            settings = {"max_new_tokens": 12, "do_sample": False, **arguments}
+            torch.testing.assert_close(model.generate(**settings), tiny_truth.model.generate(**settings))
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, tiny_truth.model(ids).logits, rtol=0, atol=1e-4)
+
+    await client.portal.run_sync(compare)
+
+
+async def test_cancelling_gives_every_lease_back(make_swarm: MakeSwarm, smollm: Truth) -> None:
+    swarm = make_swarm()
+    servers = [await swarm.add(range(0, 15)), await swarm.add(range(15, 30))]
+    client = await swarm.add()
+    with trio.CancelScope() as scope:
+        async for _ in await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=500)):
+            assert all(server.server.inbound.sessions == 1 for server in servers if server.server)
+            scope.cancel()
+    assert scope.cancelled_caught
+    for server in servers:
+        await all_leases_returned(server)
+    assert await ask(client, PROMPTS[0], max_new_tokens=4) == truth_of(
+        smollm, PROMPTS[0], max_new_tokens=4, do_sample=False
+    )
+
+
+async def test_leaving_the_loop_with_break_ends_the_generation(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm()
+    server = await swarm.add(range(0, 30))
+    client = await swarm.add()
+    async for _ in await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=500)):
+        break
+    await all_leases_returned(server)
+
+
+async def test_missing_blocks_are_named_in_bounded_time(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm()
+    await swarm.add(range(0, 10))
+    await swarm.add(range(20, 30))
+    client = await swarm.add()
+    with trio.fail_after(30), pytest.raises(MissingBlocks, match=r"10:20.*waited 8 s") as caught:
+        await client.generate(PROMPTS[0])
+    assert caught.value.blocks == tuple(range(10, 20))
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_sent(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm()
+    await swarm.add(range(0, 30))
+    client = await swarm.add()
+    with pytest.raises(UserError, match="do not fit into 8"):
+        await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=8, max_length=8))
+    with pytest.raises(UserError, match="empty"):
+        await client.generate("")
+    assert await ask(client, PROMPTS[0], max_new_tokens=2)  # the peer is none the worse
