@@ -12,6 +12,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class BlockSpan:
         self.hidden_size: int = model.config.get_text_config(decoder=True).hidden_size
         self._model = model
         self._path = path
-        self._layers = list(_get_list(model, path))
+        self._layers = list(get_layers(model, path))
         self._prompts = threading.local()
         self._views: dict[range, PreTrainedModel] = {}
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
@@ -49,7 +50,8 @@ class BlockSpan:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._layers[0].parameters())).device
+        layer = self._layers[0]
+        return next(chain(layer.parameters(), layer.buffers())).device
 
     @property
     def weight_bytes(self) -> int:
@@ -275,7 +277,8 @@ class _Recorder:
         return self._shapes[block]
 
 
-def _get_list(model: nn.Module, path: str) -> nn.ModuleList:
+def get_layers(model: nn.Module, path: str) -> nn.ModuleList:
+    """The list of blocks at `path` of a base model."""
     found = model.get_submodule(path)
     assert isinstance(found, nn.ModuleList)
     return found
@@ -296,7 +299,7 @@ def _shorten(model: PreTrainedModel, path: str, have: range, want: range) -> Pre
         child = _shallow(getattr(owner, parent))
         owner._modules[parent] = child
         owner = child
-    layers = _get_list(model, path)[want.start - have.start : want.stop - have.start]
+    layers = get_layers(model, path)[want.start - have.start : want.stop - have.start]
     owner._modules[name] = layers
     # The stack zips its blocks with per-layer entries of the configuration ("layer_types"), which are still those of
     # the whole model; the blocks themselves were built from it and keep it.

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petals.models.block import BlockSpan
+from petals.models.block import BlockSpan, get_layers
 from petals.models.checkpoint import Checkpoint, Progress
 from petals.models.errors import BlockRangeError, CheckpointError, ModelError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
+from petals.models.quantize import check_quant_type, quantize_block
 from petals.models.selftest import check_span
 
 _STRANGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
@@ -56,8 +57,7 @@ def load_span(
     check_range(checkpoint, blocks)
     dtype = dtype or checkpoint.dtype
     config = prepare_config(checkpoint.config)
-    model, path = load_shortened(checkpoint, config, blocks, dtype)
-    nn.Module.to(model, device)
+    model, path = _load_quantized(checkpoint, config, blocks, dtype, torch.device(device), quant_type, progress)
     span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
     _prepare(span, checkpoint, self_test)
     return span
@@ -76,6 +76,32 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool) -> None:
     except _STRANGE as error:
         said = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModel(f"{title} cannot be served: {type(error).__name__}: {said}") from error
+
+
+def _load_quantized(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    blocks: range,
+    dtype: torch.dtype,
+    device: torch.device,
+    quant_type: str,
+    progress: Progress | None,
+) -> tuple[PreTrainedModel, str]:
+    """`load_shortened` on `device`. When it quantises, one block at a time: no more than one is ever there in full."""
+    if check_quant_type(quant_type) == "none":
+        model, path = load_shortened(checkpoint, config, blocks, dtype)
+        return nn.Module.to(model, device), path
+    layers: list[nn.Module] = []
+    for block in blocks:
+        model, path = load_shortened(checkpoint, config, range(block, block + 1), dtype)
+        layers += [quantize_block(layer, quant_type, device) for layer in get_layers(model, path)]
+        if progress:
+            progress(f"quantised block {block} to {quant_type}")
+    stack, _, name = path.rpartition(".")
+    setattr(model.get_submodule(stack), name, nn.ModuleList(layers))
+    nn.Module.to(model, device)
+    model.requires_grad_(False)
+    return model, path
 
 
 def check_range(checkpoint: Checkpoint, blocks: range) -> None:

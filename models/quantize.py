@@ -1,0 +1,162 @@
+"""Blocks in fewer bytes: int8 and nf4 weights, with gradients for the input.
+
+On CUDA both are bitsandbytes'. On a CPU bitsandbytes works too, but one row of int8 takes 20-40 times as long as with
+torch's own weight-only kernel; so int8 is ours there, and nf4, which torch has no kernel for, is theirs.
+
+int8: each output row of a weight matrix is divided by its largest absolute value / 127 and rounded. Up to `_MAX_ROWS`
+rows go through `torch._weight_int8pack_mm`, which wants bfloat16 rows; above that, dequantising once and multiplying in
+the rows' own dtype is faster (measured on AVX2, 2026: break-even near 32 rows). Scales are rounded to bfloat16 before
+the integers are chosen, so that both ways multiply by exactly the same weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from petals.models.errors import UnsupportedModel
+
+QUANT_TYPES = ("none", "int8", "nf4")
+
+_MAX_ROWS = 32
+
+
+def check_quant_type(quant_type: str) -> str:
+    """Raise UnsupportedModel unless it is one of QUANT_TYPES, and can be had here."""
+    if quant_type not in QUANT_TYPES:
+        raise UnsupportedModel(f"unknown quant_type {quant_type!r}; there are {', '.join(QUANT_TYPES)}")
+    return quant_type
+
+
+def quantize_block(block: nn.Module, quant_type: str, device: torch.device) -> nn.Module:
+    """Replace every linear layer of a block, in place, and move the block to `device`.
+
+    Raises: UnsupportedModel when most of the block's weights are in no linear layer, or bitsandbytes is not installed.
+    """
+    check_quant_type(quant_type)
+    if quant_type == "none":
+        return block.to(device)
+    _refuse_fused_experts(block, quant_type)
+    for name, module in list(block.named_modules()):
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        parent_name, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(parent_name), leaf, _quantized(module, quant_type, device))
+    return block.to(device)
+
+
+def _refuse_fused_experts(block: nn.Module, quant_type: str) -> None:
+    inside = sum(m.weight.numel() for m in block.modules() if isinstance(m, (nn.Linear, Conv1D)))
+    total = sum(p.numel() for p in block.parameters())
+    if inside < total / 2:
+        raise UnsupportedModel(
+            f"{quant_type} holds linear layers, and most of this model's weights are fused experts; "
+            "serve it with quant_type none"
+        )
+
+
+def _quantized(module: nn.Linear | Conv1D, quant_type: str, device: torch.device) -> nn.Module:
+    weight = module.weight.detach()
+    weight = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+    bias = None if module.bias is None else module.bias.detach()
+    if quant_type == "int8" and device.type == "cpu":
+        return Int8Linear(weight, bias)
+    return _bitsandbytes_linear(weight, bias, quant_type, device)
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear` whose weight is int8 with one scale per output row. Frozen; passes gradients to its input."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight (out, in) and bias (out,), floating."""
+        super().__init__()
+        integers, scale = quantize_rows(weight)
+        self.out_features, self.in_features = integers.shape
+        self.register_buffer("weight", integers)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., in) -> (..., out), dtype of `hidden`."""
+        product: Tensor = _Int8Product.apply(hidden, self.weight, self.scale)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (out, in) and bfloat16 scale (out,), so that integers * scale is near `weight` (out, in).
+
+    The error of an element is at most half its row's scale, but for the row's largest, which rounding of the scale to
+    bfloat16 may move by another 2**-9 of itself.
+    """
+    weight = weight.float()
+    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
+    integers = (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return integers, scale
+
+
+def dequantize_rows(integers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights (out, in) that `integers` and `scale` stand for."""
+    return integers.to(dtype) * scale.to(dtype)[:, None]
+
+
+class _Int8Product(torch.autograd.Function):
+    """hidden @ weight.T; torch's int8 kernels have no backward of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(integers, scale)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if rows.shape[0] <= _MAX_ROWS:
+            product = torch._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, scale).to(hidden.dtype)
+        else:
+            product = _wide_product(rows, dequantize_rows(integers, scale, torch.float32).t())
+        return product.reshape(*hidden.shape[:-1], integers.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        integers, scale = ctx.saved_tensors
+        (grad,) = grads
+        rows = grad.reshape(-1, grad.shape[-1])
+        product = _wide_product(rows, dequantize_rows(integers, scale, torch.float32))
+        return product.reshape(*grad.shape[:-1], integers.shape[1]), None, None
+
+
+def _wide_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """In float32 whatever the rows are: a CPU without bfloat16 units takes six times as long for bfloat16."""
+    return (rows.float() @ matrix).to(rows.dtype)
+
+
+def _bitsandbytes_linear(weight: Tensor, bias: Tensor | None, quant_type: str, device: torch.device) -> nn.Module:
+    """A bitsandbytes layer with these weights, quantised on its way to `device`."""
+    try:
+        from bitsandbytes import nn as bnb_nn  # imported here, since it takes seconds
+    except ImportError:
+        raise UnsupportedModel(
+            f"quant_type {quant_type} on {device.type} needs bitsandbytes: pip install petals-libp2p[quant]"
+        ) from None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per call on a CPU
+    out_features, in_features = weight.shape
+    bnb: Any = bnb_nn
+    layer: nn.Module
+    if quant_type == "int8":
+        layer = bnb.Linear8bitLt(in_features, out_features, bias=bias is not None, has_fp16_weights=False)
+        layer.weight = bnb.Int8Params(weight.half().cpu(), requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.Linear4bit(
+            in_features, out_features, bias=bias is not None, compute_dtype=weight.dtype, quant_type="nf4"
+        )
+        layer.weight = bnb.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return layer.to(device)
