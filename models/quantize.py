@@ -139,13 +139,13 @@ def _wide_product(rows: Tensor, matrix: Tensor) -> Tensor:
 
 def _bitsandbytes_linear(weight: Tensor, bias: Tensor | None, quant_type: str, device: torch.device) -> nn.Module:
     """A bitsandbytes layer with these weights, quantised on its way to `device`."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per call on a CPU, one at import
     try:
         from bitsandbytes import nn as bnb_nn  # imported here, since it takes seconds
     except ImportError:
         raise UnsupportedModel(
             f"quant_type {quant_type} on {device.type} needs bitsandbytes: pip install petals-libp2p[quant]"
         ) from None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per call on a CPU
     out_features, in_features = weight.shape
     bnb: Any = bnb_nn
     layer: nn.Module

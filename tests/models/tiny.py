@@ -157,7 +157,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "gemma3",
         "gemma3_text",
-        "two rotary bases, five sliding blocks of six",
+        "two rotary bases, sliding and full blocks",
         {
             **_HEAD_DIM,
             "sliding_window": 5,
