@@ -231,7 +231,7 @@ async def run_generation(
     session = InferenceSession(client.chain(wanted), room, client.active_session)
     work = _Work(model, tokenizer, inputs, options, session, stream)
     task_status.started(stream)
-    del stream  # whoever iterates holds the last reference: dropping it ends us
+    del stream, task_status  # whoever iterates holds the last reference: dropping it ends us
     try:
         with scope:
             work.result = await client.portal.run_sync(outcome.capture, work.run, client.portal)
