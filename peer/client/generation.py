@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,10 @@ from petals.peer.client.chain import RemoteChainSession
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.session import HopTrace
 from petals.protocols.errors import UserError
+
+
+LOOKAHEAD = 4
+"""Tokens generated before the first of them is taken; then the generation waits for its reader."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +96,7 @@ class TokenStream:
     _error: BaseException | None = None
 
     def __post_init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel[Token](math.inf)  # bounded by max_new_tokens
+        self._send, self._receive = trio.open_memory_channel[Token](LOOKAHEAD)
 
     @property
     def tokens_per_s(self) -> float:
@@ -288,12 +291,12 @@ class _Work:
                 dice.put_back()
 
     async def _deliver(self, token: int) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
         now = time.perf_counter()
         text = self._decoder.add(token)
         stream = self._stream()
-        if stream is None:
-            return
+        if stream is None:  # our scope is being cancelled
+            await trio.lowlevel.checkpoint()
+            raise UserError("nobody is listening any more")
         if not stream.token_ids:
             self._seconds.first_token = now - self._began
         else:
@@ -303,7 +306,8 @@ class _Work:
         remote = self._session.cache.session
         if isinstance(remote, RemoteChainSession):
             stream.route = remote.trace
-        self._send.send_nowait(Token(token, text))
+        del stream
+        await self._send.send(Token(token, text))
 
     async def finish(self) -> None:
         """Give the caches back and tell whoever iterates."""

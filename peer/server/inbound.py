@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,12 @@ from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import WIRE_DTYPES, decode_tensor, encode_tensor
 from petals.protocols.training import request_payload
 from petals.protocols.types import ModelId, PeerId
+
+log = logging.getLogger(__name__)
+
+GOODBYE_S = 5.0
+GOODBYE_READS = 4096
+"""Of 64 KiB at most: as much as the largest tensor that may have been announced."""
 
 Plan = Sequence[tuple[str, pb.Tensor, int]]
 Request = TypeVar("Request", pb.InferenceRequest, pb.TrainingRequest)
@@ -68,8 +75,8 @@ class Inbound:
         except Refused as refusal:
             await self._say_goodbye(messages, pb.InferenceReply(error=refusal.as_message()))
         except (RemoteProtocolError, ProtocolViolation) as error:
+            log.info("…%s broke the rules of inference: %s", stream.remote_peer[-6:], error)
             await self._say_goodbye(messages, pb.InferenceReply(error=_blame(error)))
-            raise RemoteProtocolError(str(error), stream.remote_peer) from None
 
     async def _session(self, messages: MessageStream) -> None:
         conversation = Conversation()
@@ -144,8 +151,8 @@ class Inbound:
         except Refused as refusal:
             await self._say_goodbye(messages, pb.TrainingReply(error=refusal.as_message()))
         except (RemoteProtocolError, ProtocolViolation) as error:
+            log.info("…%s broke the rules of training: %s", stream.remote_peer[-6:], error)
             await self._say_goodbye(messages, pb.TrainingReply(error=_blame(error)))
-            raise RemoteProtocolError(str(error), stream.remote_peer) from None
 
     async def _train(self, messages: MessageStream, backward: bool) -> None:
         with self._deadline(self.config.payload_s):
@@ -238,9 +245,14 @@ class Inbound:
             self._sessions += Counter()  # drops peers that have none
 
     async def _say_goodbye(self, messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply) -> None:
-        with trio.move_on_after(5):
+        """Say what was wrong and end the stream. What the peer is still sending is read and dropped for a while: a
+        reset in answer to it would overtake our words."""
+        with trio.move_on_after(GOODBYE_S):
             await messages.write_message(reply.SerializeToString())
             await messages.close_write()
+            for _ in range(GOODBYE_READS):
+                if not await messages.stream.read(64 << 10):
+                    return
 
 
 def _blame(error: RemoteProtocolError | ProtocolViolation) -> pb.Error:
