@@ -11,7 +11,8 @@ from petals.models.local import LocalChain
 from tests.models.conftest import Tiny
 from tests.models.tiny import VOCABULARY
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+"""Lively blocks put out values of about 30: the absolute part is a few roundings of float32 at that size."""
 
 
 def some_ids(batch: int = 2, length: int = 12) -> Tensor:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(  # bitsandbytes and torch about each ot
     "ignore:.*_check_is_size will be removed:FutureWarning",
 )
 
-ROUGHLY = {"int8": (0.02, 0.03), "nf4": (1e-5, 0.6)}
+ROUGHLY = {"int8": (0.03, 0.06), "nf4": (1e-4, 0.9)}
 """Relative error of one lively block, as a quotient of norms: against a float block that has the dequantised weights
 (int8 rounds its rows to bfloat16), and against the exact one. Unrelated outputs differ by 1.4."""
 

@@ -7,6 +7,7 @@ initialisation would repeat one token for ever, and identity of tokens would pro
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -228,18 +229,26 @@ def make_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
+_ATTENTION = re.compile(r"q_proj|k_proj|qkv_proj|q_norm|k_norm")
+
+
 def enliven(model: nn.Module, seed: int = 0) -> None:
-    """Give every weight a scale at which blocks change their input a good deal and tokens vary."""
+    """Give every weight a scale at which blocks drown the embeddings, or models with tied heads repeat their input."""
     generator = torch.Generator().manual_seed(seed)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {
+        id(m.weight): 0.3 / getattr(m, "scalar_embed_scale", 1.0)
+        for m in model.modules()
+        if isinstance(m, nn.Embedding)
+    }
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if id(weight) in embeddings:
-                weight.copy_(noise)
+                weight.copy_(noise * embeddings[id(weight)])
             elif weight.ndim >= 2:
-                weight.copy_(noise * 1.5 / weight.shape[-1] ** 0.5)
-            elif "norm" in name or "ln" in name:
+                gain = 1.5 if _ATTENTION.search(name) else 3  # sharp attention would amplify rounding
+                weight.copy_(noise * gain / weight.shape[-1] ** 0.5)
+            elif ("norm" in name or "ln" in name) and name.endswith("weight"):
                 weight.add_(0.2 * noise)
             else:
                 weight.copy_(0.2 * noise)
