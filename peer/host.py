@@ -127,7 +127,7 @@ async def open_host(key_pair: KeyPair, config: HostConfig | None = None) -> Asyn
         announce_addrs=[Multiaddr(addr) for addr in config.announce] or None,
         negotiate_timeout=max(1, round(config.negotiate_s)),
     )
-    doors = [await _open_door(addr) for addr in config.listen]
+    doors = await _open_doors(config.listen)
     failure: Exception | None = None
     try:
         async with libp2p.run([]), trio.open_nursery() as nursery:
@@ -167,11 +167,12 @@ class Host:
         self._handlers: dict[str, Handler] = {}
         self._n_handlers = 0
         self._half_open: dict[trio.CancelScope, None] = {}
-        self._frozen: dict[PeerId, tuple[str, ...]] = {}
+        self._frozen: dict[PeerId, None] = {}
         self._on_peer: list[Callable[[PeerId], None]] = []
         network.on_stream = self._take_stream
         network.is_frozen = lambda peer_id: PeerId(str(peer_id)) in self._frozen
-        network.register_notifee(_Notifee(self._note_connected, self._note_disconnected))
+        network.on_frozen = self._note_frozen
+        network.register_notifee(_Notifee(self._note_connected))
         self.set_handler(PING, _answer_ping)
 
     # -- who and where ---------------------------------------------------------------------------------------------
@@ -201,9 +202,12 @@ class Host:
             PeerUnreachable: nobody, or somebody else, answered there within `connect_s`.
         """
         try:
-            peer_id = PeerId(str(ID.from_base58(Multiaddr(addr).get_peer_id() or "")))
-        except Exception as error:  # multiaddr and base58 raise half a dozen unrelated kinds
-            raise UserError(f"{addr} is no full address: /ip4/<ip>/tcp/<port>/p2p/<peer id>") from error
+            claimed = Multiaddr(addr).get_peer_id()
+            peer_id = PeerId(str(ID.from_base58(claimed))) if claimed else None
+        except Exception:  # multiaddr and base58 raise half a dozen unrelated kinds
+            peer_id = None
+        if peer_id is None:
+            raise UserError(f"{addr} is no full address: /ip4/<ip>/tcp/<port>/p2p/<peer id>")
         await self.connect_peer(peer_id, [addr])
         return peer_id
 
@@ -319,8 +323,7 @@ class Host:
             await stream.close()
             return elapsed
         except BaseException:
-            with shielded_for(self._config.close_s):
-                await stream.reset()
+            await self._reset(stream)
             raise
 
     # -- answering -------------------------------------------------------------------------------------------------
@@ -357,19 +360,22 @@ class Host:
 
     async def _run_handler(self, protocol: str, stream: ByteStream, handler: Handler) -> None:
         """The one place where any exception is caught: a crash costs one stream, not the node."""
-        answered = False
         try:
             await handler(stream)
             await stream.close()
-            answered = True
+            return
         except SwarmError as error:
             log.debug("%s with …%s ended: %s", protocol, stream.remote_peer[-6:], error)
         except Exception:
             log.exception("%s with %s failed; its stream is reset", protocol, stream.remote_peer)
-        finally:
-            if not answered:  # a reset after a close would take back what was said last
-                with shielded_for(self._config.close_s):
-                    await stream.reset()
+        except BaseException:  # the host is leaving
+            await self._reset(stream)
+            raise
+        await self._reset(stream)
+
+    async def _reset(self, stream: ByteStream) -> None:
+        with shielded_for(self._config.close_s):
+            await stream.reset()
 
     async def _run_library_handler(self, conn: NetworkConn, protocol: str, stream: MuxedStream) -> None:
         """Identify, Kademlia, relay: what the library answers. Its handlers close their streams themselves."""
@@ -425,16 +431,14 @@ class Host:
         for callback in self._on_peer:
             callback(peer_id)
 
-    def _note_disconnected(self, conn: INetConn) -> None:
-        muxed = conn.muxed_conn
-        if isinstance(muxed, LibraryConn) and muxed.connection.is_frozen:
-            peer_id = PeerId(str(muxed.peer_id))
-            log.info("peer %s has stopped answering", peer_id)
-            if peer_id not in self._frozen:
-                if len(self._frozen) >= _MAX_FROZEN:
-                    del self._frozen[next(iter(self._frozen))]
-                self._frozen[peer_id] = ()
-                self._nursery.start_soon(self._probe, muxed.peer_id)
+    def _note_frozen(self, peer: ID) -> None:
+        peer_id = PeerId(str(peer))
+        log.info("peer %s has stopped answering", peer_id)
+        if peer_id not in self._frozen:
+            if len(self._frozen) >= _MAX_FROZEN:
+                self._frozen.pop(next(iter(self._frozen)))
+            self._frozen[peer_id] = None
+            self._nursery.start_soon(self._probe, peer)
 
     async def _probe(self, peer_id: ID) -> None:
         """Call on a frozen peer until it answers. Its kernel accepts for it, so that every caller who dialled it
@@ -532,14 +536,13 @@ class _deadline:
 
 
 class _Notifee(INotifee):
-    def __init__(self, connected: Callable[[INetConn], None], disconnected: Callable[[INetConn], None]) -> None:
-        self._connected, self._disconnected = connected, disconnected
+    def __init__(self, connected: Callable[[INetConn], None]) -> None:
+        self._connected = connected
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
         self._connected(conn)
 
-    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
-        self._disconnected(conn)
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None: ...
 
     async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
 
@@ -588,6 +591,19 @@ class _Door(IListener):
 
     async def close(self) -> None:
         await self._listener.aclose()
+
+
+async def _open_doors(addrs: Sequence[str]) -> list[_Door]:
+    """All or none of them. Raises as `_open_door` does."""
+    doors: list[_Door] = []
+    try:
+        for addr in addrs:
+            doors.append(await _open_door(addr))
+    except BaseException:
+        for door in doors:
+            await door.close()
+        raise
+    return doors
 
 
 async def _open_door(addr: str) -> _Door:

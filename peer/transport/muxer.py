@@ -195,7 +195,8 @@ class MuxedStream:
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def reset(self) -> None:
-        """End both directions at once; what was in flight is lost. Idempotent, never raises."""
+        """End both directions at once; what was in flight is lost. Idempotent, never raises; after `close` it does
+        nothing, so that the last words are not taken back."""
         self._reset_now()
 
     def close_nowait(self) -> None:
@@ -278,6 +279,8 @@ class MuxedStream:
         self._connection.flush()
 
     def _reset_now(self) -> None:
+        if self._state.local_closed and self._state.read_closed:
+            return
         self._connection.session.reset(self._state)
         self.wake()
         self._connection.flush()
@@ -305,8 +308,8 @@ class Connection:
         self.remote_peer = remote_peer
         self.session = YamuxSession(is_client=is_client, limits=(config or MuxerConfig()).limits)
         self.error: RemoteError | None = None
-        self.is_frozen = False
-        """The keep-alive gave it up."""
+        self.on_frozen: Callable[[], None] = lambda: None
+        """Called when the keep-alive gives the peer up, before any stream is told."""
         self.rtt_s: float | None = None
         """Of the last ping."""
         self.confirmed: set[str] = set()
@@ -487,7 +490,7 @@ class Connection:
                 self._ping = (random.getrandbits(32), now)
                 self.session.ping(self._ping[0])
             elif now - asked > interval * 1.5:
-                self.is_frozen = True
+                self.on_frozen()
                 self._fail(PeerUnreachable(f"peer is silent for {now - self._last_received:.0f} s", self.remote_peer))
                 return
             self.flush()
@@ -520,7 +523,8 @@ class Connection:
         if self.error is None:
             self.error = error
             for stream in list(self.session.streams.values()):
-                stream.owner.wake()
+                if stream.owner is not None:  # None: opened in the same breath that broke a rule; nobody has it yet
+                    stream.owner.wake()
             while self._in_line:
                 self._in_line.popleft().wake()
             self._scope.cancel()

@@ -49,7 +49,6 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
-from noise.exceptions import NoiseHandshakeError, NoiseInvalidMessage  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import shielded_for
 from petals.peer.transport.multistream import Dialler, Listener, proposal
@@ -65,8 +64,6 @@ log = logging.getLogger(__name__)
 _HANDSHAKE_ERRORS = (
     BaseLibp2pError,
     ProtocolViolation,
-    NoiseHandshakeError,
-    NoiseInvalidMessage,
     OSError,
     EOFError,
     ValueError,  # protobuf's DecodeError and the key parsers
@@ -157,12 +154,9 @@ async def upgrade(
         expected: whom we dialled; None: we listened, and take whoever can prove who it is.
     Raises: one of _HANDSHAKE_ERRORS. The caller closes `raw` then.
     """
-    if expected is None:
-        await _Lines(raw).listen(NOISE_ID)
-        session = cast(SecureSession, await noise.secure_inbound(raw))
-    else:
-        await _Lines(raw).dial(NOISE_ID)
-        session = cast(SecureSession, await noise.secure_outbound(raw, expected))
+    lines = _Lines(raw)
+    await (lines.listen(NOISE_ID) if expected is None else lines.dial(NOISE_ID))
+    session = await _shake_hands(raw, noise, expected)
     # The library's handshake, our transport messages: take the two keys out of its state.
     protocol = cast(Any, session.conn).noise_state.noise_protocol
     framing = NoiseFraming(protocol.cipher_state_encrypt.k, protocol.cipher_state_decrypt.k)
@@ -180,6 +174,14 @@ async def upgrade(
         early=([early] if early else [], channel.rest()),
     )
     return remote, connection
+
+
+async def _shake_hands(raw: IRawConnection, noise: NoiseTransport, expected: ID | None) -> SecureSession:
+    try:
+        secured = await (noise.secure_inbound(raw) if expected is None else noise.secure_outbound(raw, expected))
+    except Exception as error:  # four libraries parse a stranger's bytes here, and raise what they like
+        raise ProtocolViolation(f"Noise handshake failed: {error or type(error).__name__}") from error
+    return cast(SecureSession, secured)
 
 
 async def _agree_on_yamux(channel: _Channel, *, is_client: bool) -> bytes:
@@ -348,11 +350,13 @@ class Network(Swarm):
     Attributes:
         nursery: runs the connections; set by the host before the first of them.
         on_stream: takes each stream a peer opens, before its protocol is known.
+        on_frozen: told, before anybody else, of a peer that the keep-alive has given up.
         is_frozen: says whether a peer has stopped answering, so that dialling it would only wait.
     """
 
     nursery: trio.Nursery
     on_stream: Callable[[NetworkConn, MuxedStream], None]
+    on_frozen: Callable[[ID], None]
     is_frozen: Callable[[ID], bool]
 
     def __init__(
@@ -444,6 +448,7 @@ class Network(Swarm):
             on_stream=on_stream,
             config=self._muxer,
         )
+        connection.on_frozen = lambda: self.on_frozen(peer_id)
         muxed = LibraryConn(connection, peer_id, raw)
         return muxed
 
