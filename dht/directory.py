@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 import trio
@@ -204,7 +204,7 @@ class Directory:
 
     async def _closest(self, key: bytes) -> list[ID]:
         with trio.move_on_after(WALK_S):
-            return [peer for peer in await self._dht.peer_routing.find_closest_peers_network(key)]
+            return list(await self._dht.peer_routing.find_closest_peers_network(key))
         return self._dht.routing_table.find_local_closest_peers(key)
 
     async def _store(self, key: str, data: bytes) -> None:
@@ -247,10 +247,9 @@ async def open_directory(
     tell_new_peer, new_peers = trio.open_memory_channel[PeerId](1024)
 
     def note(peer_id: PeerId) -> None:
-        try:
+        # In a burst some are missed; they are met again by walking.
+        with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             tell_new_peer.send_nowait(peer_id)
-        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # a burst: those peers are met again by walking
 
     host.on_peer(note)
     async with background_trio_service(dht), trio.open_nursery() as nursery:

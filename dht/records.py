@@ -105,7 +105,7 @@ def sign_record(record: ServerRecord, sign: Callable[[bytes], bytes], public_key
         queue_s=record.queue_s,
         cache_tokens_left=record.cache_tokens_left,
         using_relay=record.using_relay,
-        round_trips_s=dict(record.round_trips_s),
+        round_trips_s={str(peer): seconds for peer, seconds in record.round_trips_s.items()},
         sequence=record.sequence,
         issued_at=record.issued_at,
         expires_at=record.expires_at,

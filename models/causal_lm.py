@@ -117,15 +117,16 @@ def load_causal_lm(checkpoint: Checkpoint, chain: BlockChain, *, dtype: torch.dt
         found = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UnsupportedModel(f"transformers has no language model for {config.model_type!r}") from None
-    head_class: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+    head_class: Any = found[0] if isinstance(found, (tuple, list)) else found
     path = find_layers(base_class_of(config), config)
     client_class = _client_class(head_class, path)
     state = checkpoint.read(checkpoint.other_tensor_names())
     dtype = dtype or checkpoint.dtype
     with quiet_library():
-        model, info = client_class.from_pretrained(
+        loaded: Any = client_class.from_pretrained(
             None, config=config_slice(config, range(1)), state_dict=state, dtype=dtype, output_loading_info=True
         )
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{checkpoint.name} lacks {', '.join(missing[:3])} ({len(missing)} tensors)")
     if (directory := checkpoint.directory / "generation_config.json").is_file():

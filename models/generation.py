@@ -39,7 +39,7 @@ class ChainCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
-    def get_max_length(self) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -106,10 +106,11 @@ class Peer:
         """
         checkpoint = await self.checkpoint(model)
         blocks = check_blocks(config.blocks or range(checkpoint.num_blocks), checkpoint)
-        self.server = await self._nursery.start(
+        server: Server = await self._nursery.start(
             serve, self.host, self.directory, checkpoint, blocks, config, self._progress
         )
-        return self.server
+        self.server = server
+        return server
 
     async def generate(
         self,

@@ -8,7 +8,6 @@ from typing import TypeVar, TypeVarTuple
 
 import trio
 
-
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 

@@ -17,7 +17,6 @@ _HOMES: dict[str, str] = {
     "SyncPeer": "petals.peer.sync",
     "connect": "petals.peer.sync",
 }
-__all__ = [*sorted(_HOMES), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from petals.protocols.tensors import encode_tensor
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId, PeerId
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MICRO_BATCH_TOKENS = 1024
@@ -241,7 +243,9 @@ def _prompt_blocks(prompts: Tensor | None, held: range, wanted: range) -> Tensor
 
 
 def _unwrap(results: list[T | SwarmError]) -> list[T]:
+    values: list[T] = []
     for result in results:
         if isinstance(result, SwarmError):
             raise result
-    return results  # type: ignore[return-value]  # no error is among them
+        values.append(result)
+    return values

@@ -127,7 +127,7 @@ class RemoteChain:
 
     def forward(self, hidden: Tensor, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
         """See `BlockChain.forward`; gradients with respect to `hidden` and `prompts` are computed by the swarm."""
-        output: Tensor = _RemoteBlocks.apply(hidden, prompts, attention_mask, self)
+        output: Tensor = _RemoteBlocks.apply(hidden, prompts, attention_mask, self)  # type: ignore[no-untyped-call]
         return output
 
     def slice(self, blocks: range) -> RemoteChain:
@@ -153,7 +153,7 @@ class _RemoteBlocks(torch.autograd.Function):
     """Forward and backward of a chain of remote blocks; keeps the input of every span."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         prompts: Tensor | None,
@@ -167,7 +167,7 @@ class _RemoteBlocks(torch.autograd.Function):
         return output.to(device=hidden.device, dtype=hidden.dtype)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any,
         grad_output: Tensor,
     ) -> tuple[Tensor, Tensor | None, None, None]:

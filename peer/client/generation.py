@@ -1,4 +1,4 @@
-"""Text from the swarm, token by token: `transformers`' own generation in a worker thread, an async iterator in front."""
+"""Text from the swarm, token by token: `transformers`' own generation in a thread, an async iterator in front."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import outcome
 import torch
@@ -20,6 +20,8 @@ from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.session import HopTrace
 from petals.protocols.errors import UserError
 
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus
 
 LOOKAHEAD = 4
 """Tokens generated before the first of them is taken; then the generation waits for its reader."""
@@ -27,7 +29,7 @@ LOOKAHEAD = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
-    """What `transformers.generate` is asked for. Without temperature, top_k, top_p and seed the likeliest token wins."""
+    """What `transformers.generate` is asked for. Without temperature, top_k, top_p or seed the likeliest token wins."""
 
     max_new_tokens: int = 64
     temperature: float | None = None
@@ -202,7 +204,7 @@ async def run_generation(
     options: GenerationOptions,
     wanted: ClientOptions,
     *,
-    task_status: trio.TaskStatus[TokenStream] = trio.TASK_STATUS_IGNORED,
+    task_status: TaskStatus[TokenStream] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Generate in a worker thread until done or cancelled. Started: the prompt is tokenised and the stream is there.
 

@@ -12,7 +12,7 @@ import trio
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from petals.peer.concurrency import together
+from petals.peer.concurrency import shielded_for, together
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.protocols import messages_pb2 as pb
@@ -214,7 +214,7 @@ class Hop:
 
     async def close(self) -> None:
         """Give the lease back politely; never raises, bounded."""
-        with trio.move_on_after(self.timeouts.reset_s, shield=True) as scope:
+        with shielded_for(self.timeouts.reset_s) as scope:
             try:
                 await self._send(pb.InferenceRequest(close=pb.Close()))
                 await self.messages.close()
@@ -225,7 +225,7 @@ class Hop:
 
     async def reset(self) -> None:
         """Give the lease back at once; never raises."""
-        with trio.move_on_after(self.timeouts.reset_s, shield=True):
+        with shielded_for(self.timeouts.reset_s):
             await self.messages.reset()
 
     async def _send_step(self, step: StepInput, *, silent: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -23,6 +24,9 @@ from petals.protocols.errors import (
     describe_blocks,
 )
 from petals.protocols.types import ModelId, PeerId
+
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +181,7 @@ class SwarmWatcher:
                         raise
             await self.changed(max(0.0, min(1.0, deadline - trio.current_time())))
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Renew the view until cancelled. Started: the first lookup has ended."""
         first = True
         while True:

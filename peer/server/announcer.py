@@ -11,6 +11,7 @@ import trio
 
 from petals.dht.directory import Directory
 from petals.dht.records import ServerRecord, ServerState
+from petals.peer.concurrency import shielded_for
 from petals.protocols.errors import SwarmError
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Announcer:
     async def leave(self, within_s: float) -> None:
         """Say OFFLINE, even while being cancelled; bounded."""
         self._state = ServerState.OFFLINE
-        with trio.move_on_after(within_s, shield=True):
+        with shielded_for(within_s):
             try:
                 await self._directory.withdraw(self.record())
             except SwarmError as error:

@@ -14,7 +14,8 @@ import trio
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from petals.models.block import BlockSpan, SpanCache
+from petals.models.block import BlockSpan
+from petals.models.cache import SpanCache
 from petals.peer.config import ServeConfig
 from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget, NoRoom

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import trio
@@ -27,6 +28,9 @@ from petals.protocols.errors import UserError
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId
+
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +93,7 @@ async def serve(
     config: ServeConfig,
     progress: Callable[[str], None],
     *,
-    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
+    task_status: TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `blocks` until cancelled. Started: streams are answered, and only then the swarm is told ONLINE."""
     dtype, device = compute_dtype(config, checkpoint), device_of(config)

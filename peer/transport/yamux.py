@@ -433,12 +433,10 @@ class YamuxSession:
             stream.discarded += size
             if stream.discarded > stream.target_window // 2:
                 self.reset(stream)
-                self._body_stream = None
             return
         if self.buffered + size > self.limits.buffer_bytes:
             self.reset(stream)
             stream.reset_reason = f"reset: {self.limits.buffer_bytes} bytes lie unread on this connection"
-            self._body_stream = None
             events.append(Event(EventKind.RESET, stream))
             return
         inbox = stream.inbox
@@ -482,6 +480,8 @@ class YamuxSession:
             stream.reset, stream.reset_reason = True, reason
             self._drop_inbox(stream)
             self._forget(stream)
+            if self._body_stream is stream:  # the rest of the body under way is for nobody
+                self._body_stream = None
 
     def _forget_if_over(self, stream: YamuxStream) -> None:
         if stream.local_closed and stream.remote_closed:

@@ -65,8 +65,8 @@ async def all_leases_returned(peer: Peer) -> None:
     """Wait until a server's whole cache is free again; the test's own deadline is the bound."""
     assert peer.server is not None
     with trio.fail_after(10):
-        while peer.server.budget.left_bytes < peer.server.budget.total_bytes or peer.server.inbound.sessions:
-            await trio.sleep(0.001)  # a poll of the state waited for, not a wait for time
+        while peer.server.budget.left_bytes < peer.server.budget.total_bytes or peer.server.inbound.sessions:  # noqa: ASYNC110
+            await trio.sleep(0.001)  # a poll of the state waited for
 
 
 @pytest.fixture

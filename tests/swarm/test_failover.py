@@ -29,7 +29,7 @@ async def test_logits_are_bit_equal_after_a_server_was_lost(
 ) -> None:
     swarm = make_swarm(tiny_truth.directory)
     bootstrap = await swarm.add()
-    for blocks in (range(0, 2), range(0, 2), range(2, 4), range(2, 3), range(3, 4)):
+    for blocks in (range(2), range(2), range(2, 4), range(2, 3), range(3, 4)):
         await swarm.add(blocks)
     client = await bootstrap.client()
     await client.ready()
@@ -62,13 +62,13 @@ async def test_logits_are_bit_equal_after_a_server_was_lost(
 async def test_words_go_on_when_servers_leave(make_swarm: MakeSwarm, smollm: Truth) -> None:
     swarm = make_swarm()
     client = await swarm.add()
-    spare = [await swarm.add(blocks) for blocks in (range(0, 15), range(15, 30))]
+    spare = [await swarm.add(blocks) for blocks in (range(15), range(15, 30))]
     stream = await client.generate("A cat sat on", options=GenerationOptions(max_new_tokens=24))
     got: list[int] = []
     async for token in stream:
         got.append(token.id)
         if len(got) == 4:
-            await swarm.add(range(0, 20))
+            await swarm.add(range(20))
             await swarm.add(range(20, 30))
             await swarm.add(range(15, 20))
         if len(got) == 8:
@@ -84,7 +84,7 @@ async def test_words_go_on_when_servers_leave(make_swarm: MakeSwarm, smollm: Tru
 async def test_when_nobody_is_left_the_error_names_the_blocks(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
     swarm = make_swarm(tiny_truth.directory)
     bootstrap = await swarm.add()
-    await swarm.add(range(0, 2))
+    await swarm.add(range(2))
     await swarm.add(range(2, 4))
     client = await bootstrap.client()
     await client.ready()
@@ -103,7 +103,7 @@ async def test_gradients_are_those_of_the_unsplit_model_even_when_a_server_leave
 ) -> None:
     swarm = make_swarm(tiny_truth.directory)
     bootstrap = await swarm.add()
-    for blocks in (range(0, 3), range(3, 4), range(0, 1), range(1, 4)):
+    for blocks in (range(3), range(3, 4), range(1), range(1, 4)):
         await swarm.add(blocks)
     client = await bootstrap.client()
     await client.ready()

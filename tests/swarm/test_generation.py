@@ -52,7 +52,7 @@ async def test_a_real_model_says_the_same_words_however_it_is_split(
 
 async def test_seeded_sampling_throws_the_same_dice(make_swarm: MakeSwarm, smollm: Truth) -> None:
     swarm = make_swarm()
-    await swarm.add(range(0, 12))
+    await swarm.add(range(12))
     client = await swarm.add(range(12, 30))  # serves and asks at once
     settings = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
     torch.manual_seed(7)
@@ -69,21 +69,21 @@ async def test_seeded_sampling_throws_the_same_dice(make_swarm: MakeSwarm, smoll
 
 async def test_text_streams_and_the_route_is_told(make_swarm: MakeSwarm, smollm: Truth) -> None:
     swarm = make_swarm()
-    server = await swarm.add(range(0, 30))
+    server = await swarm.add(range(30))
     client = await swarm.add()
     stream = await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=20))
     seen = ""
     async for token in stream:
         seen += token.text
     assert seen == stream.text == smollm.tokenizer.decode(stream.token_ids)
-    assert [(hop.peer_id, hop.blocks) for hop in stream.route] == [(server.peer_id, range(0, 30))]
+    assert [(hop.peer_id, hop.blocks) for hop in stream.route] == [(server.peer_id, range(30))]
     assert 0 < stream.route[0].compute_s <= stream.route[0].round_trip_s
     assert stream.tokens_per_s > 0
 
 
 async def test_random_models_generate_the_same_in_every_way(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
     swarm = make_swarm(tiny_truth.directory)
-    await swarm.add(range(0, 3))
+    await swarm.add(range(3))
     await swarm.add(range(3, 4))
     client = await (await swarm.add()).client()
     await client.ready()
@@ -108,7 +108,7 @@ async def test_random_models_generate_the_same_in_every_way(make_swarm: MakeSwar
 
 async def test_cancelling_gives_every_lease_back(make_swarm: MakeSwarm, smollm: Truth) -> None:
     swarm = make_swarm()
-    servers = [await swarm.add(range(0, 15)), await swarm.add(range(15, 30))]
+    servers = [await swarm.add(range(15)), await swarm.add(range(15, 30))]
     client = await swarm.add()
     with trio.CancelScope() as scope:
         async for _ in await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=500)):
@@ -124,7 +124,7 @@ async def test_cancelling_gives_every_lease_back(make_swarm: MakeSwarm, smollm: 
 
 async def test_leaving_the_loop_with_break_ends_the_generation(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm()
-    server = await swarm.add(range(0, 30))
+    server = await swarm.add(range(30))
     client = await swarm.add()
     async for _ in await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=500)):
         break
@@ -133,7 +133,7 @@ async def test_leaving_the_loop_with_break_ends_the_generation(make_swarm: MakeS
 
 async def test_missing_blocks_are_named_in_bounded_time(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm()
-    await swarm.add(range(0, 10))
+    await swarm.add(range(10))
     await swarm.add(range(20, 30))
     client = await swarm.add()
     with trio.fail_after(30), pytest.raises(MissingBlocks, match=r"10:20.*waited 8 s") as caught:
@@ -143,7 +143,7 @@ async def test_missing_blocks_are_named_in_bounded_time(make_swarm: MakeSwarm) -
 
 async def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_sent(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm()
-    await swarm.add(range(0, 30))
+    await swarm.add(range(30))
     client = await swarm.add()
     with pytest.raises(UserError, match="do not fit into 8"):
         await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=8, max_length=8))

@@ -69,7 +69,7 @@ class Stage:
 @pytest.fixture
 async def stage(make_swarm: Callable[..., Swarm], tiny_truth: Truth, nursery: trio.Nursery) -> AsyncIterator[Stage]:
     swarm = make_swarm(tiny_truth.directory)
-    server = await swarm.add(range(0, 4), max_sessions_per_peer=4, max_batch_tokens=64)
+    server = await swarm.add(range(4), max_sessions_per_peer=4, max_batch_tokens=64)
     client = await (await swarm.add()).client()
     stranger = await swarm.add()
     session = await client.open_session(client.blocks, 1, 16)
