@@ -72,7 +72,7 @@ class BlockSpan:
             self._run(self._view(self.blocks), hidden, recorder, None)
         missing = [block for block in self.blocks if not recorder.knows(block)]
         if missing:
-            raise UnsupportedModel(f"block {missing[0]} keeps no keys and values; such memory cannot be served yet")
+            raise UnsupportedModel(f"block {missing[0]} keeps no keys and values; such blocks cannot be served yet")
         self._shapes = [recorder.shape_of(block) for block in self.blocks]
 
     def cache_bytes(self, blocks: range, batch_size: int, max_length: int) -> int:
@@ -269,6 +269,11 @@ class _Recorder:
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
+
+    def _refuse(self, *args: object, **kwargs: object) -> None:
+        raise UnsupportedModel("its blocks remember more than keys and values; such memory cannot be served yet")
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state = _refuse
 
     def knows(self, block: int) -> bool:
         return block in self._shapes

@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.models.block import BlockSpan, get_layers
 from petals.models.checkpoint import Checkpoint, Progress
-from petals.models.errors import BlockRangeError, CheckpointError, ModelError, UnsupportedModel
+from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
 from petals.models.quantize import check_quant_type, quantize_block
 from petals.models.selftest import check_span
@@ -71,8 +71,8 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool) -> None:
         span.measure_shapes()
         if self_test:
             check_span(span, title=title, thorough=not family.verified)
-    except ModelError:
-        raise
+    except UnsupportedModel as error:
+        raise error if title in str(error) else UnsupportedModel(f"{title} cannot be served: {error}") from None
     except _STRANGE as error:
         said = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModel(f"{title} cannot be served: {type(error).__name__}: {said}") from error
