@@ -307,7 +307,7 @@ async def test_a_killed_peer_fails_every_call_at_once() -> None:
                 process.kill()
             with pytest.raises(PeerUnreachable):
                 await stream.write(b"x")
-            with pytest.raises(PeerUnreachable, match="refused"):
+            with pytest.raises(PeerUnreachable):
                 await host.open_stream(peer_id, ECHO)
         assert not host.is_connected(peer_id)
 

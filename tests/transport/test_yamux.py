@@ -352,3 +352,13 @@ def test_data_under_way_to_a_stream_we_reset_is_dropped() -> None:
     assert session.receive_data(frame(DATA, FIN, 1, 5, b"hello")) == []
     with pytest.raises(LocalProtocolError):
         session.write(stream, memoryview(b"x"))
+
+
+def test_the_rest_of_a_body_is_dropped_when_its_stream_is_reset_in_the_middle() -> None:
+    session = YamuxSession(is_client=False)
+    session.receive_data(OPEN + frame(DATA, 0, 1, 10, b"01234"))
+    stream = session.streams[1]
+    session.reset(stream)
+    assert session.receive_data(b"56789") == []
+    assert session.read(stream, 10) == b""
+    assert session.buffered == 0
