@@ -26,6 +26,7 @@ async def join(host: Host, addrs: Sequence[str]) -> None:
     for failure in failures:
         if not isinstance(failure, PeerUnreachable):
             raise failure
-        log.warning("%s", failure)
     if len(failures) == len(addrs):
         raise UserError(f"no initial peer answers: {failures[0]}; check the address and that the peer is running")
+    for failure in failures:
+        log.warning("%s", failure)

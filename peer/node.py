@@ -106,9 +106,8 @@ class Peer:
         """
         checkpoint = await self.checkpoint(model)
         blocks = check_blocks(config.blocks or range(checkpoint.num_blocks), checkpoint)
-        server: Server = await self._nursery.start(
-            serve, self.host, self.directory, checkpoint, blocks, config, self._progress
-        )
+        serving = partial(serve, self.host, self.directory, checkpoint, blocks, config, self._progress)
+        server: Server = await self._nursery.start(serving)
         self.server = server
         return server
 

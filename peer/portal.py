@@ -23,17 +23,17 @@ class Portal:
     """
 
     def __init__(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
+        self.token = trio.lowlevel.current_trio_token()
 
     def run(self, function: Callable[[*Args], Awaitable[T]], *args: *Args) -> T:
         """Await `function(*args)` in the trio thread; blocks the calling thread."""
-        if _home.get() is self._token:
+        if _home.get() is self.token:
             return trio.from_thread.run(function, *args)
-        return trio.from_thread.run(function, *args, trio_token=self._token)
+        return trio.from_thread.run(function, *args, trio_token=self.token)
 
     async def run_sync(self, function: Callable[[*Args], T], *args: *Args) -> T:
         """Call `function(*args)` in a worker thread that may use `run`."""
-        reset = _home.set(self._token)  # worker threads inherit the context
+        reset = _home.set(self.token)  # worker threads inherit the context
         try:
             return await trio.to_thread.run_sync(function, *args)
         finally:

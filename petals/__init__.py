@@ -14,8 +14,9 @@ _HOMES: dict[str, str] = {
     "PeerConfig": "petals.peer.config",
     "ServeConfig": "petals.peer.config",
     "Timeouts": "petals.peer.config",
-    "SyncPeer": "petals.peer.sync",
     "connect": "petals.peer.sync",
+    "SyncPeer": "petals.peer.sync",
+    "GenerationOptions": "petals.peer.client.generation",
 }
 
 

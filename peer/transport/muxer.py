@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 _SMALL_READ, _LARGE_READ = MAX_FRAME_BYTES + 1, 256 * 1024
 """A connection's receive buffer: one Noise frame fits always; it grows once for a peer that fills it."""
 
+_YIELD_BYTES = 256 * 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MuxerConfig:
@@ -90,13 +92,23 @@ class _Parked:
 class MuxedStream:
     """One stream of one connection: a ByteStream (protocols/stream.py) that one task reads and one task writes."""
 
-    __slots__ = ("_connection", "_expected_reply", "_readable", "_reading", "_state", "_writable", "_writing")
+    __slots__ = (
+        "_connection",
+        "_expected_reply",
+        "_readable",
+        "_reading",
+        "_state",
+        "_unyielded",
+        "_writable",
+        "_writing",
+    )
 
     def __init__(self, connection: Connection, state: YamuxStream) -> None:
         self._connection = connection
         self._state = state
         self._readable, self._writable = _Parked(), _Parked()
         self._reading = self._writing = False
+        self._unyielded = 0
         self._expected_reply: Dialler | None = None
         state.owner = self
 
@@ -131,7 +143,13 @@ class MuxedStream:
     async def _read_some(self, max_bytes: int) -> bytes | bytearray | memoryview:
         state = self._state
         if state.inbox:
-            await trio.lowlevel.checkpoint()
+            # Others get their turn, but not after every piece of a large payload: a turn costs as much as the piece.
+            self._unyielded += state.inbox_bytes if state.inbox_bytes < max_bytes else max_bytes
+            if self._unyielded > _YIELD_BYTES:
+                self._unyielded = 0
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
         while not state.inbox:
             if state.read_closed:
                 raise trio.ClosedResourceError("this stream is closed")
@@ -374,14 +392,14 @@ class Connection:
         if self._unsent is not None or self.error is not None:
             return
         while self.session.output_bytes:
-            wire = self._framing.encrypt(self.session.take_output())
+            pieces = self._framing.encrypt(self.session.take_output())
             try:
-                sent = self._pipe.try_send(wire)
+                sent = self._pipe.try_send(pieces)
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 self._fail(PeerUnreachable(f"connection broke: {error or type(error).__name__}", self.remote_peer))
                 return
-            if sent < len(wire):
-                self._unsent = memoryview(wire)[sent:]
+            if sent < sum(map(len, pieces)):
+                self._unsent = memoryview(b"".join(pieces))[sent:]
                 self._writer.wake()
                 return
 
@@ -392,7 +410,7 @@ class Connection:
                 continue
             await self._pipe.send_all(self._unsent)
             output = self.session.take_output()
-            self._unsent = memoryview(self._framing.encrypt(output)) if output else None
+            self._unsent = memoryview(b"".join(self._framing.encrypt(output))) if output else None
             if not self.session.output_bytes:
                 while self._in_line:
                     self._in_line.popleft().wake()

@@ -40,16 +40,15 @@ class NoiseFraming:
         self._send, self._receive = ChaCha20Poly1305(send_key), ChaCha20Poly1305(receive_key)
         self._sent = self._received = 0
 
-    def encrypt(self, plaintext: bytes | bytearray | memoryview) -> bytearray:
-        """Whole frames for all of `plaintext`, in order, ready for the socket. Empty in, empty out."""
-        wire = bytearray()
+    def encrypt(self, plaintext: bytes | bytearray | memoryview) -> list[bytes]:
+        """Whole frames for all of `plaintext`, in pieces to be sent in this order. Empty in, empty out."""
+        pieces: list[bytes] = []
         view = memoryview(plaintext)
         for start in range(0, len(view), MAX_PLAINTEXT_BYTES):
             message = self._send.encrypt(_nonce(self._sent), view[start : start + MAX_PLAINTEXT_BYTES], None)
             self._sent += 1
-            wire += _length.pack(len(message))
-            wire += message
-        return wire
+            pieces += (_length.pack(len(message)), message)
+        return pieces
 
     def decrypt(self, wire: memoryview) -> tuple[list[bytes], int]:
         """Everything that is whole in `wire`: the plaintexts, and how many bytes of `wire` they took.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Protocol
 
 import trio
@@ -13,6 +14,9 @@ from libp2p.exceptions import BaseLibp2pError
 
 _UNSENT_BYTES = 256 * 1024
 """What the kernel may hold unsent. Its own limit is megabytes, behind which a ping or a small step would queue."""
+
+_MAX_PIECES = 1024
+"""POSIX promises 16 pieces per call (IOV_MAX); Linux and macOS take 1,024."""
 
 
 class Pipe(Protocol):
@@ -23,8 +27,8 @@ class Pipe(Protocol):
         """At least one byte into `buffer`; 0 at the end."""
         ...
 
-    def try_send(self, data: bytes | bytearray | memoryview) -> int:
-        """As much as goes without waiting; returns that number of bytes."""
+    def try_send(self, pieces: Sequence[bytes | memoryview]) -> int:
+        """As much of `pieces`, one after the other, as goes without waiting; returns that number of bytes."""
         ...
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None: ...
@@ -53,9 +57,9 @@ class TcpPipe:
             except BlockingIOError:
                 pass
 
-    def try_send(self, data: bytes | bytearray | memoryview) -> int:
+    def try_send(self, pieces: Sequence[bytes | memoryview]) -> int:
         try:
-            return os.write(self._checked_fd(), data)
+            return os.writev(self._checked_fd(), pieces[:_MAX_PIECES])
         except BlockingIOError:
             return 0
 
@@ -63,7 +67,7 @@ class TcpPipe:
         view = memoryview(data)
         while view:
             await trio.lowlevel.wait_writable(self._checked_fd())
-            view = view[self.try_send(view) :]
+            view = view[self.try_send([view]) :]
 
     async def send_eof(self) -> None:
         self._checked_fd()
@@ -95,7 +99,7 @@ class RawPipe:
         buffer[: len(data)] = data
         return len(data)
 
-    def try_send(self, data: bytes | bytearray | memoryview) -> int:
+    def try_send(self, pieces: Sequence[bytes | memoryview]) -> int:
         return 0
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
