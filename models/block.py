@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petals.models.adapters import Lora, LoraHook, check_lora, linear_layers
 from petals.models.cache import LayerShape, SpanCache, cache_bytes
 from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 
@@ -40,12 +41,14 @@ class BlockSpan:
         self._model = model
         self._path = path
         self._layers = list(get_layers(model, path))
-        self._prompts = threading.local()
+        self._active = _Active()
+        self._adapters: dict[str, Lora] = {}
+        self._takes_lora = False
         self._views: dict[range, PreTrainedModel] = {}
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self._stateful_rope = _has_stateful_rope(model)
         for index, layer in zip(blocks, self._layers, strict=True):
-            layer.register_forward_pre_hook(_PromptHook(self._prompts, index), with_kwargs=True)
+            layer.register_forward_pre_hook(_PromptHook(self._active, index), with_kwargs=True)
         self._shapes: list[LayerShape] = []
 
     @property
@@ -63,6 +66,35 @@ class BlockSpan:
         """The library's own modules of these blocks."""
         blocks = self._check_blocks(self.blocks if blocks is None else blocks)
         return self._layers[blocks.start - self.blocks.start : blocks.stop - self.blocks.start]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the hosted adapters."""
+        return tuple(self._adapters)
+
+    def add_adapter(self, lora: Lora) -> None:
+        """Host an adapter; requests choose it by its name. Raises StepError when it does not fit the span."""
+        check_lora(lora, self)
+        self._take_lora()
+        self._adapters[lora.name] = lora
+
+    def _take_lora(self) -> None:
+        """Let linear layers look for an adapter; spans that never see one are spared the look."""
+        if self._takes_lora:
+            return
+        self._takes_lora = True
+        for index, layer in zip(self.blocks, self._layers, strict=True):
+            for path, linear in linear_layers(layer).items():
+                linear.register_forward_hook(LoraHook(self._active, index, path))
+
+    def _find_lora(self, adapter: str | Lora | None) -> Lora | None:
+        if isinstance(adapter, Lora):
+            check_lora(adapter, self)
+            self._take_lora()
+            return adapter
+        if adapter is not None and adapter not in self._adapters:
+            raise StepError(f"no adapter {adapter!r} here; hosted are: {', '.join(self._adapters) or 'none'}")
+        return None if adapter is None else self._adapters[adapter]
 
     def measure_shapes(self) -> None:
         """Learn the shape of every block's keys and values by running one token through the span."""
@@ -99,12 +131,15 @@ class BlockSpan:
         attention_mask: Tensor | None = None,
         prompts: Tensor | None = None,
         hypo_ids: Tensor | None = None,
+        adapter: str | Lora | None = None,
     ) -> Tensor:
         """Run new tokens through the cache's blocks and extend it; shapes as in `ChainSession.step`.
 
+        `adapter`: the name of a hosted one, or a client's own; it should stay the same for a session.
         Raises: StepError when a tensor does not fit (nothing changed), CacheFull when there is no room.
         """
         self._check_hidden(hidden)
+        lora = self._find_lora(adapter)
         if hidden.shape[0] != cache.batch_size:
             raise StepError(f"hidden has {hidden.shape[0]} rows, the session {cache.batch_size}")
         cache.check_room(hidden.shape[1])
@@ -118,16 +153,24 @@ class BlockSpan:
         assert isinstance(cache.view, PreTrainedModel)
         position = cache.position
         try:
-            with self._prompting(prompts, cache.blocks):
+            with self._applying(lora, prompts, cache.blocks):
                 return self._run(cache.view, hidden, cache.library_cache, mask)
         except BaseException:  # blocks before the failing one have already appended their keys and values
             cache.truncate(position)
             raise
 
     def forward(
-        self, hidden: Tensor, blocks: range, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        blocks: range,
+        *,
+        attention_mask: Tensor | None = None,
+        prompts: Tensor | None = None,
+        adapter: str | Lora | None = None,
     ) -> Tensor:
-        """Blocks without cache; differentiable with respect to `hidden` and `prompts`, shapes as in `BlockChain`.
+        """Blocks without cache; shapes as in `BlockChain`.
+
+        Differentiable with respect to `hidden`, `prompts` and the factors of a client's own `adapter`.
 
         Raises: BlockRangeError, StepError.
         """
@@ -135,8 +178,9 @@ class BlockSpan:
         mask = self._checked_mask(attention_mask, hidden.shape[0], hidden.shape[1])
         if prompts is not None:
             self._check_prompts(prompts, blocks, hidden)
+        lora = self._find_lora(adapter)
         view = self._view(blocks, private=self._stateful_rope)
-        with self._prompting(prompts, blocks):
+        with self._applying(lora, prompts, blocks):
             return self._run(view, hidden, None, mask)
 
     def _run(self, view: PreTrainedModel, hidden: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
@@ -201,17 +245,23 @@ class BlockSpan:
             )
 
     @contextmanager
-    def _prompting(self, prompts: Tensor | None, blocks: range) -> Iterator[None]:
-        """While open, this thread's runs add prompts[i] to the input of blocks[i]."""
-        if prompts is None or prompts.shape[2] == 0:
-            yield
-            return
-        prompts = prompts.to(device=self.device, dtype=self.dtype)
-        self._prompts.by_block = dict(zip(blocks, prompts, strict=True))
+    def _applying(self, lora: Lora | None, prompts: Tensor | None, blocks: range) -> Iterator[None]:
+        """While open, this thread's runs use the adapter and add prompts[i] to the input of blocks[i]."""
+        if prompts is not None:
+            prompts = prompts.to(device=self.device, dtype=self.dtype)
+            self._active.prompts = dict(zip(blocks, prompts, strict=True))
+        self._active.lora = lora
         try:
             yield
         finally:
-            self._prompts.by_block = None
+            self._active.lora = self._active.prompts = None
+
+
+class _Active(threading.local):
+    """What one thread's run adds to the blocks; hooks look here, since modules are shared by threads."""
+
+    prompts: dict[int, Tensor] | None = None
+    lora: Lora | None = None
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -222,17 +272,16 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 class _PromptHook:
     """Adds this thread's prompt, if any, to the first positions of one block's input."""
 
-    def __init__(self, prompts: threading.local, block: int) -> None:
-        self._prompts = prompts
+    def __init__(self, active: _Active, block: int) -> None:
+        self._active = active
         self._block = block
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        by_block: dict[int, Tensor] | None = getattr(self._prompts, "by_block", None)
-        if by_block is None:
+        if self._active.prompts is None:
             return None
-        prompt = by_block[self._block]
+        prompt = self._active.prompts[self._block]
         if args:
             return (_add_prefix(args[0], prompt), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": _add_prefix(kwargs["hidden_states"], prompt)}
