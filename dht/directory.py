@@ -2,49 +2,98 @@
 
 Theory. A server *provides* the model's key (a standard provider record, so that any libp2p DHT node can hold it) and
 stores its signed record under a key of its own. A reader collects providers, then asks each for its record directly,
-all at once and with a short deadline; who does not answer is looked up in the DHT, and if it is frozen or gone it
-costs nothing but that deadline. What py-libp2p 0.8.1 does otherwise, and why this file reaches into it:
+all at once and with a short deadline; who does not answer costs nothing but that deadline, which all share.
 
-- `find_providers` answers from the local store without asking anybody, and stores what it found for a day.
-- `get_value` answers from the local store first, and leaves a copy there for a day.
-- one frozen node holds up an iterative lookup for 10 s: every wait here has its own deadline, after which what is known
-  locally is used.
-- routing tables stay empty after connecting: `add_peer` is called for every new connection.
+Of py-libp2p 0.8.1 we keep what answers others and who is near: `KadDHT`'s stream handler and routing table. Searching
+and storing is ours, over the same wire protocol, since the library's
+
+- searches wait 10 s for each frozen node, and take a key of more than 50 bytes for none (dht/walk.py waits for nobody);
+- `find_providers` and `get_value` answer from the local store without asking anybody, and leave copies for a day;
+- nodes keep 20 providers of a key, the first 20 for 48 hours, so that the dead crowd out the living (`_Providers`);
+- nodes keep what anybody stores until 50,000 values are there, then drop the oldest, whose ever it is (`_Values`);
+- routing tables stay empty after connecting, and keep the dead: both are seen to here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
+from itertools import chain, zip_longest
 from typing import Protocol
 
+import multihash  # type: ignore[import-untyped]
 import trio
+from google.protobuf.message import DecodeError
 from libp2p.abc import IHost
+from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
+from libp2p.kad_dht.provider_store import ProviderRecord, ProviderStore
+from libp2p.kad_dht.value_store import ValueStore
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.peer.peerstore import env_to_send_in_RPC
 from libp2p.records.pubkey import PublicKeyValidator
 from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.dht.keys import NAMESPACE, parse_record_key, record_key, swarm_key
-from petals.dht.records import RecordError, ServerRecord, ServerState, Verify, open_record, sign_record
-from petals.protocols.errors import SwarmError
+from petals.dht.records import RecordError, ServerRecord, ServerState, Verify, open_record, peek, sign_record
+from petals.dht.walk import walk
+from petals.protocols.errors import PeerUnreachable, SwarmError
+from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import ModelId, PeerId
 
 log = logging.getLogger(__name__)
 
+STORE_AT = 12
+"""Holders of each record: of so many nearest nodes half may leave between two announcements."""
+READ_FROM = 6
+"""Holders a reader waits for."""
+PATIENCE_S = 0.4
+"""A node that takes longer is not waited for while others answer."""
 WALK_S = 2.0
-"""One walk towards a key. Loopback with 20 nodes takes 0.2 s; a frozen node would make it 10."""
-FETCH_S = 2.5
-"""One server's record, from itself or from the DHT."""
+"""One search, whatever happens."""
+FETCH_S = 1.0
+"""One server's record from itself. A server that answered before keeps its last record when it is late."""
+SUSPECT_S = 0.4
+"""The same, for who did not answer last time."""
+LOOKUP_S = 5.0
+"""All of a lookup, however many providers are named."""
 STORE_S = 5.0
-"""One announcement, provider record and value together."""
+"""All of an announcement."""
+RPC_S = 2.0
+"""One question to one node, dialling it included."""
+GOODBYE_S = 0.5
+"""Resetting a stream whose question was cut off."""
+
+MAX_INBOUND = 64
+"""Questions answered at once; more are reset (the library: 12, which a few readers fill)."""
+MAX_FETCHES = 64
+"""Servers asked for their records at once."""
 MAX_PROVIDERS = 2000
+"""Per key."""
+MAX_KEYS_PER_WRITER = 64
+"""Content keys and values that one peer may have stored here."""
+MAX_CONTENT_KEYS = 10_000
+MAX_FOREIGN_VALUES = 1024
+"""Values that are not ours (public keys, which name nobody who could be limited)."""
+PROVIDER_TTL_S = 3600.0
+"""A record lives at most an hour: who has not provided for so long is gone."""
+MAX_MESSAGE_BYTES = 4 << 20
+MAX_CLOSER = 64
+MAX_ADDRS = 16
+_MEET_AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""A new peer enters the routing table once identify has told its addresses."""
 
 FetchDirect = Callable[[PeerId, tuple[str, ...], ModelId], Awaitable[bytes | None]]
+"""Asks a server itself for its signed record of a model; None: it serves no such model. Raises SwarmError."""
 
 
 class Connected(Protocol):
@@ -57,6 +106,8 @@ class Connected(Protocol):
 
     def connected_peers(self) -> tuple[PeerId, ...]: ...
 
+    async def open_stream(self, peer_id: PeerId, protocol: str, *, addrs: Sequence[str] = ()) -> ByteStream: ...
+
 
 class Signer(Protocol):
     """What the directory needs of an identity."""
@@ -65,6 +116,276 @@ class Signer(Protocol):
     def public_key(self) -> bytes: ...
 
     def sign(self, data: bytes) -> bytes: ...
+
+
+class Directory:
+    """What the swarm knows. Made by `open_directory`."""
+
+    def __init__(
+        self,
+        dht: KadDHT,
+        providers: _Providers,
+        host: Connected,
+        signer: Signer,
+        verify: Verify,
+        fetch_direct: FetchDirect | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._dht = dht
+        self._provided = providers
+        self._host = host
+        self._signer = signer
+        self._verify = verify
+        self._fetch_direct = fetch_direct
+        self._clock = clock
+        self._own: dict[str, ServerRecord] = {}
+        self._known: dict[tuple[str, PeerId], ServerRecord] = {}
+        self._suspects: set[PeerId] = set()
+        self._addrs: dict[PeerId, tuple[str, ...]] = {}
+        """Of nodes that others have named."""
+        self.dropped_records = 0
+        """Records that were not believed, so far."""
+        self.asked = 0
+        """Questions sent to other nodes, so far."""
+
+    async def announce(self, record: ServerRecord) -> None:
+        """Sign the record, store it and provide the model's key; bounded by `STORE_S`.
+
+        Nobody being there to store it is no error: the next peer to join asks us.
+        """
+        self._own[record.model.digest] = record
+        data = sign_record(record, self._signer.sign, self._signer.public_key)
+        with trio.move_on_after(STORE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._store, record_key(record.model, record.peer_id).encode(), data)
+                if record.state is not ServerState.OFFLINE:
+                    nursery.start_soon(self._provide, bytes.fromhex(swarm_key(record.model)))
+
+    async def withdraw(self, record: ServerRecord) -> None:
+        """Store an OFFLINE record, and stop providing."""
+        self._provided.drop(bytes.fromhex(swarm_key(record.model)), self._host.peer_id)
+        await self.announce(record)
+
+    async def lookup(self, model: ModelId) -> tuple[ServerRecord, ...]:
+        """All live servers' records of a model, one per peer; bounded by `LOOKUP_S`, usually by the slowest live one.
+
+        A server that is late, but whose last record has not expired, is listed with that; one that refuses is not.
+        """
+        found: dict[PeerId, ServerRecord] = {}
+        with trio.move_on_after(LOOKUP_S):
+            providers = await self._providers(bytes.fromhex(swarm_key(model)))
+            limit = trio.CapacityLimiter(MAX_FETCHES)
+
+            async def fetch(peer_id: PeerId, addrs: tuple[str, ...]) -> None:
+                async with limit:
+                    record = await self._fetch(peer_id, addrs, model)
+                if record is not None:
+                    found[peer_id] = record
+
+            async with trio.open_nursery() as nursery:
+                for peer_id in sorted(providers, key=self._suspects.__contains__):
+                    nursery.start_soon(fetch, peer_id, providers[peer_id])
+        own = self._own.get(model.digest)  # never asked for over the network
+        if own is not None and self._is_live(own):
+            found[own.peer_id] = own
+        return tuple(found[peer_id] for peer_id in sorted(found))
+
+    def forget(self, model: ModelId, peer_id: PeerId) -> None:
+        """A server was found dead: do not list it again before it has answered."""
+        self._known.pop((model.digest, peer_id), None)
+        self._suspects.add(peer_id)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def _fetch(self, peer_id: PeerId, addrs: tuple[str, ...], model: ModelId) -> ServerRecord | None:
+        """A server's record, checked: from itself, or its last one while that holds and it is merely late."""
+        key = (model.digest, peer_id)
+        try:
+            with trio.move_on_after(SUSPECT_S if peer_id in self._suspects else FETCH_S) as scope:
+                words = await self._words(peer_id, addrs, model)
+        except SwarmError as error:
+            log.debug("no record from …%s itself: %s", peer_id[-6:], error)
+            self.forget(model, peer_id)  # it does not answer, so it would not serve either
+            return None
+        if scope.cancelled_caught:
+            self._suspects.add(peer_id)
+            known = self._known.get(key)
+            return known if known is not None and self._is_live(known) else None
+        self._suspects.discard(peer_id)
+        records = [record for record in (self._open(data, model, peer_id) for data in words) if record is not None]
+        if records and (known := self._known.get(key)) is not None:
+            records.append(known)  # so that an old record played again is not believed
+        record = max(records, key=lambda record: record.sequence, default=None)
+        if record is None or not self._is_live(record):
+            self._known.pop(key, None)
+            return None
+        self._known[key] = record
+        return record
+
+    def _is_live(self, record: ServerRecord) -> bool:
+        return record.state is not ServerState.OFFLINE and self._clock() < record.expires_at
+
+    def _open(self, data: bytes, model: ModelId, peer_id: PeerId) -> ServerRecord | None:
+        try:
+            record = open_record(data, now=self._clock(), verify=self._verify, expected_model=model)
+            if record.peer_id != peer_id:
+                raise RecordError("a record of another peer")
+        except RecordError as error:
+            self.dropped_records += 1
+            log.info("dropped what …%s says: %s", peer_id[-6:], error)
+            return None
+        return record
+
+    async def _words(self, peer_id: PeerId, addrs: tuple[str, ...], model: ModelId) -> list[bytes]:
+        """What a server says of itself, or else what the nodes near its key have kept of that; nothing checked yet."""
+        if self._fetch_direct is not None:
+            data = await self._fetch_direct(peer_id, addrs, model)
+            return [] if data is None else [data]
+        key = record_key(model, peer_id).encode()
+        local = self._dht.value_store.get(key)
+        values = set() if local is None else {local.value}
+
+        def note(_: PeerId, reply: Message) -> None:
+            if reply.HasField("record") and reply.record.key == key:
+                values.add(reply.record.value)
+
+        await self._walk(key, Message(type=Message.MessageType.GET_VALUE, key=key), note, want=READ_FROM)
+        return list(values)
+
+    async def _providers(self, key: bytes) -> dict[PeerId, tuple[str, ...]]:
+        """Who provides a key, with addresses, as the nodes near it and our own store say."""
+        lists: list[list[tuple[PeerId, tuple[str, ...]]]] = [
+            [
+                (PeerId(str(info.peer_id)), tuple(str(addr) for addr in info.addrs))
+                for info in self._dht.provider_store.get_providers(key)
+            ]
+        ]
+
+        def note(_: PeerId, reply: Message) -> None:
+            lists.append(_peers(reply.providerPeers[:MAX_PROVIDERS]))
+
+        request = Message(type=Message.MessageType.GET_PROVIDERS, key=key)
+        await self._walk(key, request, note, want=READ_FROM)
+        found: dict[PeerId, tuple[str, ...]] = {}
+        # In turns, so that a holder who names thousands cannot push out what the others name.
+        for entry in chain.from_iterable(zip_longest(*lists)):
+            if entry is not None and entry[0] != self._host.peer_id and len(found) < MAX_PROVIDERS:
+                found.setdefault(entry[0], entry[1])
+        return found
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def _store(self, key: bytes, data: bytes) -> None:
+        record = Record(key=key, value=data)
+        self._dht.value_store.put_record(key, record)
+        nearest = await self._walk(key, Message(type=Message.MessageType.GET_VALUE, key=key), want=STORE_AT)
+        await self._tell(nearest, Message(type=Message.MessageType.PUT_VALUE, key=key, record=record))
+
+    async def _provide(self, key: bytes) -> None:
+        me = self._dht.local_peer_id
+        addrs = list(self._host.libp2p.get_addrs())
+        self._dht.provider_store.add_provider(key, PeerInfo(me, addrs))
+        nearest = await self._walk(key, Message(type=Message.MessageType.FIND_NODE, key=key), want=STORE_AT)
+        message = Message(type=Message.MessageType.ADD_PROVIDER, key=key)
+        provider = message.providerPeers.add(id=me.to_bytes())
+        provider.addrs.extend(addr.to_bytes() for addr in addrs)
+        await self._tell(nearest, message)
+
+    async def _tell(self, peers: Iterable[PeerId], message: Message) -> None:
+        async with trio.open_nursery() as nursery:
+            for peer_id in peers:
+                nursery.start_soon(self._ask, peer_id, message)
+
+    # -- searching -------------------------------------------------------------------------------------------------
+
+    async def _walk(
+        self, key: bytes, request: Message, note: Callable[[PeerId, Message], None] | None = None, *, want: int
+    ) -> list[PeerId]:
+        """The nodes nearest to `key` that answer `request`; `note` is told each answer."""
+        target = _place(key)
+        seeds = [PeerId(str(peer)) for peer in self._dht.routing_table.find_local_closest_peers(key)]
+
+        async def ask(peer_id: PeerId) -> list[PeerId] | None:
+            reply = await self._ask(peer_id, request)
+            if reply is None:
+                return None
+            if note is not None:
+                note(peer_id, reply)
+            closer = _peers(reply.closerPeers[:MAX_CLOSER])
+            if len(self._addrs) > MAX_PROVIDERS:
+                self._addrs.clear()  # who has answered is in the routing table by now
+            self._addrs.update(closer)
+            return [other for other, _ in closer if other != self._host.peer_id]
+
+        return await walk(
+            seeds,
+            lambda peer_id: _place(ID.from_base58(peer_id).to_bytes()) ^ target,
+            ask,
+            want=want,
+            patience_s=PATIENCE_S,
+            total_s=WALK_S,
+        )
+
+    async def _ask(self, peer_id: PeerId, request: Message) -> Message | None:
+        """One question to one node; None: no answer that makes sense, within `RPC_S`."""
+        self.asked += 1
+        request.senderRecord = env_to_send_in_RPC(self._host.libp2p)[0]
+        try:
+            with trio.move_on_after(RPC_S):
+                reply = await self._exchange(peer_id, request)
+                if reply is not None and reply.type == request.type:
+                    await self._dht.add_peer(ID.from_base58(peer_id), skip_server_mode_check=True)
+                    return reply
+        except PeerUnreachable as error:
+            log.debug("node …%s does not answer: %s", peer_id[-6:], error)
+            self._dht.routing_table.remove_peer(ID.from_base58(peer_id))
+        except SwarmError as error:
+            log.debug("node …%s is of no use: %s", peer_id[-6:], error)
+        return None
+
+    async def _exchange(self, peer_id: PeerId, request: Message) -> Message | None:
+        stream = await self._host.open_stream(peer_id, str(PROTOCOL_ID), addrs=self._addrs.get(peer_id, ()))
+        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
+        try:
+            await messages.write_message(request.SerializeToString())
+            if request.type == Message.MessageType.ADD_PROVIDER:  # go answers with silence, py with an echo
+                await messages.close()
+                return None
+            data = await messages.read_message()
+            await messages.close()
+            return None if data is None else Message.FromString(data)
+        except DecodeError:
+            await messages.reset()
+            return None
+        except BaseException:
+            with trio.CancelScope(deadline=trio.current_time() + GOODBYE_S, shield=True):
+                await messages.reset()
+            raise
+
+
+def _place(key: bytes) -> int:
+    """Where a key, or a peer ID in bytes, is in Kademlia's space."""
+    return int.from_bytes(hashlib.sha256(key).digest(), "big")
+
+
+def _peers(entries: Iterable[Message.Peer]) -> list[tuple[PeerId, tuple[str, ...]]]:
+    """Peers of a message with their addresses; what makes no sense is left out."""
+    parsed = (_parse_peer(entry.id, tuple(entry.addrs[:MAX_ADDRS])) for entry in entries)
+    return [peer for peer in parsed if peer is not None]
+
+
+@lru_cache(8192)  # six holders name the same servers again and again
+def _parse_peer(raw_id: bytes, raw_addrs: tuple[bytes, ...]) -> tuple[PeerId, tuple[str, ...]] | None:
+    addrs = []
+    try:
+        multihash.decode(raw_id)
+        peer_id = PeerId(ID(raw_id).to_base58())
+    except Exception:  # it raises half a dozen unrelated kinds
+        return None
+    for raw in raw_addrs:
+        with suppress(Exception):
+            addrs.append(str(Multiaddr(raw)))
+    return peer_id, tuple(addrs)
 
 
 class _RecordValidator(Validator):
@@ -82,140 +403,96 @@ class _RecordValidator(Validator):
             raise RecordError("a record under somebody else's key")
 
     def select(self, key: str, values: list[bytes]) -> int:
-        return max(range(len(values)), key=lambda index: self._sequence(values[index]))
-
-    def _sequence(self, value: bytes) -> int:
-        try:
-            return open_record(value, now=self._clock(), verify=self._verify).sequence
-        except RecordError:
-            return -1
+        return max(range(len(values)), key=lambda index: peek(values[index]).sequence)
 
 
-class Directory:
-    """What the swarm knows. Made by `open_directory`."""
+class _Values(ValueStore):
+    """Values as long as they live, and a limited number per writer."""
 
-    def __init__(
-        self,
-        dht: KadDHT,
-        host: Connected,
-        signer: Signer,
-        verify: Verify,
-        fetch_direct: FetchDirect | None,
-        clock: Callable[[], float],
-    ) -> None:
-        self._dht = dht
-        self._host = host
-        self._signer = signer
-        self._verify = verify
-        self._fetch_direct = fetch_direct
+    def __init__(self, host: IHost) -> None:
+        super().__init__(host, host.get_id())
+        self._keys_of: dict[PeerId | None, dict[bytes, None]] = {}
+
+    def put_record(self, key: bytes, record: Record) -> None:
+        """Store a record that the validator has let pass; the writer's oldest goes when it has too many."""
+        writer = _writer(key)
+        most = MAX_FOREIGN_VALUES if writer is None else MAX_KEYS_PER_WRITER
+        keys = [other for other in self._keys_of.get(writer, ()) if other in self.store and other != key]
+        for oldest in keys[: max(0, len(keys) + 1 - most)]:
+            self.remove(oldest)
+        super().put_record(key, record)
+        self._keys_of[writer] = dict.fromkeys([*keys[-(most - 1) :], key])
+        if writer is not None:
+            self.store[key] = (record, peek(record.value).expires_at)
+
+    def cleanup_expired(self) -> int:
+        """Drop what has expired, and forget writers of whom nothing is left."""
+        dropped = super().cleanup_expired()
+        for writer, keys in list(self._keys_of.items()):
+            if not any(key in self.store for key in keys):
+                del self._keys_of[writer]
+        return dropped
+
+
+def _writer(key: bytes) -> PeerId | None:
+    """Who alone can write a value of ours; None for others' values."""
+    parsed = parse_record_key(key.decode("utf-8", "replace"))
+    return None if parsed is None else parsed[1]
+
+
+class _Providers(ProviderStore):
+    """Provider records for many servers, none of which outlives its server by more than `PROVIDER_TTL_S`."""
+
+    def __init__(self, host: IHost, clock: Callable[[], float]) -> None:
+        super().__init__(host)
         self._clock = clock
-        self._own: dict[str, ServerRecord] = {}
-        self.dropped_records = 0
-        """Records that were not believed, so far."""
+        self._keys_of: Counter[str] = Counter()
 
-    async def announce(self, record: ServerRecord) -> None:
-        """Sign the record, store it and provide the model's key; bounded by `STORE_S`.
+    def add_provider(self, key: bytes, provider: PeerInfo) -> None:
+        """Store or renew, unless the peer or the key has too many."""
+        name = str(provider.peer_id)
+        entries = self.providers.get(key, {})
+        if name not in entries:
+            if self._is_full(key, name):
+                self.cleanup_expired()
+            if self._is_full(key, name):
+                log.debug("no room for provider …%s", name[-6:])
+                return
+            self._keys_of[name] += 1
+        record = ProviderRecord(PeerInfo(provider.peer_id, provider.addrs[:MAX_ADDRS]), self._clock())
+        self.providers.setdefault(key, entries)[name] = record
 
-        Nobody being there to store it is no error: the next peer to join asks us.
-        """
-        self._own[record.model.digest] = record
-        data = sign_record(record, self._signer.sign, self._signer.public_key)
-        with trio.move_on_after(STORE_S):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._store, record_key(record.model, record.peer_id), data)
-                if record.state is not ServerState.OFFLINE:
-                    nursery.start_soon(self._provide, swarm_key(record.model))
+    def get_providers(self, key: bytes) -> list[PeerInfo]:
+        """Who has provided the key within `PROVIDER_TTL_S`."""
+        self._drop_expired(key)
+        return [record.provider_info for record in self.providers.get(key, {}).values()]
 
-    async def withdraw(self, record: ServerRecord) -> None:
-        """Store an OFFLINE record, and stop providing."""
-        self._dht.provider_store.providing_keys.discard(bytes.fromhex(swarm_key(record.model)))
-        self._dht.provider_store.providers.pop(bytes.fromhex(swarm_key(record.model)), None)
-        await self.announce(record)
+    def cleanup_expired(self) -> None:
+        """Drop whoever has not renewed."""
+        for key in list(self.providers):
+            self._drop_expired(key)
 
-    async def lookup(self, model: ModelId) -> tuple[ServerRecord, ...]:
-        """All live servers' records of a model, one per peer; bounded by `WALK_S` + `FETCH_S`."""
-        providers = await self._providers(swarm_key(model))
-        found: dict[PeerId, ServerRecord] = {}
+    def _is_full(self, key: bytes, name: str) -> bool:
+        return (
+            self._keys_of[name] >= MAX_KEYS_PER_WRITER
+            or len(self.providers.get(key, {})) >= MAX_PROVIDERS
+            or (key not in self.providers and len(self.providers) >= MAX_CONTENT_KEYS)
+        )
 
-        async def fetch(info: PeerInfo) -> None:
-            with trio.move_on_after(FETCH_S):
-                record = await self._fetch(info, model)
-                if record is not None and record.state is not ServerState.OFFLINE:
-                    known = found.get(record.peer_id)
-                    if known is None or known.sequence < record.sequence:
-                        found[record.peer_id] = record
+    def _drop_expired(self, key: bytes) -> None:
+        oldest = self._clock() - PROVIDER_TTL_S
+        entries = self.providers.get(key, {})
+        for name in [name for name, record in entries.items() if record.timestamp < oldest]:
+            self.drop(key, name)
 
-        async with trio.open_nursery() as nursery:
-            for info in providers:
-                nursery.start_soon(fetch, info)
-        own = self._own.get(model.digest)  # never asked for over the network
-        if own is not None and own.state is not ServerState.OFFLINE:
-            found[own.peer_id] = own
-        return tuple(found[peer_id] for peer_id in sorted(found))
-
-    async def _fetch(self, info: PeerInfo, model: ModelId) -> ServerRecord | None:
-        peer_id = PeerId(info.peer_id.to_base58())
-        if self._fetch_direct is not None:
-            try:
-                with trio.move_on_after(FETCH_S * 0.6):
-                    data = await self._fetch_direct(peer_id, tuple(str(addr) for addr in info.addrs), model)
-                    return None if data is None else self._open(data, model, peer_id)
-            except SwarmError as error:
-                log.debug("no record from …%s itself: %s", peer_id[-6:], error)
-                return None  # it does not answer, so it would not serve either
-            return None
-        key = record_key(model, peer_id)
-        self._dht.value_store.remove(key.encode())  # the library would answer with this old copy
-        data = await self._dht.get_value(key)
-        return None if data is None else self._open(data, model, peer_id)
-
-    def _open(self, data: bytes, model: ModelId, peer_id: PeerId) -> ServerRecord | None:
-        try:
-            record = open_record(data, now=self._clock(), verify=self._verify, expected_model=model)
-            if record.peer_id != peer_id:
-                raise RecordError("a record of another peer")
-        except RecordError as error:
-            self.dropped_records += 1
-            log.info("dropped what …%s says: %s", peer_id[-6:], error)
-            return None
-        return record
-
-    async def _providers(self, key: str) -> list[PeerInfo]:
-        """Providers of a key from all nodes near it, and from our own store."""
-        raw = bytes.fromhex(key)
-        found: dict[ID, PeerInfo] = {info.peer_id: info for info in self._dht.provider_store.get_providers(raw)}
-        found.pop(self._dht.local_peer_id, None)
-
-        async def ask(peer: ID) -> None:
-            with trio.move_on_after(WALK_S):
-                try:
-                    infos, _ = await self._dht.provider_store._get_providers_from_peer_with_closers(peer, raw)
-                except Exception as error:  # the library raises whatever its streams raise; the node is of no use
-                    log.debug("no providers from %s: %s", peer, error)
-                    return
-                for info in infos[:MAX_PROVIDERS]:
-                    if info.peer_id != self._dht.local_peer_id and len(found) < MAX_PROVIDERS:
-                        found.setdefault(info.peer_id, info)
-
-        async with trio.open_nursery() as nursery:
-            for peer in await self._closest(raw):
-                nursery.start_soon(ask, peer)
-        return list(found.values())
-
-    async def _closest(self, key: bytes) -> list[ID]:
-        with trio.move_on_after(WALK_S):
-            return list(await self._dht.peer_routing.find_closest_peers_network(key))
-        return self._dht.routing_table.find_local_closest_peers(key)
-
-    async def _store(self, key: str, data: bytes) -> None:
-        try:
-            self._dht.value_store.remove(key.encode())  # put_value refuses to replace what it validates as newer
-            await self._dht.put_value(key, data)
-        except ValueError as error:
-            log.debug("could not store %s: %s", key, error)
-
-    async def _provide(self, key: str) -> None:
-        await self._dht.provide(key)
+    def drop(self, key: bytes, name: str) -> None:
+        """Forget one provider of a key."""
+        entries = self.providers.get(key, {})
+        if entries.pop(name, None) is not None:
+            self._keys_of[name] -= 1
+            self._keys_of += Counter()  # forgets zeros
+        if not entries:
+            self.providers.pop(key, None)
 
 
 @asynccontextmanager
@@ -244,6 +521,9 @@ async def open_directory(
         validator_changed=True,
         strict_validation=True,
     )
+    dht.value_store = _Values(host.libp2p)
+    dht.provider_store = providers = _Providers(host.libp2p, clock)
+    dht._inbound_limiter.total_tokens = MAX_INBOUND
     tell_new_peer, new_peers = trio.open_memory_channel[PeerId](1024)
 
     def note(peer_id: PeerId) -> None:
@@ -254,14 +534,23 @@ async def open_directory(
     host.on_peer(note)
     async with background_trio_service(dht), trio.open_nursery() as nursery:
 
-        async def meet() -> None:
+        async def welcome() -> None:
             async for peer_id in new_peers:
-                await dht.add_peer(ID.from_base58(peer_id))
+                nursery.start_soon(_meet, dht, peer_id)
 
         for peer_id in host.connected_peers():
-            await dht.add_peer(ID.from_base58(peer_id))
-        nursery.start_soon(meet)
+            if not await dht.add_peer(ID.from_base58(peer_id)):
+                nursery.start_soon(_meet, dht, peer_id)
+        nursery.start_soon(welcome)
         try:
-            yield Directory(dht, host, signer, verify, fetch_direct, clock)
+            yield Directory(dht, providers, host, signer, verify, fetch_direct, clock)
         finally:
             nursery.cancel_scope.cancel()
+
+
+async def _meet(dht: KadDHT, peer_id: PeerId) -> None:
+    """Put a new peer into the routing table, as soon as it has said where and what it is."""
+    for wait_s in (0.0, *_MEET_AGAIN_S):
+        await trio.sleep(wait_s)
+        if await dht.add_peer(ID.from_base58(peer_id)):
+            return

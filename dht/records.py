@@ -10,6 +10,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -159,6 +160,26 @@ def open_record(data: bytes, *, now: float, verify: Verify, expected_model: Mode
         issued_at=fields.issued_at,
         expires_at=fields.expires_at,
     )
+
+
+class Peek(NamedTuple):
+    """What a holder needs of a record that it has checked before."""
+
+    sequence: int
+    expires_at: float
+
+
+def peek(data: bytes) -> Peek:
+    """Sequence number and expiry of a record, nothing verified.
+
+    Raises:
+        RecordError: garbage.
+    """
+    try:
+        fields = pb.ServerRecord.FromString(pb.SignedRecord.FromString(data).record)
+    except DecodeError:
+        raise RecordError("a record that does not decode") from None
+    return Peek(fields.sequence, fields.expires_at)
 
 
 def _check_time(fields: pb.ServerRecord, now: float) -> None:

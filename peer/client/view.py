@@ -134,6 +134,7 @@ class SwarmWatcher:
         self._bans.report(peer_id, error)
         if isinstance(error, PeerUnreachable):
             self._records.pop(peer_id, None)  # it comes back with the next lookup that it answers
+            self._directory.forget(self.model, peer_id)
         self._refresh_now.set()
 
     async def changed(self, within_s: float) -> None:

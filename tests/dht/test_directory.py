@@ -1,0 +1,176 @@
+"""The directory on real hosts: announce, look up, replace, withdraw, expire, and what strangers can not do."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Record
+
+from petals.dht import directory as directory_module
+from petals.dht.keys import record_key, swarm_key
+from petals.dht.records import RecordError, ServerState, sign_record
+from petals.peer.identity import create_identity
+from petals.protocols.errors import PeerUnreachable
+from petals.protocols.types import ModelId, PeerId
+from tests.dht.conftest import MODEL, Net, make_record
+
+
+@pytest.mark.parametrize("direct", [True, False])
+async def test_what_one_announces_all_find_until_it_is_withdrawn(net: Net, direct: bool) -> None:
+    nodes = [await net.add(direct=direct) for _ in range(5)]
+    first = await nodes[1].announce(blocks=range(2))
+    second = await nodes[2].announce(blocks=range(2, 4))
+    for node in nodes:
+        found = await node.directory.lookup(MODEL)
+        assert {record.peer_id: record.blocks for record in found} == {
+            first.peer_id: range(2),
+            second.peer_id: range(2, 4),
+        }
+    assert await nodes[4].directory.lookup(ModelId("tiny", "cd" * 32)) == ()  # another checkpoint of the same name
+
+    moved = await nodes[1].announce(blocks=range(1, 4), sequence=first.sequence + 1)
+    assert moved in await nodes[4].directory.lookup(MODEL)
+
+    gone = replace(moved, state=ServerState.OFFLINE, sequence=moved.sequence + 1)
+    nodes[1].served[:] = [gone]
+    await nodes[1].directory.withdraw(gone)
+    for node in nodes:
+        assert [record.peer_id for record in await node.directory.lookup(MODEL)] == [second.peer_id]
+
+
+async def test_a_late_joiner_finds_and_is_found(net: Net) -> None:
+    a, b = await net.add(), await net.add()
+    await b.announce()
+    await net.stop(a)  # the only node that connected them
+    late = await _join(net, b)
+    await late.announce()
+    assert {r.peer_id for r in await b.directory.lookup(MODEL)} == {b.peer_id, late.peer_id}
+    assert {r.peer_id for r in await late.directory.lookup(MODEL)} == {b.peer_id, late.peer_id}
+
+
+async def test_expired_records_vanish(net: Net) -> None:
+    now = [time.time()]
+    a, reader = await net.add(), await net.add(direct=False, clock=lambda: now[0])
+    await a.announce()
+    assert len(await reader.directory.lookup(MODEL)) == 1
+    now[0] += 91
+    assert await reader.directory.lookup(MODEL) == ()
+
+
+async def test_a_killed_server_is_not_listed_and_a_frozen_one_costs_its_deadline(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [await net.add() for _ in range(4)]
+    for node in nodes:
+        await node.announce()
+    reader = nodes[0]
+    assert len(await reader.directory.lookup(MODEL)) == 4
+    await net.stop(nodes[3])
+    assert {r.peer_id for r in await reader.directory.lookup(MODEL)} == {n.peer_id for n in nodes[:3]}
+
+    frozen = nodes[2].peer_id
+    ask_others = reader.host.open_stream
+
+    async def open_stream(peer_id: PeerId, protocol: str, *, addrs: tuple[str, ...] = ()) -> object:
+        if peer_id == frozen:
+            await trio.sleep_forever()
+        return await ask_others(peer_id, protocol, addrs=addrs)
+
+    monkeypatch.setattr(reader.host, "open_stream", open_stream)
+    with trio.fail_after(10):  # the library's own searches would take 20 s
+        found = {r.peer_id for r in await reader.directory.lookup(MODEL)}
+    # Late, not dead: it keeps its last word until it expires, or until somebody who used it says otherwise.
+    assert found == {n.peer_id for n in nodes[:3]}
+    reader.directory.forget(MODEL, frozen)
+    assert {r.peer_id for r in await reader.directory.lookup(MODEL)} == {n.peer_id for n in nodes[:2]}
+
+
+async def test_a_peer_speaks_only_for_itself(net: Net) -> None:
+    honest, liar, reader = await net.add(), await net.add(), await net.add()
+    await honest.announce()
+    stolen = make_record(honest.peer_id, blocks=range(1), sequence=1 << 60)
+    # signed by the liar in the honest one's name, then honestly signed but under the other's key
+    forged = sign_record(stolen, liar.identity.sign, liar.identity.public_key)
+    validator = honest.directory._dht.validator
+    assert validator is not None
+    with pytest.raises(RecordError):
+        validator.validate(record_key(MODEL, honest.peer_id), forged)
+    own = sign_record(make_record(liar.peer_id), liar.identity.sign, liar.identity.public_key)
+    with pytest.raises(RecordError):
+        validator.validate(record_key(MODEL, honest.peer_id), own)
+
+    await liar.announce()
+    liar.signed = lambda digest: [forged]  # type: ignore[method-assign]
+    assert [r.peer_id for r in await reader.directory.lookup(MODEL)] == [honest.peer_id]
+    assert reader.directory.dropped_records == 1
+
+
+async def test_an_old_record_played_again_is_not_believed(net: Net) -> None:
+    server, reader = await net.add(), await net.add()
+    old = await server.announce(blocks=range(2))
+    new = await server.announce(blocks=range(2, 4), sequence=old.sequence + 1)
+    assert await reader.directory.lookup(MODEL) == (new,)
+    server.served[:] = [old]
+    assert await reader.directory.lookup(MODEL) == (new,)
+
+
+async def test_a_flood_of_one_writer_pushes_nobody_out(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "MAX_KEYS_PER_WRITER", 3)
+    node = await net.add()
+    honest, flooder = create_identity(), create_identity()
+    store, provided = node.directory._dht.value_store, node.directory._provided
+
+    def put(identity: object, digest: str) -> bytes:
+        assert isinstance(identity, type(honest))
+        record = make_record(identity.peer_id, model=ModelId("m", digest))
+        key = record_key(record.model, identity.peer_id).encode()
+        value = sign_record(record, identity.sign, identity.public_key)
+        store.put_record(key, Record(key=key, value=value))
+        provided.add_provider(bytes.fromhex(swarm_key(record.model)), _info(identity.peer_id))
+        return key
+
+    kept = put(honest, "00" * 32)
+    flood = [put(flooder, f"{n:064x}") for n in range(1, 10)]
+    assert store.get(kept) is not None
+    assert [key for key in flood if store.get(key) is not None] == flood[-3:]
+    assert provided.size() == 1 + 3
+    assert len(provided.get_providers(bytes.fromhex(swarm_key(ModelId("m", "00" * 32))))) == 1
+
+
+async def test_providers_that_do_not_renew_are_dropped(net: Net) -> None:
+    now = [time.time()]
+    node = await net.add(clock=lambda: now[0])
+    key = bytes.fromhex(swarm_key(MODEL))
+    node.directory._provided.add_provider(key, _info(create_identity().peer_id))
+    assert len(node.directory._provided.get_providers(key)) == 1
+    now[0] += directory_module.PROVIDER_TTL_S + 1
+    assert node.directory._provided.get_providers(key) == []
+
+
+async def test_the_dead_leave_the_routing_table(net: Net) -> None:
+    a, b, c = [await net.add() for _ in range(3)]
+    await c.announce()
+    await a.directory.lookup(MODEL)
+    table = a.directory._dht.routing_table
+    assert {str(peer) for peer in table.get_peer_ids()} >= {b.peer_id}
+    await net.stop(b)
+    with pytest.raises(PeerUnreachable):
+        await a.host.ping(b.peer_id)
+    await a.directory.lookup(MODEL)
+    assert b.peer_id not in {str(peer) for peer in table.get_peer_ids()}
+
+
+def _info(peer_id: PeerId) -> object:
+    from libp2p.peer.id import ID
+    from libp2p.peer.peerinfo import PeerInfo
+
+    return PeerInfo(ID.from_base58(peer_id), [])
+
+
+async def _join(net: Net, node: object) -> object:
+    net.nodes.remove(node)  # type: ignore[arg-type]
+    net.nodes.insert(0, node)  # type: ignore[arg-type]
+    return await net.add()
