@@ -76,6 +76,10 @@ class SyncPeer:
         asked = self.peer.portal.run(self.peer.client, model)
         return load_causal_lm(asked.checkpoint, asked.chain(client))
 
+    def tokenizer(self, model: str | None = None) -> Any:
+        """The model's own tokenizer."""
+        return self.peer.portal.run(self.peer.checkpoint, model).tokenizer()
+
     def __enter__(self) -> Self:
         self._thread.start()
         self._opened.wait()

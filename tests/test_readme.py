@@ -1,0 +1,68 @@
+"""The README's programs and commands run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PETALS = [sys.executable, "-m", "petals.cli.main"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for line in blocks("bash")[0].splitlines() if line and not line.startswith("#")]
+    assert all(line.startswith("petals ") for line in lines)
+    return [[*PETALS, *shlex.split(line)[1:]] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[str]:
+    """The two servers of the README; yields what the third command prints."""
+    first, second, ask = commands()
+    servers = []
+    try:
+        for command in (first, second):
+            process = subprocess.Popen([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            servers.append(process)
+            assert process.stdout is not None
+            assert process.stdout.readline(), "the server did not start"
+        yield subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+    finally:
+        for process in servers:
+            process.send_signal(signal.SIGTERM)
+        for process in servers:
+            process.communicate(timeout=10)
+            assert process.returncode == 0
+
+
+def test_the_commands_write_text(swarm: str) -> None:
+    assert swarm.startswith("A cat sat on")
+    assert len(swarm) > 60
+
+
+@pytest.mark.parametrize("program", blocks("python"), ids=["trio", "synchronous"])
+def test_the_programs_run(swarm: str, program: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(swarm[len("A cat sat on") :][:20])
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "protocols/SPEC.md"]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"
