@@ -148,7 +148,7 @@ class Checkpoint:
             if found:
                 stack = stacks.setdefault(found[1], {})
                 stack.setdefault(int(found[2]), []).append((name, found[3]))
-        for stack in stacks.values():
+        for _, stack in sorted(stacks.items(), key=lambda item: "vision" in item[0] or "audio" in item[0]):
             if sorted(stack) == list(range(self.num_blocks)):
                 return tuple(tuple(sorted(stack[block])) for block in range(self.num_blocks))
         raise CheckpointError(f"{self.name} has no tensors numbered for {self.num_blocks} blocks; is it a causal LM?")

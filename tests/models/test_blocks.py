@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from petals.models.cache import SpanCache
 from petals.models.checkpoint import open_checkpoint
@@ -208,3 +211,37 @@ def test_blocks_with_another_memory_are_refused(
     with pytest.raises(UnsupportedModel, match="keys and values") as caught:
         load_span(open_checkpoint(directory), range(4))
     assert model_type in str(caught.value)
+
+
+def test_threads_share_a_span_but_not_what_it_adds(llama: Tiny) -> None:
+    """Prompts are added by hooks on modules that all threads use."""
+    hidden, blocks = noise(1, 6, HIDDEN), range(BLOCKS)
+    prompts = [None, *(noise(BLOCKS, 1, 2, HIDDEN) * scale for scale in (1.0, 2.0, 3.0))]
+
+    def run(one: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return llama.whole.forward(hidden, blocks, prompts=one)
+
+    expected = [run(one) for one in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for ours, theirs in zip(pool.map(run, prompts), expected, strict=True):
+                assert_close(ours, theirs)
+
+
+def test_the_text_blocks_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    """Its vision tower has as many blocks, under a name that comes first."""
+    text = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+    vision = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert all("vision" not in name for block in range(4) for name, _ in checkpoint.block_tensors(block))
+    assert load_span(checkpoint, range(1, 3)).hidden_size == HIDDEN
