@@ -30,8 +30,9 @@ MAX_MESSAGE_BYTES = 64 << 10
 MAX_BATCH_SIZE = 1024
 MAX_LENGTH = 1 << 20
 MAX_BLOCKS = 4096
-MAX_STEPS_IN_FLIGHT = 4096
-"""Steps asked and not yet answered, at the client; the server reads one at a time and needs no limit of its own."""
+MAX_STEPS_IN_FLIGHT = MAX_LENGTH
+"""Steps asked and not yet answered, at the client; the server reads one at a time and needs no limit of its own. A
+replay after a fail-over sends all its steps at once, and has at most one for each token."""
 
 
 class State(enum.Enum):

@@ -4,9 +4,10 @@ Nothing here believes a number from the wire before it is checked: dtype and enc
 what the caller expects, and the byte count that follows from them against the caller's limit. Only then is a buffer
 allocated.
 
-Encodings (`messages.proto`): RAW is exact. AS_FLOAT16 rounds to half precision (overflow is clipped to its largest
-finite value). BLOCKWISE_INT8 stores each row of the last dimension as round(x / scale) with scale = max|x| / 127, so
-that the error of a value is at most half of its row's scale.
+Encodings (`messages.proto`): RAW is exact. AS_FLOAT16 rounds to half precision (overflow, infinities too, is clipped
+to its largest finite value). BLOCKWISE_INT8 stores each row of the last dimension as round(x / scale) with
+scale = max|x| / 127, so that the error of a value is at most half of its row's scale, besides the rounding of the
+dtype; of a row that is not finite no value arrives finite. A tensor without elements does not travel.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ WIRE_DTYPES: dict[torch.dtype, pb.DType] = {
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INT64 = (torch.int64,)
 BOOL = (torch.bool,)
+ENCODINGS = (pb.RAW, pb.AS_FLOAT16, pb.BLOCKWISE_INT8)
 
 MAX_DIMENSIONS = 4
 MAX_TENSOR_BYTES = 256 << 20
@@ -50,13 +52,16 @@ if sys.byteorder != "little":  # pragma: no cover
 def encode_tensor(tensor: Tensor, encoding: pb.Encoding = pb.RAW) -> tuple[pb.Tensor, list[memoryview]]:
     """`tensor` as (header, pieces of payload); the pieces share memory with it where it is contiguous on the CPU.
 
+    Args:
+        encoding: a wish. It is RAW all the same where the dtype is no float, or where a newer peer wished for an
+            encoding that we do not know: the header says what was done.
     Raises:
-        LocalProtocolError: a dtype or number of dimensions that cannot travel.
+        LocalProtocolError: a dtype, number of dimensions or size 0 that cannot travel.
     """
-    if tensor.dtype not in WIRE_DTYPES or tensor.dim() > MAX_DIMENSIONS:
-        raise LocalProtocolError(f"a {tensor.dtype} tensor of {tensor.dim()} dimensions has no form on the wire")
+    if tensor.dtype not in WIRE_DTYPES or tensor.dim() > MAX_DIMENSIONS or not tensor.numel():
+        raise LocalProtocolError(f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} has no form on the wire")
     tensor = tensor.detach().to("cpu")
-    if encoding != pb.RAW and tensor.dtype not in FLOATS:
+    if encoding not in ENCODINGS or tensor.dtype not in FLOATS:
         encoding = pb.RAW
     header = pb.Tensor(dtype=WIRE_DTYPES[tensor.dtype], shape=list(tensor.shape), encoding=encoding)
     if encoding == pb.AS_FLOAT16:
@@ -84,7 +89,7 @@ def check_header(
         name: how the error message calls the tensor.
         shape: what it must be; None stands for any positive size.
         dtypes: what may come.
-        max_bytes: refuse more than this, on the wire and in memory.
+        max_bytes: refuse more than this on the wire, and more than twice as much as float32 in memory.
     Raises:
         RemoteProtocolError: anything else than that.
     """
@@ -98,9 +103,7 @@ def check_header(
     ):
         described = ", ".join("any" if want is None else str(want) for want in shape)
         raise RemoteProtocolError(f"{name}: shape {_short(got)} instead of ({described})")
-    if header.encoding not in (pb.RAW, pb.AS_FLOAT16, pb.BLOCKWISE_INT8) or (
-        header.encoding != pb.RAW and dtype not in FLOATS
-    ):
+    if header.encoding not in ENCODINGS or (header.encoding != pb.RAW and dtype not in FLOATS):
         raise RemoteProtocolError(f"{name}: encoding {header.encoding} of {dtype}")
     numel = math.prod(got)  # Python ints: no overflow to hide behind
     if numel * max(4, dtype.itemsize) > 2 * max_bytes or (on_wire := _wire_bytes(header, numel, dtype)) > max_bytes:
@@ -127,7 +130,7 @@ def _wire_bytes(header: pb.Tensor, numel: int, dtype: torch.dtype) -> int:
     if header.encoding == pb.AS_FLOAT16:
         return 2 * numel
     if header.encoding == pb.BLOCKWISE_INT8:
-        return numel + 4 * (numel // header.shape[-1])
+        return numel + 4 * math.prod(header.shape[:-1])
     return numel * dtype.itemsize
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import ProtocolViolation, RemoteProtocolError
-from petals.protocols.inference import Conversation, State, step_payload
-from petals.protocols.tensors import encode_tensor
-from petals.protocols.training import request_payload
+from petals.protocols.inference import (
+    MAX_BATCH_SIZE,
+    MAX_BLOCKS,
+    MAX_LENGTH,
+    MAX_STEPS_IN_FLIGHT,
+    Conversation,
+    State,
+    step_payload,
+)
+from petals.protocols.tensors import MAX_TENSOR_BYTES, check_header, encode_tensor
 
 DIGEST = "ab" * 32
 
@@ -29,7 +40,7 @@ def opening(**changes: object) -> pb.InferenceRequest:
 
 
 def step(step_id: int, position: int, tokens: int) -> pb.InferenceRequest:
-    header, _ = encode_tensor(torch.zeros(2, tokens, 8))
+    header = pb.Tensor(dtype=pb.FLOAT32, shape=[2, tokens, 8])
     return pb.InferenceRequest(step=pb.Step(step_id=step_id, position=position, hidden=header))
 
 
@@ -154,15 +165,251 @@ def test_the_payload_of_a_step_is_checked_against_its_session() -> None:
             step_payload(broken, session, 8)
 
 
-def test_the_payload_of_a_training_request_is_checked() -> None:
-    hidden, _ = encode_tensor(torch.zeros(2, 3, 8))
-    request = pb.TrainingRequest(model_digest=DIGEST, start_block=0, end_block=4, hidden=hidden)
-    assert [name for name, _, _ in request_payload(request, 8, backward=False)] == ["hidden"]
-    with pytest.raises(RemoteProtocolError):
-        request_payload(request, 8, backward=True)  # without a gradient
-    request.grad_output.CopyFrom(hidden)
-    assert [name for name, _, _ in request_payload(request, 8, backward=True)] == ["hidden", "grad_output"]
-    with pytest.raises(RemoteProtocolError):
-        request_payload(request, 8, backward=False)
-    with pytest.raises(RemoteProtocolError):
-        request_payload(request, 16, backward=True)
+CLOSE = pb.InferenceRequest(close=pb.Close())
+FAILED = pb.InferenceReply(error=pb.Error(code=pb.BUSY))
+
+SPEECHES: dict[str, pb.InferenceRequest | pb.InferenceReply] = {
+    "open": opening(),
+    "step": step(1, 4, 1),
+    "close": CLOSE,
+    "nothing asked": pb.InferenceRequest(),
+    "opened": OPENED,
+    "step_done": done(0),
+    "error": FAILED,
+    "nothing answered": pb.InferenceReply(),
+}
+ALLOWED = {  # as SPEC.md has it
+    State.IDLE: {"open": State.OPENING, "error": State.CLOSED},
+    State.OPENING: {"opened": State.READY, "close": State.CLOSED, "error": State.CLOSED},
+    State.READY: {"step": State.READY, "step_done": State.READY, "close": State.CLOSED, "error": State.CLOSED},
+    State.CLOSED: {},
+}
+
+
+def in_state(state: State) -> Conversation:
+    """In READY, step 0 of four tokens is unanswered."""
+    conversation = Conversation()
+    if state is not State.IDLE:
+        conversation.request(opening())
+    if state in (State.READY, State.CLOSED):
+        conversation.reply(OPENED)
+        conversation.request(step(0, 0, 4))
+    if state is State.CLOSED:
+        conversation.request(CLOSE)
+    assert conversation.state is state
+    return conversation
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("kind", SPEECHES)
+def test_the_whole_table(state: State, kind: str) -> None:
+    conversation, message = in_state(state), SPEECHES[kind]
+    before = copy.deepcopy(conversation)
+    say = conversation.request if isinstance(message, pb.InferenceRequest) else conversation.reply
+    if kind in ALLOWED[state]:
+        assert say(message) == kind  # type: ignore[arg-type]
+        assert conversation.state is ALLOWED[state][kind]
+    else:
+        with pytest.raises(ProtocolViolation) as caught:
+            say(message)  # type: ignore[arg-type]
+        assert caught.value.out_of_order
+        assert conversation == before
+
+
+@pytest.mark.parametrize(
+    ("message", "out_of_order"),
+    [
+        (step(1, 1, 1), True),  # the id before the next
+        (step(2, 1, 1), False),  # right: rolls back
+        (step(3, 4, 1), True),
+        (step(2, 5, 1), True),
+        (step(2, 4, 7), False),
+        (step(2, 4, 2**32 - 1), False),
+        (pb.InferenceRequest(step=pb.Step(step_id=2, position=4)), False),
+    ],
+)
+def test_whether_the_time_or_the_message_is_wrong(message: pb.InferenceRequest, out_of_order: bool) -> None:
+    conversation = ready()
+    conversation.request(step(0, 0, 3))
+    conversation.request(step(1, 3, 1))
+    before = copy.deepcopy(conversation)
+    if message == step(2, 1, 1):
+        conversation.request(message)
+        assert conversation.position == 2
+        return
+    with pytest.raises(ProtocolViolation) as caught:
+        conversation.request(message)
+    assert caught.value.out_of_order is out_of_order
+    assert conversation == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": MAX_BATCH_SIZE},
+        {"max_length": MAX_LENGTH},
+        {"start_block": MAX_BLOCKS - 1, "end_block": MAX_BLOCKS},
+        {"reply_encoding": 99},  # a wish; answered in RAW by who does not know it
+    ],
+)
+def test_limits_are_inclusive(changes: dict[str, object]) -> None:
+    assert Conversation().request(opening(**changes)) == "open"
+
+
+def test_a_replay_may_have_a_step_for_each_token() -> None:
+    tokens = 5000
+    assert tokens < MAX_STEPS_IN_FLIGHT == MAX_LENGTH
+    conversation = Conversation()
+    conversation.request(opening(batch_size=1, max_length=tokens))
+    conversation.reply(OPENED)
+    header = pb.Tensor(dtype=pb.FLOAT32, shape=[1, 1, 8])
+    for index in range(tokens):
+        conversation.request(pb.InferenceRequest(step=pb.Step(step_id=index, position=index, hidden=header)))
+    for index in range(tokens):
+        conversation.reply(done(index))
+    assert conversation.position == tokens
+
+
+def test_what_a_newer_peer_adds_is_ignored() -> None:
+    unknown_field = bytes([0xFA, 0x01, 0x03]) + b"new"  # number 31, three bytes
+    newer = pb.Open.FromString(opening().open.SerializeToString() + unknown_field)
+    assert Conversation().request(pb.InferenceRequest(open=newer)) == "open"
+    with pytest.raises(ProtocolViolation, match="unknown message"):  # a new kind is not: it needs a new protocol ID
+        ready().request(pb.InferenceRequest.FromString(unknown_field))
+
+
+class TwoEnds(RuleBasedStateMachine):
+    """A client and a server who keep to the table, with a wire in both directions that delivers whenever it likes.
+
+    The model is the sequence itself: `said` is what the client believes the server's cache to be, `cache` is what the
+    server has made of the steps it took. No schedule may let an honest end blame the other.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client, self.server = Conversation(), Conversation()
+        self.requests: deque[tuple[bytes, list[int]]] = deque()
+        self.replies: deque[tuple[bytes, list[int]]] = deque()
+        self.said: list[int] = []
+        self.promised: deque[list[int]] = deque()
+        self.cache: list[int] = []
+        self.fresh = 0
+
+    def ask(self, request: pb.InferenceRequest, tokens: list[int]) -> None:
+        self.client.request(request)
+        self.requests.append((request.SerializeToString(), tokens))
+
+    def answer(self, reply: pb.InferenceReply, cache: list[int]) -> None:
+        self.server.reply(reply)
+        self.replies.append((reply.SerializeToString(), list(cache)))
+
+    @precondition(lambda self: self.client.state is State.IDLE)
+    @rule()
+    def client_opens(self) -> None:
+        self.ask(opening(), [])
+
+    @precondition(lambda self: self.client.state is State.READY)
+    @rule(back=st.integers(0, 12), tokens=st.integers(1, 4))
+    def client_steps(self, back: int, tokens: int) -> None:
+        position = max(0, len(self.said) - back)
+        tokens = min(tokens, 10 - position)
+        if tokens:
+            new = list(range(self.fresh, self.fresh + tokens))
+            self.fresh += tokens
+            self.ask(step(self.client.next_step_id, position, tokens), new)
+            self.said = self.said[:position] + new
+            self.promised.append(self.said)
+
+    @precondition(lambda self: self.client.state in (State.OPENING, State.READY))
+    @rule(really=st.integers(0, 9))
+    def client_closes(self, really: int) -> None:
+        if not really:
+            self.ask(CLOSE, [])
+
+    @precondition(lambda self: self.server.state is not State.CLOSED and self.requests)
+    @rule()
+    def server_takes_the_next(self) -> None:
+        wire, tokens = self.requests.popleft()
+        request = pb.InferenceRequest.FromString(wire)
+        kind = self.server.request(request)  # raises if the schedule broke a rule
+        if kind == "open":
+            self.answer(OPENED, [])
+        elif kind == "step":
+            self.cache = self.cache[: request.step.position] + tokens
+            self.answer(done(request.step.step_id), self.cache)
+
+    @precondition(lambda self: self.server.state is not State.CLOSED)
+    @rule(really=st.integers(0, 19))
+    def server_gives_up(self, really: int) -> None:
+        if not really:
+            self.answer(FAILED, [])
+
+    @precondition(lambda self: self.client.state is not State.CLOSED and self.replies)
+    @rule()
+    def client_hears_the_next(self) -> None:
+        wire, cache = self.replies.popleft()
+        if self.client.reply(pb.InferenceReply.FromString(wire)) == "step_done":
+            assert cache == self.promised.popleft()
+
+    @precondition(lambda self: State.CLOSED in (self.client.state, self.server.state))
+    @rule()
+    def who_has_ended_says_and_takes_nothing_more(self) -> None:
+        for end in (self.client, self.server):
+            if end.state is State.CLOSED:
+                for request in (opening(), step(end.next_step_id, 0, 1), CLOSE):
+                    with pytest.raises(ProtocolViolation):
+                        end.request(request)
+                for reply in (OPENED, done(end.unanswered[0] if end.unanswered else 0), FAILED):
+                    with pytest.raises(ProtocolViolation):
+                        end.reply(reply)
+
+    @invariant()
+    def each_end_knows_the_cache(self) -> None:
+        assert self.client.position == len(self.said)
+        assert self.server.position == len(self.cache) <= 10
+        assert len(self.client.unanswered) == len(self.promised)
+        assert len(self.server.unanswered) == 0
+
+
+TestTwoEnds = TwoEnds.TestCase
+TestTwoEnds.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+HEADERS = st.builds(
+    lambda dtype, shape, encoding: pb.Tensor(dtype=dtype, shape=shape, encoding=encoding),
+    st.integers(0, 6),
+    st.lists(st.integers(0, 8) | st.integers(0, 2**32 - 1), max_size=5),
+    st.integers(0, 3),
+)
+
+
+@settings(max_examples=300)
+@given(
+    position=st.integers(0, 3) | st.integers(0, 2**32 - 1),
+    hidden=HEADERS | st.just(encode_tensor(torch.zeros(2, 3, 8))[0]),
+    others=st.fixed_dictionaries({}, optional=dict.fromkeys(("attention_mask", "prompts", "hypo_ids"), HEADERS)),
+)
+def test_no_header_gets_past_the_plan(position: int, hidden: pb.Tensor, others: dict[str, pb.Tensor]) -> None:
+    conversation = ready()
+    conversation.request(step(0, 0, 3))
+    whole = pb.Step(step_id=1, position=position, hidden=hidden, **others)
+    try:
+        conversation.request(pb.InferenceRequest(step=whole))
+        plan = step_payload(whole, opening().open, 8)
+    except (ProtocolViolation, RemoteProtocolError):
+        return
+    assert position <= 3
+    assert [name for name, _, _ in plan] == [
+        name for name in ("hidden", "attention_mask", "prompts", "hypo_ids") if name == "hidden" or name in others
+    ]
+    for name, header, size in plan:
+        assert header == getattr(whole, name)
+        every = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+        assert size == check_header(header, name=name, shape=tuple(header.shape), dtypes=every) <= MAX_TENSOR_BYTES
+
+
+def test_prompts_come_only_with_the_first_step() -> None:
+    later = step(0, 3, 3).step
+    later.prompts.CopyFrom(encode_tensor(torch.zeros(4, 2, 2, 8))[0])
+    with pytest.raises(RemoteProtocolError, match="position 0"):
+        step_payload(later, opening().open, 8)
