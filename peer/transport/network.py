@@ -121,7 +121,7 @@ class _Channel:
         self._buffer, self._end = bytearray(MAX_FRAME_BYTES), 0
 
     async def send(self, data: bytes) -> None:
-        await self._pipe.send_all(b"".join(self._framing.encrypt(data)))
+        await self._pipe.send_all(b"".join(self._framing.encrypt([data])))
 
     async def receive(self) -> bytes:
         while True:

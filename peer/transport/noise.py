@@ -13,6 +13,7 @@ The counter cannot wrap: 2^64 messages at a million per second are half a millio
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -40,15 +41,30 @@ class NoiseFraming:
         self._send, self._receive = ChaCha20Poly1305(send_key), ChaCha20Poly1305(receive_key)
         self._sent = self._received = 0
 
-    def encrypt(self, plaintext: bytes | bytearray | memoryview) -> list[bytes]:
-        """Whole frames for all of `plaintext`, in pieces to be sent in this order. Empty in, empty out."""
-        pieces: list[bytes] = []
-        view = memoryview(plaintext)
-        for start in range(0, len(view), MAX_PLAINTEXT_BYTES):
-            message = self._send.encrypt(_nonce(self._sent), view[start : start + MAX_PLAINTEXT_BYTES], None)
+    def encrypt(self, plaintext: Iterable[bytes]) -> list[bytes]:
+        """All of `plaintext` as whole frames, in pieces to be sent in this order.
+
+        Short neighbours share a message; a piece that fills one is encrypted where it lies.
+        """
+        wire: list[bytes] = []
+        batch: list[bytes] = []
+        size = 0
+        for piece in plaintext:
+            if batch and size + len(piece) > MAX_PLAINTEXT_BYTES:
+                self._encrypt(batch, wire)
+                batch, size = [], 0
+            batch.append(piece)
+            size += len(piece)
+        if size:
+            self._encrypt(batch, wire)
+        return wire
+
+    def _encrypt(self, batch: list[bytes], wire: list[bytes]) -> None:
+        whole = memoryview(batch[0] if len(batch) == 1 else b"".join(batch))
+        for start in range(0, len(whole), MAX_PLAINTEXT_BYTES):
+            message = self._send.encrypt(_nonce(self._sent), whole[start : start + MAX_PLAINTEXT_BYTES], None)
             self._sent += 1
-            pieces += (_length.pack(len(message)), message)
-        return pieces
+            wire += (_length.pack(len(message)), message)
 
     def decrypt(self, wire: memoryview) -> tuple[list[bytes], int]:
         """Everything that is whole in `wire`: the plaintexts, and how many bytes of `wire` they took.

@@ -173,7 +173,9 @@ class YamuxSession:
         self.remote_gone: int | None = None
         """The reason of the peer's GO_AWAY, None before it came."""
         self.local_gone = False
-        self._output = bytearray()
+        self.output_bytes = 0
+        """What waits for `take_output`."""
+        self._output: list[bytes] = []
         self._control_bytes = 0
         self._next_id = 1 if is_client else 2
         self._remote_parity = 0 if is_client else 1
@@ -217,8 +219,7 @@ class YamuxSession:
         taken = min(len(data), stream.send_window, self.limits.max_frame_bytes)
         if taken:
             stream.send_window -= taken
-            self._output += HEADER.pack(0, _DATA, 0, stream.id, taken)
-            self._output += data[:taken]
+            self._put(b"".join((HEADER.pack(0, _DATA, 0, stream.id, taken), data[:taken])))
         return taken
 
     def read(self, stream: YamuxStream, max_bytes: int) -> bytes | bytearray | memoryview:
@@ -280,13 +281,9 @@ class YamuxSession:
 
     # -- the wire's half -------------------------------------------------------------------------------------------
 
-    @property
-    def output_bytes(self) -> int:
-        return len(self._output)
-
-    def take_output(self) -> bytearray:
-        """Everything to send, once."""
-        output, self._output, self._control_bytes = self._output, bytearray(), 0
+    def take_output(self) -> list[bytes]:
+        """Every frame to send, once."""
+        output, self._output, self._control_bytes, self.output_bytes = self._output, [], 0, 0
         return output
 
     def receive_data(self, data: bytes) -> list[Event]:
@@ -466,7 +463,11 @@ class YamuxSession:
         self._frame(_WINDOW_UPDATE, 0, stream.id, room)
 
     def _frame(self, kind: int, flags: int, stream_id: int, length: int) -> None:
-        self._output += HEADER.pack(0, kind, flags, stream_id, length)
+        self._put(HEADER.pack(0, kind, flags, stream_id, length))
+
+    def _put(self, frame: bytes) -> None:
+        self._output.append(frame)
+        self.output_bytes += len(frame)
 
     def _control(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         """A frame that the peer provoked: as many may wait as an honest peer can want."""

@@ -358,7 +358,7 @@ async def test_bytes_that_arrived_can_be_read_after_the_connection_died() -> Non
 
 
 def encrypted(plaintext: bytes) -> bytes:
-    return bytes(NoiseFraming(*KEYS).encrypt(plaintext))
+    return b"".join(NoiseFraming(*KEYS).encrypt([plaintext]))
 
 
 SPOILT = {
@@ -377,7 +377,7 @@ SPOILT = {
 @pytest.mark.parametrize(("wire", "kind"), SPOILT.values(), ids=SPOILT)
 async def test_a_hostile_wire_ends_its_connection_with_a_typed_error(wire: bytes | None, kind: type[Exception]) -> None:
     if wire is None:
-        wire = bytes(NoiseFraming(*KEYS).encrypt(HEADER.pack(0, FrameType.PING, 1, 0, 5) * 3_000_000))
+        wire = encrypted(HEADER.pack(0, FrameType.PING, 1, 0, 5) * 3_000_000)
     hostile, far_socket = await socket_pair()
     far = End(far_socket, is_client=False, config=MuxerConfig())
     async with connected() as (near_2, far_2), trio.open_nursery() as nursery:

@@ -22,7 +22,7 @@ def pair() -> tuple[NoiseFraming, NoiseFraming]:
 @given(messages=st.lists(st.binary(min_size=1, max_size=3000), max_size=8), cuts=st.lists(st.integers(1, 4000)))
 def test_plaintext_survives_any_slicing(messages: list[bytes], cuts: list[int]) -> None:
     near, far = pair()
-    wire = bytearray(b"".join(near.encrypt(message) for message in messages))
+    wire = bytearray(b"".join(piece for message in messages for piece in near.encrypt([message])))
     arrived, got = bytearray(), bytearray()
     while wire:
         cut = cuts.pop() if cuts else len(wire)
@@ -38,7 +38,7 @@ def test_plaintext_survives_any_slicing(messages: list[bytes], cuts: list[int]) 
 def test_long_data_becomes_full_messages() -> None:
     near, far = pair()
     data = bytes(3 * MAX_PLAINTEXT_BYTES + 5)
-    plaintexts, used = far.decrypt(memoryview(wire := near.encrypt(data)))
+    plaintexts, used = far.decrypt(memoryview(wire := b"".join(near.encrypt([data]))))
     assert [len(plaintext) for plaintext in plaintexts] == [MAX_PLAINTEXT_BYTES] * 3 + [5]
     assert used == len(wire)
 
@@ -49,7 +49,7 @@ def test_the_cipher_is_the_librarys() -> None:
     theirs = CipherState(NoiseProtocol(b"Noise_XX_25519_ChaChaPoly_SHA256", backend=noise_backend))
     theirs.initialize_key(KEYS[0])
     for message in (b"first", b"second", b""):
-        wire = bytes(near.encrypt(message))
+        wire = b"".join(near.encrypt([message]))
         if message:
             assert theirs.decrypt_with_ad(None, wire[2:]) == message
         else:
@@ -69,11 +69,19 @@ def test_the_cipher_is_the_librarys() -> None:
 def test_spoilt_ciphertext_is_a_violation(spoil, why: str) -> None:  # type: ignore[no-untyped-def]
     near, far = pair()
     with pytest.raises(ProtocolViolation, match=why):
-        far.decrypt(memoryview(spoil(bytes(near.encrypt(b"payload")))))
+        far.decrypt(memoryview(spoil(b"".join(near.encrypt([b"payload"])))))
 
 
 def test_a_cut_message_waits_for_its_rest() -> None:
     near, far = pair()
-    wire = near.encrypt(b"payload")
+    wire = b"".join(near.encrypt([b"payload"]))
     assert far.decrypt(memoryview(wire)[:-1]) == ([], 0)
     assert far.decrypt(memoryview(wire)) == ([b"payload"], len(wire))
+
+
+def test_short_neighbours_share_a_message() -> None:
+    near, far = pair()
+    frames = [b"a" * 12, b"b" * 12, b"c" * MAX_PLAINTEXT_BYTES, b"d", b"e"]
+    plaintexts, _ = far.decrypt(memoryview(b"".join(near.encrypt(frames))))
+    assert plaintexts == [b"a" * 12 + b"b" * 12, b"c" * MAX_PLAINTEXT_BYTES, b"de"]
+    assert near.encrypt([]) == []

@@ -103,7 +103,7 @@ class World:
         self.sessions[side].ping(self.dice.getrandbits(32))
 
     def deliver(self, side: int, everything: bool = False) -> None:
-        self.wires[side].extend(self.sessions[side].take_output())
+        self.wires[side].extend(b"".join(self.sessions[side].take_output()))
         wire = self.wires[side]
         size = len(wire) if everything else self.dice.choice([1, 5, 11, 12, 13, 1000, 65_519, len(wire)])
         data = bytes(wire[:size])
@@ -216,7 +216,7 @@ def test_hostile_frames_end_the_session_with_a_reason(wire: bytes, cut: int) -> 
 
     with pytest.raises(ProtocolViolation, match="yamux"):
         receive()
-    assert (GO_AWAY, 0, 0, GoAway.PROTOCOL_ERROR) in frames_of(session.take_output())
+    assert (GO_AWAY, 0, 0, GoAway.PROTOCOL_ERROR) in frames_of(b"".join(session.take_output()))
 
 
 def test_a_flood_of_streams_is_refused_one_by_one() -> None:
@@ -225,7 +225,7 @@ def test_a_flood_of_streams_is_refused_one_by_one() -> None:
     for n in range(100):
         events += session.receive_data(frame(DATA, SYN, 2 * n + 1, 3, b"abc"))
     assert [event.kind for event in events].count(EventKind.OPENED) == 10
-    assert frames_of(session.take_output())[10:] == [(WINDOW, RST, 2 * n + 1, 0) for n in range(10, 100)]
+    assert frames_of(b"".join(session.take_output()))[10:] == [(WINDOW, RST, 2 * n + 1, 0) for n in range(10, 100)]
     session.receive_data(frame(WINDOW, RST, 1, 0))  # room again
     assert session.receive_data(frame(WINDOW, SYN, 999, 0))[0].kind is EventKind.OPENED
 
@@ -270,21 +270,21 @@ def test_single_bytes_do_not_cost_their_whole_message_each() -> None:
 def test_a_window_grows_only_for_a_reader_that_reads() -> None:
     client, server = YamuxSession(is_client=True), YamuxSession(is_client=False)
     near = client.open_stream()
-    far = server.receive_data(bytes(client.take_output()))[0].stream
+    far = server.receive_data(b"".join(client.take_output()))[0].stream
     assert far is not None
     for _ in range(10):
         while client.write(near, memoryview(bytes(65_000))):
-            server.receive_data(bytes(client.take_output()))
+            server.receive_data(b"".join(client.take_output()))
         assert far.target_window == INITIAL_WINDOW  # nothing was read
     sizes = []
     for _ in range(8):
         while server.read(far, 1 << 20):
             pass
-        client.receive_data(bytes(server.take_output()))
+        client.receive_data(b"".join(server.take_output()))
         sizes.append(far.target_window)
         assert near.send_window == far.receive_window
         while client.write(near, memoryview(bytes(65_000))):
-            server.receive_data(bytes(client.take_output()))
+            server.receive_data(b"".join(client.take_output()))
     assert sizes[0] > INITIAL_WINDOW
     assert sizes == sorted(sizes)
     assert sizes[-1] == server.limits.max_window
@@ -311,9 +311,9 @@ def test_a_closed_reader_tells_a_peer_that_keeps_writing() -> None:
     session.close_read(stream, now=0.0)
     session.take_output()
     session.receive_data(frame(DATA, 0, 1, 1000, bytes(1000)))
-    assert frames_of(session.take_output()) == []  # what was under way may come
+    assert frames_of(b"".join(session.take_output())) == []  # what was under way may come
     session.receive_data(frame(DATA, 0, 1, 200_000, bytes(200_000)))
-    assert frames_of(session.take_output()) == [(WINDOW, RST, 1, 0)]
+    assert frames_of(b"".join(session.take_output())) == [(WINDOW, RST, 1, 0)]
     assert session.streams == {}
     assert session.buffered == 0
 
@@ -328,7 +328,7 @@ def test_an_end_that_never_comes_is_not_waited_for_for_ever() -> None:
     assert 1 in session.streams
     session.expire(now=160.0)
     assert session.streams == {}
-    assert frames_of(session.take_output()) == [(WINDOW, RST, 1, 0)]
+    assert frames_of(b"".join(session.take_output())) == [(WINDOW, RST, 1, 0)]
 
 
 def test_go_away_stops_new_streams_and_leaves_the_open_ones() -> None:
@@ -341,7 +341,7 @@ def test_go_away_stops_new_streams_and_leaves_the_open_ones() -> None:
     session.go_away()
     session.take_output()
     session.receive_data(frame(WINDOW, SYN, 3, 0))
-    assert frames_of(session.take_output()) == [(WINDOW, RST, 3, 0)]
+    assert frames_of(b"".join(session.take_output())) == [(WINDOW, RST, 3, 0)]
 
 
 def test_data_under_way_to_a_stream_we_reset_is_dropped() -> None:
