@@ -97,7 +97,7 @@ def _open_hub(name: str, revision: str | None, token: str | None, progress: Prog
 
     small = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
-    def reach(action: Callable[[], str]) -> Path:
+    def reach(what: str, action: Callable[[], str]) -> Path:
         try:
             return Path(action())
         except HFValidationError:
@@ -110,17 +110,20 @@ def _open_hub(name: str, revision: str | None, token: str | None, progress: Prog
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", "no answer")
             hint = "; it may be private: pass a token" if status in (401, 403) else ""
-            raise CheckpointError(f"the Hugging Face hub has no model {name!r} for us ({status}){hint}") from None
+            raise CheckpointError(f"the Hugging Face hub has no {what} for us ({status}){hint}") from None
         except OSError as error:
             raise CheckpointError(f"cannot fetch {name!r} from the hub: {error}") from None
 
-    directory = reach(lambda: snapshot_download(name, revision=revision, token=token, allow_patterns=small))
+    directory = reach(
+        f"model {name!r}", lambda: snapshot_download(name, revision=revision, token=token, allow_patterns=small)
+    )
     commit = directory.name
 
     def fetch(file: str) -> Path:
         if not (directory / file).exists():
             progress(f"fetching {file} of {name} from the Hugging Face hub")
-            reach(lambda: hf_hub_download(name, file, revision=commit, token=token))
+            wanted = f"{file} of {name!r} (only safetensors are read)"
+            reach(wanted, lambda: hf_hub_download(name, file, revision=commit, token=token))
         return directory / file
 
     return Checkpoint(name, directory, identity=f"hub:{name}@{commit}", fetch=fetch)

@@ -7,9 +7,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from petals.models import hub
@@ -22,7 +25,7 @@ from tests.models.conftest import Tiny
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETALS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -349,8 +352,6 @@ class TestHub:
 
     @pytest.fixture
     def snapshot(self, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        import huggingface_hub
-
         directory = tmp_path / "snapshots" / "0123abcd"
         directory.mkdir(parents=True)
         for file in copy.glob("*.json"):
@@ -374,6 +375,27 @@ class TestHub:
         needed = {checkpoint._weight_map[name] for name, _ in checkpoint.block_tensors(0)}
         assert fetched == needed < set(checkpoint._weight_map.values())
         assert len(said) == len(needed)
+
+    @pytest.mark.parametrize(("status", "says"), [(404, r"\(404\)$"), (401, "pass a token"), (403, "pass a token")])
+    def test_the_hub_says_no(self, status: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: object, **kwargs: object) -> str:
+            response = SimpleNamespace(status_code=status, headers={}, request=None, text="")
+            raise HfHubHTTPError("no\nmore", response=response)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+        with pytest.raises(CheckpointError, match=says) as caught:
+            open_checkpoint("org/model")
+        assert "'org/model'" in str(caught.value)
+
+    def test_a_hub_model_without_safetensors(self, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: object, **kwargs: object) -> str:
+            response = SimpleNamespace(status_code=404, headers={}, request=None, text="")
+            raise HfHubHTTPError("no", response=response)  # type: ignore[arg-type]
+
+        (snapshot / INDEX).unlink()
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+        with pytest.raises(CheckpointError, match="only safetensors are read"):
+            load_span(open_checkpoint("org/model", progress=lambda line: None), range(1))
 
     def test_the_commit_is_the_identity(self, snapshot: Path) -> None:
         checkpoint = open_checkpoint("org/model")
