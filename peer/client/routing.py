@@ -1,9 +1,14 @@
 """Which servers a request goes through. Pure: a frozen view in, a route out; the dice are passed in.
 
-Theory. Every hop answers the client, so the time of a step is the sum over hops of one round trip, the queue and the
-compute time of its blocks. That sum is separable, and the best route is a shortest path over block boundaries: let
-`run[s]` be the best time of being at boundary b inside server s; going on costs its seconds per block, changing to s
-costs its fixed part once more. One pass over the blocks with all servers in hand, blocks x servers steps in all.
+Theory. A step costs, for each server of the route, the way to it, the wait for its compute thread and the compute time
+of its blocks. The best route is a shortest path over block boundaries: let `run[s]` be the best time of having passed
+all blocks up to a boundary, the last of them inside server s. Going on costs the server's seconds per block; changing
+to another one costs the leg between the two, and its queue.
+
+Where every hop answers the client, the leg from a to b leads through the client: half a round trip of each. That is
+separable, so the best predecessor is the same for all. Where servers push to each other, a leg that one of them has
+measured costs half of that round trip, and one that nobody has is guessed as half the mean of both round trips to us,
+which is separable again: only the few measured legs need a look of their own. Both are exact, and tested so.
 
 For training the same path is searched with every server's cost multiplied by its own throw of an exponential die: fast
 servers win most often, everybody wins sometimes, so that load spreads in proportion to speed.
@@ -13,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from petals.dht.records import ServerRecord
@@ -67,21 +72,57 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """What a server costs: once per visit, and per block."""
+    """What a server costs, in seconds; everything but the penalty is multiplied by its die."""
 
     record: ServerRecord
-    network_s: float
+    one_way_s: float
+    """Between it and us."""
     penalty_s: float
     block_s: float
     dice: float = 1.0
 
     @property
     def visit(self) -> float:
-        return self.dice * (self.network_s + self.record.queue_s) + self.penalty_s
+        return self.dice * self.record.queue_s + self.penalty_s
 
-    @property
-    def block(self) -> float:
-        return self.dice * self.block_s
+
+class _Legs:
+    """What it costs to go from one server to another: `half[a] + half[b]`, unless `measured[b]` knows a."""
+
+    def __init__(self, costs: list[_Cost], pushed: bool) -> None:
+        self.ends = [cost.dice * cost.one_way_s for cost in costs]
+        self.half = [end / 2 for end in self.ends] if pushed else self.ends
+        self.measured: list[dict[int, float]] = [{} for _ in costs]
+        if pushed:
+            self._note_measured(costs)
+        self.shortest = [min(measured.values(), default=math.inf) for measured in self.measured]
+        """The shortest measured leg to each server."""
+
+    def _note_measured(self, costs: list[_Cost]) -> None:
+        index_of = {cost.record.peer_id: index for index, cost in enumerate(costs)}
+        starts = [cost.record.blocks.start for cost in costs]
+        stops = [cost.record.blocks.stop for cost in costs]
+        measured = self.measured
+        for here, cost in enumerate(costs):
+            start, stop, half_dice = starts[here], stops[here], cost.dice / 2
+            for peer_id, round_trip_s in cost.record.round_trips_s.items():
+                there = index_of.get(peer_id, here)
+                if there == here:
+                    continue
+                # A leg counts in both directions, as far as blocks of the one can follow blocks of the other; where
+                # both ends have measured it, the receiver's word holds.
+                if start <= stops[there] and starts[there] < stop - 1:
+                    measured[here][there] = half_dice * round_trip_s
+                if starts[there] <= stop and start < stops[there] - 1 and here not in measured[there]:
+                    measured[there][here] = costs[there].dice * round_trip_s / 2
+
+    def cost(self, before: int, after: int) -> float:
+        known = self.measured[after].get(before)
+        return self.half[before] + self.half[after] if known is None else known
+
+
+_Trail = tuple[int, int, "_Trail | None"]
+"""(server, block where it was entered, the trail before)"""
 
 
 def find_route(
@@ -89,7 +130,9 @@ def find_route(
     blocks: range,
     *,
     mode: Literal["latency", "throughput"] = "latency",
+    pushed: bool = False,
     batch_size: int = 1,
+    new_tokens: int = 1,
     cache_tokens: int = 0,
     rng: Callable[[], float] | None = None,
     allowed: frozenset[PeerId] | None = None,
@@ -101,6 +144,8 @@ def find_route(
 
     Args:
         blocks: which blocks, half-open.
+        pushed: servers send to each other and only the last answers us; else every hop answers us.
+        new_tokens: per row, of one step.
         cache_tokens: tokens times rows that a session will need room for.
         rng: uniform numbers in [0, 1); needed for throughput.
         allowed: only these servers; None: any.
@@ -109,48 +154,83 @@ def find_route(
         MissingBlocks: names exactly the blocks that nobody suitable holds.
     """
     costs = [
-        _cost(offer, mode, batch_size, cache_tokens, rng)
+        _cost(offer, mode, batch_size, new_tokens, cache_tokens, rng)
         for offer in view.offers
         if _suits(offer, blocks, allowed, blocked, adapter, require_dtype)
     ]
     held = {block for cost in costs for block in cost.record.blocks}
     if missing := [block for block in blocks if block not in held]:
         raise MissingBlocks(missing)
-    return Route(tuple(_hop(cost, span) for cost, span in _shortest(costs, blocks)))
+    if not blocks:
+        return Route(())
+    legs = _Legs(costs, pushed)
+    return _as_route(costs, _shortest(costs, legs, blocks), blocks, pushed)
 
 
-def _shortest(costs: list[_Cost], blocks: range) -> list[tuple[_Cost, range]]:
+def _shortest(costs: list[_Cost], legs: _Legs, blocks: range) -> _Trail:
     starts: dict[int, list[int]] = {}
     for index, cost in enumerate(costs):
         starts.setdefault(max(cost.record.blocks.start, blocks.start), []).append(index)
-    ends = [cost.record.blocks.stop for cost in costs]
+    stops = [cost.record.blocks.stop for cost in costs]
     visit = [cost.visit for cost in costs]
-    per_block = [cost.block for cost in costs]
+    per_block = [cost.dice * cost.block_s for cost in costs]
+    half, measured, shortest = legs.half, legs.measured, legs.shortest
     run = [math.inf] * len(costs)
-    entered = [0] * len(costs)
-    arrived: list[tuple[int, int]] = []  # per boundary behind the first: (server, where it was entered)
-    best = 0.0
+    trail: list[_Trail | None] = [None] * len(costs)
     active: list[int] = []
     for block in blocks:
-        active = [index for index in active if ends[index] > block] + starts.get(block, [])
-        cheapest, winner = math.inf, -1
+        # `active` have run up to this boundary; those that end here can still be left, but not stayed in.
+        before = sorted((run[index] + half[index], index) for index in active)
+        shortest_run = min((run[index] for index in active), default=0.0)
+        leaving = {index: (run[index], trail[index]) for index in active}
+        active = [index for index in active if stops[index] > block] + starts.get(block, [])
         for index in active:
-            fresh = best + visit[index]
-            if fresh < run[index]:
-                run[index] = fresh
-                entered[index] = block
+            if not before:
+                run[index], trail[index] = legs.ends[index] + visit[index], (index, block, None)
+                continue
+            # Most servers are better entered once than again and again: look only where it could help.
+            known, enter, via = measured[index], run[index] - visit[index], -1
+            if before[0][0] + half[index] < enter:
+                for so_far, other in before:  # the first one without a measured leg is the best of its kind
+                    if so_far + half[index] >= enter:
+                        break
+                    if other not in known:
+                        enter, via = so_far + half[index], other
+                        break
+            if shortest_run + shortest[index] < enter:
+                for other, leg in known.items():
+                    if other in leaving and leaving[other][0] + leg < enter:
+                        enter, via = leaving[other][0] + leg, other
+            if via >= 0:
+                run[index], trail[index] = enter + visit[index], (index, block, leaving[via][1])
+        for index in active:
             run[index] += per_block[index]
-            if run[index] < cheapest:
-                cheapest, winner = run[index], index
-        best = cheapest
-        arrived.append((winner, entered[winner]))
-    path: list[tuple[_Cost, range]] = []
-    position = blocks.stop
-    while position > blocks.start:
-        index, start = arrived[position - blocks.start - 1]
-        path.append((costs[index], range(start, position)))
-        position = start
-    return path[::-1]
+    final = min(active, key=lambda index: run[index] + legs.ends[index])
+    path = trail[final]
+    assert path is not None  # every block is held: each active server has been entered
+    return path
+
+
+def _as_route(costs: list[_Cost], path: _Trail, blocks: range, pushed: bool) -> Route:
+    """The trail read backwards, with the times one expects instead of those that were diced for."""
+    walked: list[tuple[_Cost, range]] = []
+    end = blocks.stop
+    trail: _Trail | None = path
+    while trail is not None:
+        index, start, trail = trail
+        walked.append((replace(costs[index], dice=1.0), range(start, end)))
+        end = start
+    walked.reverse()
+    legs = _Legs([cost for cost, _ in walked], pushed)
+    hops: list[RouteHop] = []
+    for place, (cost, span) in enumerate(walked):
+        there = legs.cost(place - 1, place) if pushed and place > 0 else cost.one_way_s
+        back = cost.one_way_s if not pushed or place == len(walked) - 1 else 0.0
+        record = cost.record
+        hops.append(
+            RouteHop(record.peer_id, record.addrs, span, there + back, record.queue_s, cost.block_s * len(span))
+        )
+    return Route(tuple(hops))
 
 
 def _suits(
@@ -176,17 +256,18 @@ def _cost(
     offer: Offer,
     mode: Literal["latency", "throughput"],
     batch_size: int,
+    new_tokens: int,
     cache_tokens: int,
     rng: Callable[[], float] | None,
 ) -> _Cost:
     record = offer.record
-    network_s = UNKNOWN_ROUND_TRIP_S if offer.round_trip_s is None else offer.round_trip_s
+    round_trip_s = UNKNOWN_ROUND_TRIP_S if offer.round_trip_s is None else offer.round_trip_s
     penalty_s = 0.0
     if cache_tokens > record.cache_tokens_left and mode == "latency":
         penalty_s += NO_ROOM_S
     if offer.ban_left_s > 0:
         penalty_s += BANNED_S + offer.ban_left_s
-    rps = record.inference_rps if mode == "latency" else record.forward_rps
+    rps = record.inference_rps if mode == "latency" and new_tokens == 1 else record.forward_rps
     dice = 1.0
     if mode == "throughput":
         if rng is None:
@@ -194,13 +275,8 @@ def _cost(
         dice = -math.log(1.0 - rng())
     return _Cost(
         record,
-        network_s * (RELAY_FACTOR if record.using_relay else 1.0),
+        round_trip_s / 2 * (RELAY_FACTOR if record.using_relay else 1.0),
         penalty_s,
-        batch_size / (rps or UNKNOWN_RPS),
+        batch_size * new_tokens / (rps or UNKNOWN_RPS),
         dice,
     )
-
-
-def _hop(cost: _Cost, span: range) -> RouteHop:
-    record = cost.record
-    return RouteHop(record.peer_id, record.addrs, span, cost.network_s, record.queue_s, cost.block_s * len(span))
