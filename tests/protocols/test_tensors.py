@@ -125,8 +125,9 @@ def test_no_copy_is_made_of_what_may_be_shared() -> None:
     assert bytes(pieces[0][:4]) == bytes(payload[4:8]) == b"\x00\x00\x80\x3f"
 
 
-def test_a_gradient_stays_at_home() -> None:
-    assert not travel(torch.ones(2, requires_grad=True)).requires_grad
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_wants_a_gradient_travels_without_it(encoding: pb.Encoding) -> None:
+    assert travel(torch.ones(2, requires_grad=True), encoding).tolist() == [1.0, 1.0]
 
 
 @settings(max_examples=300)
