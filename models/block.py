@@ -27,7 +27,7 @@ from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 class BlockSpan:
     """Consecutive blocks of one model, ready to compute; weights are frozen.
 
-    Not thread-safe in what it allocates, safe in what it computes: several threads may run different sessions.
+    Several threads may run different sessions at once; a session belongs to one thread at a time.
     """
 
     def __init__(
@@ -136,7 +136,8 @@ class BlockSpan:
         """Run new tokens through the cache's blocks and extend it; shapes as in `ChainSession.step`.
 
         `adapter`: the name of a hosted one, or a client's own; it should stay the same for a session.
-        Raises: StepError when a tensor does not fit (nothing changed), CacheFull when there is no room.
+        Raises: StepError when a tensor does not fit (nothing changed), CacheFull when there is no room. Should the
+        computation itself fail, the position is as before, but rows may have been reordered: end the session.
         """
         self._check_hidden(hidden)
         lora = self._find_lora(adapter)

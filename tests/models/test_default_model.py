@@ -1,0 +1,33 @@
+"""The real default model, in three spans, says what `transformers` says, to the last bit."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from petals.models.checkpoint import open_checkpoint
+from petals.models.loading import load_span
+from petals.models.local import LocalChain
+
+PROMPTS = ("The capital of France is", "Once upon a time, a cat", "def fibonacci(n):")
+
+
+@torch.no_grad()
+def test_smollm2_in_three_spans() -> None:
+    checkpoint = open_checkpoint()
+    assert (checkpoint.num_blocks, checkpoint.hidden_size, checkpoint.dtype) == (30, 576, torch.float32)
+    tokenizer = checkpoint.tokenizer()
+    full = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32).eval()
+    chain = LocalChain([load_span(checkpoint, part) for part in (range(11), range(11, 20), range(20, 30))])
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = full.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        known, new = ids, ids
+        with chain.open_session(batch_size=1, max_length=ids.shape[1] + 12) as session:
+            for _ in range(12):
+                hidden = session.step(full.model.embed_tokens(new))
+                new = full.lm_head(full.model.norm(hidden[:, -1:])).argmax(-1)
+                known = torch.cat([known, new], 1)
+        assert known.tolist() == expected.tolist()
+        logits = full.lm_head(full.model.norm(chain.forward(full.model.embed_tokens(ids))))
+        torch.testing.assert_close(logits, full(ids).logits, rtol=0, atol=1e-4)
