@@ -1,0 +1,82 @@
+// A js-libp2p peer under test: prints its address, then answers one JSON command per line of its input.
+import { createHash, randomBytes } from 'node:crypto'
+import { createInterface } from 'node:readline'
+
+// Node 20 lacks what js-libp2p 3 uses.
+Promise.withResolvers ??= () => { const d = {}; d.promise = new Promise((y, n) => { d.resolve = y; d.reject = n }); return d }
+
+const { createLibp2p } = await import('libp2p')
+const { tcp } = await import('@libp2p/tcp')
+const { noise } = await import('@chainsafe/libp2p-noise')
+const { yamux } = await import('@chainsafe/libp2p-yamux')
+const { ping } = await import('@libp2p/ping')
+const { multiaddr } = await import('@multiformats/multiaddr')
+
+const ECHO = '/test/echo/1'
+const RESET = '/test/reset/1'
+const PIECE = 65536
+
+const node = await createLibp2p({
+  addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
+  transports: [tcp()],
+  connectionEncrypters: [noise()],
+  streamMuxers: [yamux()],
+  services: { ping: ping() }
+})
+
+async function send (stream, data) {
+  for (let start = 0; start < data.length; start += PIECE) {
+    if (!stream.send(data.subarray(start, start + PIECE))) await stream.onDrain()
+  }
+}
+
+async function echo (stream) {
+  for await (const piece of stream) await send(stream, piece.subarray())
+  await stream.close()
+}
+
+async function reset (stream) {
+  for await (const _ of stream) { stream.abort(new Error('as asked')); return }
+}
+
+const many = { maxInboundStreams: 1000, maxOutboundStreams: 1000 }
+await node.handle(ECHO, echo, many)
+await node.handle(RESET, (stream) => reset(stream).catch(() => {}), many)
+
+async function ask (addr, size) {
+  const stream = await node.dialProtocol(addr, ECHO, many)
+  const data = randomBytes(size)
+  const hash = createHash('sha256')
+  let count = 0
+  const reading = (async () => {
+    for await (const piece of stream) { hash.update(piece.subarray()); count += piece.length }
+  })()
+  await send(stream, data)
+  await stream.close() // half: the other direction goes on
+  await reading
+  return count === size && hash.digest('hex') === createHash('sha256').update(data).digest('hex')
+}
+
+const commands = {
+  ping: async (addr) => await node.services.ping.ping(addr) >= 0,
+  echo: async (addr) => await ask(addr, 16 << 20),
+  many: async (addr) => (await Promise.all(Array.from({ length: 100 }, () => ask(addr, 50_000)))).every(Boolean),
+  reset: async (addr) => {
+    const stream = await node.dialProtocol(addr, RESET, many)
+    const closed = new Promise((resolve) => stream.addEventListener('close', (event) => resolve(event.error != null)))
+    stream.send(new Uint8Array(1))
+    return await closed
+  }
+}
+
+console.log(JSON.stringify(node.getMultiaddrs()[0].toString()))
+for await (const line of createInterface({ input: process.stdin })) {
+  const { command, addr } = JSON.parse(line)
+  try {
+    console.log(JSON.stringify(await commands[command](multiaddr(addr))))
+  } catch (error) {
+    console.log(JSON.stringify(`${error.name}: ${error.message}`))
+  }
+}
+await node.stop()
+process.exit(0)

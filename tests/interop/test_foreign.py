@@ -1,0 +1,121 @@
+"""Our transport against js-libp2p and go-libp2p: dialling and being dialled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+from libp2p.crypto.ed25519 import create_new_key_pair
+
+from petals.peer.host import Host, HostConfig, open_host
+from petals.protocols.errors import PeerUnreachable
+from petals.protocols.stream import ByteStream
+from petals.protocols.types import PeerId
+from tests.interop.foreign import ECHO, MIB, RESET, go_peer, js_peer
+
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
+Dial = Callable[[str, str], Awaitable[object]]
+
+
+async def echo(stream: ByteStream) -> None:
+    while piece := await stream.read(65536):
+        await stream.write(piece)
+
+
+async def reset(stream: ByteStream) -> None:
+    await stream.read(1)
+    await stream.reset()
+
+
+@asynccontextmanager
+async def meeting(kind: str, folder: Path) -> AsyncIterator[tuple[Host, str, Dial]]:
+    """Our host, the foreign peer's address, and a way to have it dial."""
+    async with (
+        js_peer() if kind == "js" else go_peer(folder) as (addr, dial),
+        open_host(create_new_key_pair(), HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))) as host,
+    ):
+        host.set_handler(ECHO, echo)
+        host.set_handler(RESET, reset)
+        with trio.fail_after(240):
+            yield host, addr, dial  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", ["js", "go"])
+async def test_they_dial_us(kind: str, tmp_path: Path) -> None:
+    async with meeting(kind, tmp_path) as (host, _, dial):
+        for command in ("ping", "echo", "many", "reset", "ping"):
+            assert await dial(command, host.addrs[0]) is True, command
+
+
+@pytest.mark.parametrize("kind", ["js", "go"])
+async def test_we_dial_them(kind: str, tmp_path: Path) -> None:
+    async with meeting(kind, tmp_path) as (host, addr, _):
+        peer_id = await host.connect(addr)
+        assert await host.ping(peer_id) > 0
+        half_close = kind != "go"  # the daemon that drives go ends both directions when one ends
+        await ask(host, peer_id, 16 * MIB, half_close)
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(ask, host, peer_id, 50_000, half_close)
+        stream = await host.open_stream(peer_id, RESET)
+        await stream.write(b"x")
+        assert await end_of(stream) == ("ended" if kind == "go" else "reset")
+        assert await host.ping(peer_id) > 0
+
+
+async def end_of(stream: ByteStream) -> str:
+    try:
+        while await stream.read(1000):
+            pass
+    except PeerUnreachable:
+        return "reset"
+    return "ended"
+
+
+async def ask(host: Host, peer_id: PeerId, size: int, half_close: bool) -> None:
+    """Out and back; with `half_close`, the end of one direction before the other."""
+    stream = await host.open_stream(peer_id, ECHO)
+    data, answer = os.urandom(size), bytearray()
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def send() -> None:
+            await stream.write(data)
+            if half_close:
+                await stream.close_write()
+
+        while len(answer) < size and (piece := await stream.read(MIB)):
+            answer += piece
+        if half_close:
+            assert await stream.read(1) == b""
+    assert answer == data
+    await stream.close()
+
+
+@pytest.mark.stock
+@pytest.mark.parametrize(("dialler", "listener"), [("petals", "stock"), ("stock", "petals")])
+async def test_the_stock_stack_and_ours(dialler: str, listener: str) -> None:
+    loopback = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+    async with (
+        open_host(create_new_key_pair(), replace(loopback, transport=listener)) as server,  # type: ignore[arg-type]
+        open_host(create_new_key_pair(), replace(loopback, transport=dialler)) as client,  # type: ignore[arg-type]
+    ):
+        for one, other in ((client, server), (server, client)):
+            other.set_handler(ECHO, echo)
+            other.set_handler(RESET, reset)
+            await one.connect_peer(other.peer_id, other.addrs)
+            assert await one.ping(other.peer_id) > 0
+            await ask(one, other.peer_id, 16 * MIB, half_close=True)
+            async with trio.open_nursery() as nursery:
+                for _ in range(100):
+                    nursery.start_soon(ask, one, other.peer_id, 50_000, True)
+            stream = await one.open_stream(other.peer_id, RESET)
+            await stream.write(b"x")
+            assert await end_of(stream) in ("ended", "reset")  # on the stock stack a reset reads like an end
+            assert await one.ping(other.peer_id) > 0
+        assert len(client.connected_peers()) == 1
