@@ -130,6 +130,7 @@ async def run(options: argparse.Namespace) -> None:
         serve=serve,
         identity=options.identity,
         listen=tuple(options.listen or PeerConfig().listen),
+        announce=tuple(options.announce),
         initial_peers=tuple(options.initial_peers),
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),

@@ -11,6 +11,7 @@ SPELLINGS = {
     "--block_indices": "--serve",
     "--host_maddrs": "--listen",
     "--identity_path": "--identity",
+    "--announce_maddrs": "--announce",
 }
 
 

@@ -20,7 +20,7 @@ class Timeouts:
     step_s: float = 120.0
     """One hop, one step, at most. Worst case: a long prompt on a CPU server. The deadline in force adapts to the hop's
     own measured speed and is usually far below."""
-    min_step_s: float = 4.0
+    min_step_s: float = 10.0
     """The adaptive deadline never falls below this: a pause of a busy machine is no failure."""
     training_s: float = 300.0
     """One span's forward or backward."""
@@ -40,9 +40,7 @@ class ServeConfig:
     """What a server holds and how much it gives."""
 
     blocks: range | None = None
-    """Which blocks; None: choose `num_blocks` of them by looking at the swarm."""
-    num_blocks: int | None = None
-    """How many, where `blocks` is None; None: as many as fit into memory."""
+    """Which blocks, half-open; None: all of the model's."""
     cache_bytes: int = 1 << 30
     """KV-cache budget over all sessions."""
     max_peer_share: float = 1.0
@@ -77,8 +75,8 @@ class PeerConfig:
     identity: Path | None = None
     """Key file, made on first use; None: a new key that lives as long as the process."""
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
-    announce_addrs: tuple[str, ...] = ()
-    """Full or bare multiaddrs to announce instead of the listening ones (a router's forwarded port)."""
+    announce: tuple[str, ...] = ()
+    """Multiaddrs to tell others instead of the listening ones (a router's forwarded port)."""
     initial_peers: tuple[str, ...] = ()
     transport: Literal["petals", "stock"] = "petals"
     keep_alive_s: float = 10.0

@@ -157,6 +157,7 @@ async def open_peer(
     identity = load_or_create_identity(config.identity) if config.identity is not None else create_identity()
     settings = HostConfig(
         listen=config.listen,
+        announce=config.announce,
         transport=config.transport,
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
