@@ -20,7 +20,7 @@ P = TypeVar("P", bound=Hashable)
 ALPHA = 8
 """Questions under way at once, late ones not counted."""
 MAX_KNOWN = 1000
-"""Peers one search keeps in mind; liars can name any number."""
+"""Peers one search keeps in mind, the nearest ones; liars can name any number."""
 
 
 class _State(enum.Enum):
@@ -46,21 +46,22 @@ async def walk(
     Args:
         distance: of a peer to the key.
         ask: asks one peer for peers nearer to the key; None: it failed. Must not raise. Is cancelled at the end.
-        patience_s: who takes longer is not waited for as long as others answer.
+        patience_s: who takes longer is not waited for as long as others answer. Grows to twice the slowest answer, so
+            that a slow link is not taken for frozen peers.
     """
-    search = _Search(distance, want)
+    search = _Search(distance, want, patience_s)
     search.learn(seeds)
 
     async def one(peer: P) -> None:
         found = await ask(peer)
-        search.answered(peer, found)
+        search.answered(peer, found, trio.current_time())
 
     async with trio.open_nursery() as nursery:
         with trio.move_on_after(total_s):
             while not search.is_over():
                 now = trio.current_time()
                 for peer in search.to_ask(alpha):
-                    search.asked(peer, now + patience_s)
+                    search.asked(peer, now)
                     nursery.start_soon(one, peer)
                 woken = search.woken = trio.Event()
                 with trio.CancelScope(deadline=search.next_deadline()):
@@ -73,27 +74,36 @@ async def walk(
 class _Search(Generic[P]):
     """What is known so far; decides, and does not wait."""
 
-    def __init__(self, distance: Callable[[P], int], want: int) -> None:
+    def __init__(self, distance: Callable[[P], int], want: int, patience_s: float) -> None:
         self.woken = trio.Event()
         self._distance = distance
         self._want = want
+        self._patience_s = patience_s
+        self._asked_at: dict[P, float] = {}
         self._state: dict[P, _State] = {}
         self._nearest: list[tuple[int, P]] = []
         self._late_at: dict[P, float] = {}
 
     def learn(self, peers: Iterable[P]) -> None:
         for peer in peers:
-            if peer not in self._state and len(self._state) < MAX_KNOWN:
+            if peer not in self._state:
                 self._state[peer] = _State.NEW
                 self._nearest.append((self._distance(peer), peer))
         self._nearest.sort(key=lambda pair: pair[0])
+        for _, peer in self._nearest[MAX_KNOWN:]:
+            if self._state[peer] is _State.NEW:
+                del self._state[peer]
+        self._nearest = [pair for pair in self._nearest if pair[1] in self._state]
 
-    def asked(self, peer: P, late_at: float) -> None:
+    def asked(self, peer: P, now: float) -> None:
         self._state[peer] = _State.ASKED
-        self._late_at[peer] = late_at
+        self._asked_at[peer] = now
+        self._late_at[peer] = now + self._patience_s
 
-    def answered(self, peer: P, found: Iterable[P] | None) -> None:
+    def answered(self, peer: P, found: Iterable[P] | None, now: float) -> None:
         self._state[peer] = _State.FAILED if found is None else _State.ANSWERED
+        if found is not None:
+            self._patience_s = max(self._patience_s, 2 * (now - self._asked_at[peer]))
         self._late_at.pop(peer, None)
         self.learn(found or ())
         self.woken.set()

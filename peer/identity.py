@@ -7,6 +7,7 @@ Key files hold libp2p's protobuf encoding of a private key, like those of go-lib
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,23 +72,35 @@ def create_identity(path: Path | None = None, key_type: str = "ed25519") -> Iden
     Raises:
         IdentityError: the file exists or can not be written.
     """
+    if key_type not in ("ed25519", "rsa"):
+        raise IdentityError(f"unknown key type {key_type!r}: choose ed25519 or rsa")
     key_pair = new_rsa(2048) if key_type == "rsa" else new_ed25519()
     if path is not None:
+        draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(key_pair.private_key.serialize())
-        except FileExistsError:
-            raise IdentityError(f"{path} exists already and is not overwritten; choose another name") from None
+            try:
+                descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb") as stream:
+                    stream.write(key_pair.private_key.serialize())
+                os.link(draft, path)  # whole or not at all, and never over another key
+            finally:
+                draft.unlink(missing_ok=True)
         except OSError as error:
+            if path.exists():
+                raise IdentityError(f"{path} exists already and is not overwritten; choose another name") from None
             raise IdentityError(f"can not write the key file {path}: {error.strerror}") from None
     return _identity(key_pair)
 
 
 def load_or_create_identity(path: Path) -> Identity:
-    """The identity in `path`, made on first use."""
-    return load_identity(path) if path.exists() else create_identity(path)
+    """The identity in `path`, made on first use; of two processes that start at once both get the same one."""
+    try:
+        return load_identity(path) if path.exists() else create_identity(path)
+    except IdentityError:
+        if not path.exists():
+            raise
+        return load_identity(path)
 
 
 def verify(peer_id: PeerId, public_key: bytes, data: bytes, signature: bytes) -> bool:
