@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 _SMALL_READ, _LARGE_READ = MAX_FRAME_BYTES + 1, 256 * 1024
 """A connection's receive buffer: one Noise frame fits always; it grows once for a peer that fills it."""
 
-_YIELD_BYTES = 256 * 1024
+_YIELD_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +334,7 @@ class Connection:
         """Protocols the peer has agreed to on this connection: proposing one of them again need not wait."""
         self.closed = trio.Event()
         self._config = config or MuxerConfig()
+        self._queue_bytes = self._config.queue_bytes
         self._pipe, self._framing, self._early = pipe, framing, early
         self._on_stream = on_stream
         self._unsent: memoryview | None = None
@@ -372,7 +373,8 @@ class Connection:
 
     @property
     def queue_is_full(self) -> bool:
-        return self.session.output_bytes + len(self._unsent or b"") >= self._config.queue_bytes
+        unsent = len(self._unsent) if self._unsent is not None else 0
+        return self.session.output_bytes + unsent >= self._queue_bytes
 
     async def wait_for_room(self) -> None:
         """Let others run; then wait in line until the queue is half empty."""
@@ -445,14 +447,15 @@ class Connection:
         self._digest(plaintexts)
         buffer = bytearray(_SMALL_READ)
         buffer[: len(rest)] = rest
-        end = len(rest)
+        start, end = 0, len(rest)
         while True:
             with memoryview(buffer) as view:
-                plaintexts, used = self._framing.decrypt(view[:end])
-                if used:
-                    view[: end - used] = bytes(view[used:end])
-                    end -= used
+                plaintexts, used = self._framing.decrypt(view[start:end])
+                start += used
                 self._digest(plaintexts)
+                if len(buffer) - end < MAX_FRAME_BYTES or start == end:
+                    view[: end - start] = bytes(view[start:end])
+                    start, end = 0, end - start
                 received = await self._pipe.receive_into(view[end:])
             if not received:
                 return
