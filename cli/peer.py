@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen", metavar="ADDR", nargs="+", default=None, help="multiaddrs (default: /ip4/127.0.0.1/tcp/0)"
     )
     network.add_argument(
+        "--announce", metavar="ADDR", nargs="+", default=[], help="tell others these instead (a forwarded port)"
+    )
+    network.add_argument(
         "--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)"
     )
     network.add_argument(

@@ -45,6 +45,8 @@ class ServeConfig:
     """KV-cache budget over all sessions."""
     max_peer_share: float = 1.0
     """The most of the cache one remote peer may hold."""
+    max_wait_s: float = 60.0
+    """The longest a request may queue for cache room, whatever it offers to wait."""
     max_sessions_per_peer: int = 64
     max_batch_tokens: int = 16384
     """Most tokens (batch x length) of one step, forward or backward."""

@@ -22,7 +22,7 @@ INFO_S = 3.0
 async def answer_info(signed_records: Callable[[str], Sequence[bytes]], stream: ByteStream) -> None:
     """Tell who asks what we serve. `signed_records(digest)`: our records, all for an empty digest."""
     messages = MessageStream(stream, max_message_bytes=MAX_REQUEST_BYTES)
-    with trio.fail_after(INFO_S):
+    with trio.move_on_after(INFO_S):  # a stranger that says nothing is left alone
         data = await messages.read_message()
         if data is None:
             return

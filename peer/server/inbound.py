@@ -20,10 +20,10 @@ from petals.peer.config import ServeConfig
 from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget, NoRoom
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import ProtocolViolation, RemoteProtocolError, SwarmError
-from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, step_payload
+from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteProtocolError, SwarmError
+from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, check_model, step_payload
 from petals.protocols.stream import ByteStream, MessageStream
-from petals.protocols.tensors import WIRE_DTYPES, decode_tensor, encode_tensor
+from petals.protocols.tensors import MAX_TENSOR_BYTES, WIRE_DTYPES, decode_tensor, encode_tensor
 from petals.protocols.training import request_payload
 from petals.protocols.types import ModelId, PeerId
 
@@ -90,7 +90,8 @@ class Inbound:
         blocks = self._check_servable(opening.model_digest, opening.start_block, opening.end_block, opening.adapter)
         nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length)
         try:
-            lease = await self.budget.acquire(messages.remote_peer, nbytes, opening.wait_ms / 1000)
+            wait_s = min(opening.wait_ms / 1000, self.config.max_wait_s)
+            lease = await self.budget.acquire(messages.remote_peer, nbytes, wait_s)
         except NoRoom as no_room:
             code = pb.QUOTA if no_room.for_ever else pb.BUSY
             raise Refused(code, str(no_room), 0.0 if no_room.for_ever else 1.0) from None
@@ -100,7 +101,7 @@ class Inbound:
                 opened=pb.Opened(dtype=WIRE_DTYPES[self.span.dtype], cache_bytes=nbytes),
             )
             conversation.reply(reply)
-            await messages.write_message(reply.SerializeToString())
+            await self._answer(messages, reply)
             while (request := await self._next_request(messages)) is not None:
                 if conversation.request(request) == "close":
                     return
@@ -112,6 +113,7 @@ class Inbound:
         tokens = step.hidden.shape[1] * opening.batch_size
         if tokens > self.config.max_batch_tokens:
             raise Refused(pb.TOO_LONG, f"{tokens} tokens in one step, at most {self.config.max_batch_tokens}")
+        self._check_answer(tokens)
         tensors = await self._read_payload(messages, step_payload(step, opening, self.span.hidden_size))
         hypo_ids = tensors.get("hypo_ids")
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
@@ -128,7 +130,7 @@ class Inbound:
             reply.hidden.CopyFrom(header)
         message = pb.InferenceReply(step_done=reply)
         conversation.reply(message)
-        await messages.write_message(message.SerializeToString(), *pieces)
+        await self._answer(messages, message, *pieces)
 
     def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor]) -> Tensor:
         """In the compute thread."""
@@ -161,11 +163,13 @@ class Inbound:
         if data is None:
             return
         request = _parse(pb.TrainingRequest(), data)
-        plan = request_payload(request, self.span.hidden_size, backward=backward)
+        check_model(request.model_digest, request.start_block, request.end_block)
         blocks = self._check_servable(request.model_digest, request.start_block, request.end_block, request.adapter)
+        plan = request_payload(request, self.span.hidden_size, backward=backward)
         tokens = request.hidden.shape[0] * request.hidden.shape[1]
         if tokens > self.config.max_batch_tokens:
             raise Refused(pb.TOO_LONG, f"{tokens} tokens in one request, at most {self.config.max_batch_tokens}")
+        self._check_answer(tokens)
         tensors = await self._read_payload(messages, plan)
         if backward:
             done = await self.lane.submit(Priority.BACKWARD, partial(self._run_backward, blocks, tensors))
@@ -179,7 +183,7 @@ class Inbound:
             header, more = encode_tensor(prompts, request.reply_encoding)
             reply.prompts.CopyFrom(header)
             pieces += more
-        await messages.write_message(pb.TrainingReply(done=reply).SerializeToString(), *pieces)
+        await self._answer(messages, pb.TrainingReply(done=reply), *pieces)
 
     def _run_forward(self, blocks: range, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """In the compute thread."""
@@ -202,6 +206,11 @@ class Inbound:
             gradients = torch.autograd.grad(output, inputs, tensors["grad_output"].to(output.dtype))
         return gradients[0], gradients[1] if prompts is not None else None
 
+    def _check_answer(self, tokens: int) -> None:
+        """A small request in a short dtype may have an answer that is too large to travel."""
+        if tokens * self.span.hidden_size * self.span.dtype.itemsize > MAX_TENSOR_BYTES:
+            raise Refused(pb.TOO_LONG, f"the answer to {tokens} tokens would be over {MAX_TENSOR_BYTES} bytes")
+
     def _check_servable(self, digest: str, start: int, end: int, adapter: str) -> range:
         if self.leaving:
             raise Refused(pb.LEAVING, "this server is shutting down")
@@ -218,6 +227,15 @@ class Inbound:
         with self._deadline(self.config.session_idle_s):
             data = await messages.read_message()
         return None if data is None else _parse(pb.InferenceRequest(), data)
+
+    async def _answer(
+        self, messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply, *payload: memoryview
+    ) -> None:
+        """Send an answer; a peer that does not take it in time loses its stream, and with it its lease."""
+        with trio.move_on_after(self.config.payload_s) as scope:
+            await messages.write_message(reply.SerializeToString(), *payload)
+        if scope.cancelled_caught:
+            raise PeerUnreachable("the answer was not taken", messages.remote_peer)
 
     async def _read_payload(self, messages: MessageStream, plan: Plan) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
