@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     roles = parser.add_argument_group("roles, any combination")
     roles.add_argument("--serve", metavar="A:B", type=block_range, help="hold blocks A to B (half-open), answer others")
+    roles.add_argument("--num_blocks", metavar="N", type=int, help="hold N blocks where the swarm is weakest")
     roles.add_argument("--generate", metavar="PROMPT", help="ask the swarm to go on with PROMPT")
     roles.add_argument("--bootstrap", action="store_true", help="only keep the directory of the swarm")
 
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--top_k", type=int, help="sample among the K likeliest tokens")
     asking.add_argument("--top_p", type=float, help="sample among the likeliest tokens that make up this probability")
     asking.add_argument("--seed", type=int, help="makes sampling repeatable")
+    asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
     asking.add_argument("--compression", choices=("none", "float16", "int8"), default="none",
                         help="how hidden states travel; none is exact")  # fmt: skip
     asking.add_argument("--route_timeout", metavar="S", type=float, default=20.0,
@@ -91,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--dtype", "--torch_dtype", default="auto", help="auto, float32, bfloat16 or float16")
     serving.add_argument("--device", default="auto", help="auto, cpu, cuda:0")
     serving.add_argument("--quant_type", choices=("none", "int8", "nf4"), default="none", help="quantise the blocks")
+    serving.add_argument("--adapters", metavar="DIR", nargs="+", type=Path, default=[], help="LoRA adapters to host")
     serving.add_argument("--cache_mb", metavar="MB", type=float, default=1024, help="KV-cache budget (default: 1024)")
     serving.add_argument("--throughput", metavar="RPS", type=float, help="announce this instead of measuring")
     serving.add_argument("--public_name", default="", help="shown to others")
@@ -116,9 +119,11 @@ async def run(options: argparse.Namespace) -> None:
     from petals.peer.node import open_peer
 
     serve = None
-    if options.serve is not None:
+    if options.serve is not None or options.num_blocks is not None:
         serve = ServeConfig(
             blocks=options.serve,
+            num_blocks=options.num_blocks,
+            adapters=tuple(options.adapters),
             cache_bytes=int(options.cache_mb * 1e6),
             dtype=options.dtype,
             quant_type=options.quant_type,
@@ -152,13 +157,16 @@ async def run(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     if options.new_swarm and options.initial_peers:
         raise UserError("--new_swarm starts a swarm and --initial_peers joins one: give one of them")
+    serves = options.serve is not None or options.num_blocks is not None
+    if options.serve is not None and options.num_blocks is not None:
+        raise UserError("--serve says which blocks, --num_blocks lets the peer choose: give one of them")
     if options.bootstrap:
-        if options.serve is not None or options.generate is not None:
+        if serves or options.generate is not None:
             raise UserError("--bootstrap only keeps the directory: leave it out to serve or generate")
         return
-    if options.serve is None and options.generate is None:
+    if not serves and options.generate is None:
         raise UserError('nothing to do: give --serve A:B to hold blocks, --generate "..." to ask, or both')
-    if options.serve is None and not options.initial_peers:
+    if not serves and not options.initial_peers:
         raise UserError("nobody to ask: give --initial_peers ADDR, or hold the blocks here with --serve")
     if options.max_new_tokens < 1:
         raise UserError("--max_new_tokens must be at least 1")
@@ -176,7 +184,9 @@ async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> 
         seed=options.seed,
     )
     stream = await peer.generate(
-        options.generate, options=wanted, client=ClientOptions(compression=options.compression)
+        options.generate,
+        options=wanted,
+        client=ClientOptions(compression=options.compression, adapter=options.active_adapter),
     )
     if not options.json:
         print(options.generate, end="", flush=True)

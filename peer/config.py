@@ -40,7 +40,11 @@ class ServeConfig:
     """What a server holds and how much it gives."""
 
     blocks: range | None = None
-    """Which blocks, half-open; None: all of the model's."""
+    """Which blocks, half-open; None: `num_blocks` of them, chosen where the swarm is weakest."""
+    num_blocks: int | None = None
+    """How many to choose; None: all of the model's."""
+    adapters: tuple[Path, ...] = ()
+    """Directories of LoRA adapters (PEFT's format, safetensors) to host; a request names one by its directory."""
     cache_bytes: int = 1 << 30
     """KV-cache budget over all sessions."""
     max_peer_share: float = 1.0

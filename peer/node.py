@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import statistics
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from functools import partial
 import trio
 
 from petals.dht.directory import Directory, open_directory
-from petals.dht.records import sign_record
+from petals.dht.records import ServerState, sign_record
 from petals.models.checkpoint import Checkpoint, open_checkpoint
 from petals.peer.client.generation import GenerationOptions, TokenStream, run_generation
 from petals.peer.client.model_client import ClientOptions, ModelClient
@@ -22,6 +23,7 @@ from petals.peer.identity import Identity, create_identity, load_or_create_ident
 from petals.peer.info import answer_info, fetch_record
 from petals.peer.joining import join
 from petals.peer.portal import Portal
+from petals.peer.server.placement import choose_blocks
 from petals.peer.server.service import Server, check_blocks, serve
 from petals.protocols.errors import UserError
 from petals.protocols.info import INFO_V1
@@ -105,11 +107,21 @@ class Peer:
             UserError: a range that the model does not have. ModelError: blocks that can not be loaded.
         """
         checkpoint = await self.checkpoint(model)
-        blocks = check_blocks(config.blocks or range(checkpoint.num_blocks), checkpoint)
+        blocks = config.blocks or await self._choose_blocks(checkpoint, config.num_blocks or checkpoint.num_blocks)
+        check_blocks(blocks, checkpoint)
         serving = partial(serve, self.host, self.directory, checkpoint, blocks, config, self._progress)
         server: Server = await self._nursery.start(serving)
         self.server = server
         return server
+
+    async def _choose_blocks(self, checkpoint: Checkpoint, capacity: int) -> range:
+        if not 0 < capacity <= checkpoint.num_blocks:
+            raise UserError(f"{checkpoint.name} has {checkpoint.num_blocks} blocks; {capacity} is not a number of them")
+        model = ModelId(checkpoint.name, await trio.to_thread.run_sync(lambda: checkpoint.digest))
+        records = [record for record in await self.directory.lookup(model) if record.state is ServerState.ONLINE]
+        # Before anything is loaded nothing is measured: an average server of this swarm is assumed.
+        speeds = [record.inference_rps for record in records if record.inference_rps > 0]
+        return choose_blocks(records, checkpoint.num_blocks, capacity, statistics.mean(speeds) if speeds else 1.0)
 
     async def generate(
         self,

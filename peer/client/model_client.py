@@ -41,6 +41,8 @@ class ClientOptions:
     """Failures in a row that one step, or one span of a batch, may survive."""
     compression: str = "none"
     """none (exact), float16 or int8: how hidden states travel."""
+    adapter: str | None = None
+    """Only servers that host this LoRA adapter, which is then applied."""
     require_dtype: str | None = None
     """Only servers that compute in this dtype without quantisation; None: any."""
 
@@ -88,6 +90,7 @@ class ModelClient:
             hidden_size=self.checkpoint.hidden_size,
             batch_size=batch_size,
             max_length=max_length,
+            adapter=options.adapter or "",
             encoding=ENCODINGS[options.compression],
         )
         session = RemoteSession(
@@ -115,6 +118,7 @@ class ModelClient:
             self.model,
             self._timeouts,
             partial(self._throughput_route, options),
+            adapter=options.adapter or "",
             encoding=ENCODINGS[options.compression],
             max_retries=options.max_retries,
         )
@@ -159,6 +163,7 @@ class ModelClient:
             cache_tokens=batch_size * max_length,
             allowed=options.allowed_servers,
             blocked=options.blocked_servers | avoid,
+            adapter=options.adapter,
             require_dtype=options.require_dtype,
         )
 
@@ -170,5 +175,6 @@ class ModelClient:
             rng=self._random,
             allowed=options.allowed_servers,
             blocked=options.blocked_servers | avoid,
+            adapter=options.adapter,
             require_dtype=options.require_dtype,
         )

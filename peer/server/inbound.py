@@ -16,6 +16,7 @@ from torch import Tensor
 
 from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
+from petals.models.errors import ModelError
 from petals.peer.config import ServeConfig
 from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget, NoRoom
@@ -75,6 +76,8 @@ class Inbound:
                 await self._session(messages)
         except Refused as refusal:
             await self._say_goodbye(messages, pb.InferenceReply(error=refusal.as_message()))
+        except ModelError as error:  # a mask or prompt that does not fit what the blocks can do
+            await self._say_goodbye(messages, pb.InferenceReply(error=_unsupported(error)))
         except (RemoteProtocolError, ProtocolViolation) as error:
             log.info("…%s broke the rules of inference: %s", stream.remote_peer[-6:], error)
             await self._say_goodbye(messages, pb.InferenceReply(error=_blame(error)))
@@ -119,7 +122,9 @@ class Inbound:
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
         priority = Priority.DECODE if step.hidden.shape[1] <= 8 else Priority.PREFILL
-        done = await self.lane.submit(priority, partial(self._run_step, cache, step.position, tensors))
+        done = await self.lane.submit(
+            priority, partial(self._run_step, cache, step.position, tensors, opening.adapter or None)
+        )
         self.steps_served += 1
         reply = pb.StepDone(
             step_id=step.step_id, queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6)
@@ -132,7 +137,7 @@ class Inbound:
         conversation.reply(message)
         await self._answer(messages, message, *pieces)
 
-    def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor]) -> Tensor:
+    def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: str | None) -> Tensor:
         """In the compute thread."""
         if position < cache.position:
             cache.rollback(position)
@@ -143,6 +148,7 @@ class Inbound:
             attention_mask=tensors.get("attention_mask"),
             prompts=tensors.get("prompts"),
             hypo_ids=tensors.get("hypo_ids"),
+            adapter=adapter,
         )
 
     async def answer_training(self, stream: ByteStream, *, backward: bool) -> None:
@@ -153,6 +159,8 @@ class Inbound:
                 await self._train(messages, backward)
         except Refused as refusal:
             await self._say_goodbye(messages, pb.TrainingReply(error=refusal.as_message()))
+        except ModelError as error:
+            await self._say_goodbye(messages, pb.TrainingReply(error=_unsupported(error)))
         except (RemoteProtocolError, ProtocolViolation) as error:
             log.info("…%s broke the rules of training: %s", stream.remote_peer[-6:], error)
             await self._say_goodbye(messages, pb.TrainingReply(error=_blame(error)))
@@ -171,10 +179,11 @@ class Inbound:
             raise Refused(pb.TOO_LONG, f"{tokens} tokens in one request, at most {self.config.max_batch_tokens}")
         self._check_answer(tokens)
         tensors = await self._read_payload(messages, plan)
+        adapter = request.adapter or None
         if backward:
-            done = await self.lane.submit(Priority.BACKWARD, partial(self._run_backward, blocks, tensors))
+            done = await self.lane.submit(Priority.BACKWARD, partial(self._run_backward, blocks, tensors, adapter))
         else:
-            done = await self.lane.submit(Priority.FORWARD, partial(self._run_forward, blocks, tensors))
+            done = await self.lane.submit(Priority.FORWARD, partial(self._run_forward, blocks, tensors, adapter))
         reply = pb.TrainingDone(queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6))
         hidden, prompts = done.value
         header, pieces = encode_tensor(hidden, request.reply_encoding)
@@ -185,7 +194,9 @@ class Inbound:
             pieces += more
         await self._answer(messages, pb.TrainingReply(done=reply), *pieces)
 
-    def _run_forward(self, blocks: range, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _run_forward(
+        self, blocks: range, tensors: dict[str, Tensor], adapter: str | None
+    ) -> tuple[Tensor, Tensor | None]:
         """In the compute thread."""
         with torch.inference_mode():
             hidden = self.span.forward(
@@ -193,16 +204,25 @@ class Inbound:
                 blocks,
                 attention_mask=tensors.get("attention_mask"),
                 prompts=tensors.get("prompts"),
+                adapter=adapter,
             )
         return hidden, None
 
-    def _run_backward(self, blocks: range, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _run_backward(
+        self, blocks: range, tensors: dict[str, Tensor], adapter: str | None
+    ) -> tuple[Tensor, Tensor | None]:
         """In the compute thread. The forward pass is run again: nothing is kept between the two requests."""
         hidden = tensors["hidden"].to(self.span.dtype).requires_grad_()
         prompts = tensors.get("prompts")
         inputs = [hidden] if prompts is None else [hidden, prompts.requires_grad_()]
         with torch.enable_grad():
-            output = self.span.forward(hidden, blocks, attention_mask=tensors.get("attention_mask"), prompts=prompts)
+            output = self.span.forward(
+                hidden,
+                blocks,
+                attention_mask=tensors.get("attention_mask"),
+                prompts=prompts,
+                adapter=adapter,
+            )
             gradients = torch.autograd.grad(output, inputs, tensors["grad_output"].to(output.dtype))
         return gradients[0], gradients[1] if prompts is not None else None
 
@@ -219,7 +239,7 @@ class Inbound:
         held = self.span.blocks
         if start < held.start or end > held.stop:
             raise Refused(pb.BLOCKS_NOT_HELD, f"blocks {start}:{end} asked, {held.start}:{held.stop} are held")
-        if adapter:
+        if adapter and adapter not in self.span.adapters:
             raise Refused(pb.UNSUPPORTED, f"adapter {adapter[:100]!r} is not hosted here")
         return range(start, end)
 
@@ -277,6 +297,10 @@ class Inbound:
 def _blame(error: RemoteProtocolError | ProtocolViolation) -> pb.Error:
     late = isinstance(error, ProtocolViolation) and error.out_of_order
     return pb.Error(code=pb.OUT_OF_ORDER if late else pb.MALFORMED, message=str(error)[:1000])
+
+
+def _unsupported(error: ModelError) -> pb.Error:
+    return pb.Error(code=pb.UNSUPPORTED, message=str(error)[:1000])
 
 
 def _parse(message: Request, data: bytes) -> Request:

@@ -14,6 +14,7 @@ import trio
 from petals import __version__
 from petals.dht.directory import Directory
 from petals.dht.records import ServerRecord, ServerState
+from petals.models.adapters import load_lora
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint
 from petals.models.loading import load_span
@@ -102,6 +103,8 @@ async def serve(
     span = await trio.to_thread.run_sync(
         partial(load_span, checkpoint, blocks, dtype=dtype, device=str(device), quant_type=config.quant_type)
     )
+    for adapter in config.adapters:
+        span.add_adapter(await trio.to_thread.run_sync(load_lora, adapter, span))
     lane = Lane()
     budget = CacheBudget(config.cache_bytes, max_share=config.max_peer_share)
     inbound = Inbound(model, span, lane, budget, config)
@@ -147,6 +150,7 @@ def _describe(host: Host, inbound: Inbound, measured: Throughput, config: ServeC
         public_name=config.public_name,
         dtype=str(span.dtype).removeprefix("torch."),
         quant_type=span.quant_type,
+        adapters=span.adapters,
         inference_rps=measured.inference_rps,
         forward_rps=measured.forward_rps,
         cache_tokens_left=inbound.budget.left_bytes // per_token,

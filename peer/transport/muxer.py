@@ -335,6 +335,7 @@ class Connection:
         self.closed = trio.Event()
         self._config = config or MuxerConfig()
         self._queue_bytes = self._config.queue_bytes
+        self._unyielded = 0
         self._pipe, self._framing, self._early = pipe, framing, early
         self._on_stream = on_stream
         self._unsent: memoryview | None = None
@@ -377,8 +378,13 @@ class Connection:
         return self.session.output_bytes + unsent >= self._queue_bytes
 
     async def wait_for_room(self) -> None:
-        """Let others run; then wait in line until the queue is half empty."""
-        await trio.lowlevel.checkpoint()
+        """Let others run, now and then; wait in line while the queue is full."""
+        self._unyielded += self._queue_bytes
+        if self._unyielded > _YIELD_BYTES:
+            self._unyielded = 0
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
         if self.queue_is_full and self.error is None:
             parked = _Parked()
             self._in_line.append(parked)

@@ -31,7 +31,7 @@ class Swarm:
     async def add(self, blocks: range | None = None, **serve: Any) -> Peer:
         """A peer that serves `blocks`, or only asks."""
         settings = None
-        if blocks is not None:
+        if blocks is not None or serve:
             settings = ServeConfig(blocks=blocks, throughput=100.0, cache_bytes=256 << 20, **serve)
         config = PeerConfig(
             model=self.model,

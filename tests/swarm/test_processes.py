@@ -1,0 +1,67 @@
+"""Real processes, real signals: a server killed, and one frozen, in the middle of a generation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+import trio
+
+from petals.peer.client.generation import GenerationOptions
+from tests.swarm.conftest import Swarm, Truth
+
+ROOT = Path(__file__).parents[2]
+SERVER = [sys.executable, "-m", "petals.cli.main", "peer", "--throughput", "100", "--json"]
+
+
+async def start(nursery: trio.Nursery, *words: str) -> tuple[trio.Process, str]:
+    """A serving process and its peer ID, once it serves; killed with the nursery."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = partial(trio.run_process, [*SERVER, *words], stdout=PIPE, cwd=ROOT, check=False, env=environment)
+    process: trio.Process = await nursery.start(run)
+    line = b""
+    assert process.stdout is not None
+    while not line.endswith(b"\n"):
+        piece = await process.stdout.receive_some()
+        assert piece, "the server did not start"
+        line += piece
+    return process, json.loads(line)["peer_id"]
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+async def test_a_dead_process_costs_no_token(
+    make_swarm: Callable[..., Swarm], smollm: Truth, sign: signal.Signals, nursery: trio.Nursery
+) -> None:
+    client = await make_swarm().add()
+    servers: dict[str, trio.Process] = {}
+
+    async def serve(blocks: str) -> None:
+        process, peer_id = await start(nursery, "--serve", blocks, "--initial_peers", *client.addrs)
+        servers[peer_id] = process
+
+    async with trio.open_nursery() as starting:
+        for blocks in ("0:15", "15:30", "0:15", "15:30"):
+            starting.start_soon(serve, blocks)
+    stream = await client.generate("A cat sat on", options=GenerationOptions(max_new_tokens=24))
+    got: list[int] = []
+    victims = []
+    async for token in stream:
+        got.append(token.id)
+        if len(got) in (5, 14):
+            victim = stream.route[0 if len(got) == 5 else -1].peer_id
+            victims.append(victim)
+            servers[victim].send_signal(sign)
+    inputs = smollm.tokenizer("A cat sat on", return_tensors="pt")
+    expected = smollm.model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert got == expected[0, inputs["input_ids"].shape[1] :].tolist()
+    assert {hop.peer_id for hop in stream.route}.isdisjoint(victims)
+    for process in servers.values():
+        process.kill()
