@@ -74,6 +74,7 @@ async def read_exactly(stream: MuxedStream, n: int) -> bytes:
 
 
 async def cancel_after(ticks: int, scope: trio.CancelScope) -> None:
+    """Cut at a random checkpoint, not at a random time: many more cuts, and no waiting."""
     for _ in range(ticks):
         await trio.lowlevel.checkpoint()
     scope.cancel()
@@ -117,19 +118,21 @@ async def test_ten_thousand_cut_reads_and_writes_lose_nothing() -> None:
                         piece = twice[sent % len(pattern) :][:size]
                         await stream.write(piece)
                         sent += len(piece)
-                        for _ in range(dice.randrange(6)):
+                        for _ in range(dice.randrange(20)):
                             await trio.lowlevel.checkpoint()
 
                 while cuts:
                     async with trio.open_nursery() as racing:
                         scope = trio.CancelScope()
-                        racing.start_soon(cancel_after, dice.randrange(6), scope)
+                        if dice.random() < 0.3:
+                            scope.cancel()
+                        racing.start_soon(cancel_after, dice.randrange(4), scope)
                         piece: bytes | bytearray | memoryview = b""
                         with scope:
                             piece = await other.read(dice.choice([1, 1000, 100_000]))
                     cuts -= not piece
                     start = position % len(pattern)
-                    assert piece == twice[start : start + len(piece)]
+                    assert bytes(piece) == bytes(twice[start : start + len(piece)])
                     position += len(piece)
                 inner.cancel_scope.cancel()
 
@@ -149,9 +152,9 @@ async def test_ten_thousand_cut_reads_and_writes_lose_nothing() -> None:
                         raise AssertionError("a cut write looks like a whole one")
 
                     scope = trio.CancelScope()
-                    inner.start_soon(cancel_after, dice.randrange(12), scope)
+                    inner.start_soon(cancel_after, dice.randrange(6), scope)
                     with scope:
-                        await stream.write(twice)
+                        await stream.write(twice[:600_000])
                         await trio.sleep_forever()
                     cuts -= 1
                 assert got == twice[: len(got)]
