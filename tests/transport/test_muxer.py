@@ -155,7 +155,7 @@ async def test_ten_thousand_cut_reads_and_writes_lose_nothing() -> None:
                     inner.start_soon(cancel_after, dice.randrange(6), scope)
                     with scope:
                         await stream.write(twice[:600_000])
-                        await trio.sleep_forever()
+                    await stream.reset()  # for the few that were through before the cut
                     cuts -= 1
                 assert got == twice[: len(got)]
 
