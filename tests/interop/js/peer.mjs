@@ -30,8 +30,26 @@ async function send (stream, data) {
   }
 }
 
+// js-libp2p 3.3: `for await` over a stream now and then sleeps through an end that came together with the last bytes
+// (readStatus and remoteWriteStatus are "closed", the iterator waits on). So look as well.
+async function * pieces (stream) {
+  const iterator = stream[Symbol.asyncIterator]()
+  while (true) {
+    let look
+    const missed = new Promise((resolve) => {
+      look = setInterval(() => {
+        if (stream.remoteWriteStatus === 'closed' && stream.readBufferLength === 0) resolve({ done: true })
+      }, 50)
+    })
+    const { done, value } = await Promise.race([iterator.next(), missed])
+    clearInterval(look)
+    if (done) return
+    yield value
+  }
+}
+
 async function echo (stream) {
-  for await (const piece of stream) await send(stream, piece.subarray())
+  for await (const piece of pieces(stream)) await send(stream, piece.subarray())
   await stream.close()
 }
 
@@ -49,7 +67,7 @@ async function ask (addr, size) {
   const hash = createHash('sha256')
   let count = 0
   const reading = (async () => {
-    for await (const piece of stream) { hash.update(piece.subarray()); count += piece.length }
+    for await (const piece of pieces(stream)) { hash.update(piece.subarray()); count += piece.length }
   })()
   await send(stream, data)
   await stream.close() // half: the other direction goes on
