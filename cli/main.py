@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         stream=sys.stderr,
     )
     for noisy in ("libp2p", "kademlia", "asyncio", "trio-websocket"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)  # their failed attempts are our view's business
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their failed attempts are our view's business
     try:
         if options.synchronous:
             options.run(options)

@@ -50,7 +50,7 @@ from petals.protocols.types import PeerId
 log = logging.getLogger(__name__)
 if "LIBP2P_DEBUG" not in os.environ:
     # py-libp2p 0.8.1 gives itself a logger without handler and warns there of every peer that left, with every query.
-    logging.getLogger("libp2p").setLevel(logging.ERROR)
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 
 Handler = Callable[[ByteStream], Awaitable[None]]
 """Answers one stream. When it returns, the stream is closed; when it raises, the stream is reset and that is all."""

@@ -25,7 +25,7 @@ def test_the_demonstration_writes_text_and_leaves_nothing_behind() -> None:
     assert "petals: route 0:15 via …" in result.stderr
     assert "Traceback" not in result.stderr
     left = [process for process in psutil.process_iter(["cmdline"]) if process.pid not in before]
-    assert not [process for process in left if "petals" in " ".join(process.info["cmdline"] or ())]
+    assert not [process for process in left if "petals.cli.main" in (process.info["cmdline"] or ())]
 
 
 @pytest.mark.parametrize(("compiler", "advice"), [("no-such-compiler", "C compiler"), ("false", "libgmp-dev")])
