@@ -55,12 +55,12 @@ async def test_a_small_request_does_not_overtake_a_big_one(autojump_clock: MockC
     order: list[str] = []
 
     async def ask(name: str, nbytes: int) -> None:
-        await budget.acquire(BOB, nbytes, 60)
-        order.append(name)
+        with await budget.acquire(PeerId(name), nbytes, 60):
+            order.append(name)
 
     async with trio.open_nursery() as nursery:
         first = await budget.acquire(ALICE, 60, 0)
-        nursery.start_soon(ask, "big", 80)
+        nursery.start_soon(ask, "big", 95)
         await wait_all_tasks_blocked()
         nursery.start_soon(ask, "small", 10)
         await wait_all_tasks_blocked()
