@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from petals import __version__
 from petals.cli import keygen, peer
 from petals.protocols.errors import SwarmError, UserError
+
+if TYPE_CHECKING:
+    import trio
+    from trio_typing import TaskStatus
 
 EXIT_MISTAKE = 2
 """What the user asked for can not be; one line on stderr said why."""
@@ -98,16 +101,14 @@ def run_async(verb: Callable[[], Awaitable[None]]) -> None:
     trio.run(until_signalled)
 
 
-async def _cancel_on_signal(scope: object, *, task_status: object) -> None:
+async def _cancel_on_signal(scope: trio.CancelScope, *, task_status: TaskStatus[None]) -> None:
     import trio
 
-    assert isinstance(scope, trio.CancelScope)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()  # type: ignore[attr-defined]
+        task_status.started()
         async for _ in signals:
             scope.cancel()
-            signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # the second one does not ask
-            return
+            return  # the handlers are Python's own again: a second Ctrl-C does not ask
 
 
 def complain(error: Exception) -> int:

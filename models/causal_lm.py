@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,11 +20,9 @@ from petals.models.chain import BlockChain
 from petals.models.checkpoint import Checkpoint
 from petals.models.errors import CheckpointError, StepError, UnsupportedModel
 from petals.models.families import base_class_of
-from petals.models.generation import ChainCache, InferenceSession
+from petals.models.generation import ChainCache, InferenceSession, active_session
 from petals.models.loading import find_layers, quiet_library
 from petals.models.remote_sequential import RemoteSequential
-
-_active: ContextVar[InferenceSession | None] = ContextVar("petals_active_session", default=None)
 
 
 class DistributedMixin:
@@ -36,20 +33,20 @@ class DistributedMixin:
     @property
     def active_session(self) -> InferenceSession | None:
         """The session of the innermost open `with` in this context."""
-        return _active.get()
+        return active_session.get()
 
     def inference_session(self, *, max_length: int) -> InferenceSession:
         """Room for `max_length` tokens per row, shared by all `generate` calls inside of `with`."""
-        return InferenceSession(self.blocks.chain, max_length, _active)
+        return InferenceSession(self.blocks.chain, max_length)
 
     @contextlib.contextmanager
     def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
         """Make `session` the active one for a while, without closing it."""
-        token = _active.set(session)
+        token = active_session.set(session)
         try:
             yield session
         finally:
-            _active.reset(token)
+            active_session.reset(token)
 
     def generate(
         self, inputs: Tensor | None = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any
@@ -59,7 +56,7 @@ class DistributedMixin:
         Raises:
             StepError: nothing to go on with. What a chain raises: MissingBlocks, RemoteError.
         """
-        session = session or _active.get()
+        session = session or active_session.get()
         inputs = kwargs.pop("input_ids", inputs)
         if session is None:
             caches: list[ChainCache] = []

@@ -75,12 +75,11 @@ class InferenceSession:
     Made by `model.inference_session(max_length=...)`; while its context is open it is the model's active session.
     """
 
-    def __init__(self, chain: BlockChain, max_length: int, active: ContextVar[InferenceSession | None]) -> None:
+    def __init__(self, chain: BlockChain, max_length: int) -> None:
         self.cache = ChainCache(chain, max_length)
         self.output_ids: Tensor | None = None
         """(batch, tokens) int64: prompt and everything generated so far."""
         self.max_length = max_length
-        self._active = active
         self._reset: list[Any] = []
 
     @property
@@ -114,11 +113,15 @@ class InferenceSession:
         self.cache.close()
 
     def __enter__(self) -> Self:
-        self._reset.append(self._active.set(self))
+        self._reset.append(active_session.set(self))
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._active.reset(self._reset.pop())
+        active_session.reset(self._reset.pop())
         self.close()
+
+
+active_session: ContextVar[InferenceSession | None] = ContextVar("petals_active_session", default=None)
+"""The session of the innermost open `with`, per thread and task."""

@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from petals.dht.directory import open_directory
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.identity import create_identity, load_or_create_identity, verify
+from petals.peer.host import Host, HostConfig
+from petals.peer.identity import create_identity, load_or_create_identity
 from petals.peer.info import answer_info
-from petals.peer.joining import join
+from petals.peer.joining import open_membership
 from petals.protocols.info import INFO_V1
 
 
@@ -30,14 +29,7 @@ async def open_bootstrap(
         UserError: as `open_peer`.
     """
     own = load_or_create_identity(identity) if identity is not None else create_identity()
-    raised: Exception | None = None
-    async with open_host(own.key_pair, HostConfig(listen=tuple(listen), transport=transport)) as host:
+    settings = HostConfig(listen=tuple(listen), transport=transport)
+    async with open_membership(own, settings, initial_peers) as (host, _, _):
         host.set_handler(INFO_V1, partial(answer_info, lambda digest: []))
-        await join(host, initial_peers)
-        async with open_directory(host, own, verify):
-            try:
-                yield host
-            except Exception as error:  # kept, not handled: raised again below, outside of the nurseries
-                raised = error
-    if raised is not None:
-        raise raised
+        yield host

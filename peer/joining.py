@@ -1,13 +1,19 @@
-"""Joining a swarm: at least one of the initial peers must answer."""
+"""Joining a swarm: a host, at least one initial peer that answers, the directory, and a nursery for the rest."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 
+import trio
+
+from petals.dht.directory import Directory, open_directory
 from petals.peer.concurrency import gather
-from petals.peer.host import Host
+from petals.peer.host import Host, HostConfig, open_host
+from petals.peer.identity import Identity, verify
+from petals.peer.info import fetch_record
 from petals.protocols.errors import PeerUnreachable, SwarmError, UserError
 
 log = logging.getLogger(__name__)
@@ -30,3 +36,31 @@ async def join(host: Host, addrs: Sequence[str]) -> None:
         raise UserError(f"no initial peer answers: {failures[0]}; check the address and that the peer is running")
     for failure in failures:
         log.warning("%s", failure)
+
+
+@asynccontextmanager
+async def open_membership(
+    identity: Identity, settings: HostConfig, initial_peers: Sequence[str]
+) -> AsyncIterator[tuple[Host, Directory, trio.Nursery]]:
+    """Be a node of the swarm until the context is left, which also cancels what was started in the nursery.
+
+    What the body raises comes out as it was raised, not wrapped into the nurseries' groups.
+
+    Raises:
+        UserError: a port in use, an initial peer that can not be reached.
+    """
+    raised: Exception | None = None
+    async with open_host(identity.key_pair, settings) as host:
+        await join(host, initial_peers)
+        fetch_direct = partial(fetch_record, host)
+        async with (
+            open_directory(host, identity, verify, fetch_direct=fetch_direct) as directory,
+            trio.open_nursery() as nursery,
+        ):
+            try:
+                yield host, directory, nursery
+            except Exception as error:  # kept, not handled: raised again below
+                raised = error
+            nursery.cancel_scope.cancel()
+    if raised is not None:
+        raise raised

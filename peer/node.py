@@ -11,17 +11,17 @@ from functools import partial
 
 import trio
 
-from petals.dht.directory import Directory, open_directory
+from petals.dht.directory import Directory
 from petals.dht.records import ServerState, sign_record
 from petals.models.checkpoint import Checkpoint, open_checkpoint
 from petals.peer.client.generation import GenerationOptions, TokenStream, run_generation
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.config import PeerConfig, ServeConfig
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.identity import Identity, create_identity, load_or_create_identity, verify
-from petals.peer.info import answer_info, fetch_record
-from petals.peer.joining import join
+from petals.peer.host import Host, HostConfig
+from petals.peer.identity import Identity, create_identity, load_or_create_identity
+from petals.peer.info import answer_info
+from petals.peer.joining import open_membership
 from petals.peer.portal import Portal
 from petals.peer.server.placement import choose_blocks
 from petals.peer.server.service import Server, check_blocks, serve
@@ -92,13 +92,14 @@ class Peer:
         """The client half for an open checkpoint."""
         digest = await trio.to_thread.run_sync(lambda: checkpoint.digest)
         model = ModelId(checkpoint.name, digest)
-        if model not in self._clients:
-            watcher = SwarmWatcher(self.host, self.directory, model, update_s=self.config.update_s)
-            await self._nursery.start(watcher.run)
-            self._clients[model] = ModelClient(
-                self.host, self.portal, checkpoint, model, watcher, self.config.timeouts, random.random
-            )
-        return self._clients[model]
+        async with self._opening:  # two first questions at once share one watcher
+            if model not in self._clients:
+                watcher = SwarmWatcher(self.host, self.directory, model, update_s=self.config.update_s)
+                await self._nursery.start(watcher.run)
+                self._clients[model] = ModelClient(
+                    self.host, self.portal, checkpoint, model, watcher, self.config.timeouts, random.random
+                )
+            return self._clients[model]
 
     async def serve(self, config: ServeConfig, model: str | None = None) -> Server:
         """Load blocks and serve them until the peer is closed; returns once the swarm has been told.
@@ -174,29 +175,9 @@ async def open_peer(
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
     )
-    raised: Exception | None = None
-    async with open_host(identity.key_pair, settings) as host:
-        try:
-            await join(host, config.initial_peers)
-        except UserError as error:
-            raised = error
-
-        async def fetch_direct(peer_id: PeerId, addrs: tuple[str, ...], model: ModelId) -> bytes | None:
-            return await fetch_record(host, peer_id, addrs, model)
-
-        if raised is None:
-            async with (
-                open_directory(host, identity, verify, fetch_direct=fetch_direct) as directory,
-                trio.open_nursery() as nursery,
-            ):
-                try:
-                    peer = Peer(config, identity, host, directory, nursery, say)
-                    host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
-                    if config.serve is not None:
-                        await peer.serve(config.serve)
-                    yield peer
-                except Exception as error:  # kept, not handled: raised again below, outside of the nurseries
-                    raised = error
-                nursery.cancel_scope.cancel()
-    if raised is not None:
-        raise raised
+    async with open_membership(identity, settings, config.initial_peers) as (host, directory, nursery):
+        peer = Peer(config, identity, host, directory, nursery, say)
+        host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
+        if config.serve is not None:
+            await peer.serve(config.serve)
+        yield peer

@@ -72,9 +72,14 @@ class SyncPeer:
             run(stream.aclose)
 
     def causal_lm(self, model: str | None = None, *, client: ClientOptions | None = None) -> Any:
-        """The `transformers` model over the swarm's blocks: `.generate`, `.forward`, `loss.backward()`."""
+        """The `transformers` model over the swarm's blocks: `.generate`, `.forward`, `loss.backward()`.
+
+        Raises:
+            MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
+        """
         asked = self.peer.portal.run(self.peer.client, model)
-        return load_causal_lm(asked.checkpoint, asked.chain(client))
+        self.peer.portal.run(asked.ready)
+        return load_causal_lm(asked.checkpoint, asked.chain(client), dtype=asked.dtype)
 
     def tokenizer(self, model: str | None = None) -> Any:
         """The model's own tokenizer."""

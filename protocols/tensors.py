@@ -37,6 +37,8 @@ WIRE_DTYPES: dict[torch.dtype, pb.DType] = {
     torch.bool: pb.BOOL,
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+"""As records and command lines name them."""
 INT64 = (torch.int64,)
 BOOL = (torch.bool,)
 ENCODINGS = (pb.RAW, pb.AS_FLOAT16, pb.BLOCKWISE_INT8)

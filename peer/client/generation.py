@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -233,7 +234,7 @@ async def run_generation(
     stream = TokenStream(prompt_ids[0].tolist())
     stream.seconds.prepare = time.perf_counter() - began
     scope, ended = stream._scope, stream._ended
-    session = InferenceSession(client.chain(wanted), room, client.active_session)
+    session = InferenceSession(client.chain(wanted), room)
     work = _Work(model, tokenizer, inputs, options, session, stream)
     task_status.started(stream)
     del stream, task_status  # whoever iterates holds the last reference: dropping it ends us
@@ -257,8 +258,6 @@ class _Work:
         session: InferenceSession,
         stream: TokenStream,
     ) -> None:
-        import weakref
-
         self.result: outcome.Outcome[None] | None = None
         self._model = model
         self._inputs = inputs

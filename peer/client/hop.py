@@ -43,10 +43,6 @@ class StepInput:
     """(blocks of the span, batch, prefix, hidden_size)"""
     hypo_ids: Tensor | None = None
 
-    @property
-    def end(self) -> int:
-        return self.position + self.hidden.shape[1]
-
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import Checkpoint
-from petals.models.generation import InferenceSession
 from petals.peer.client.batch import BatchTrainer
 from petals.peer.client.chain import RemoteChain
 from petals.peer.client.hop import SessionSpec
@@ -25,6 +23,7 @@ from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.peer.portal import Portal
 from petals.protocols import messages_pb2 as pb
+from petals.protocols.tensors import FLOATS_BY_NAME
 from petals.protocols.types import ModelId, PeerId
 
 ENCODINGS = {"none": pb.RAW, "float16": pb.AS_FLOAT16, "int8": pb.BLOCKWISE_INT8}
@@ -64,9 +63,8 @@ class ModelClient:
         self.model = model
         self.watcher = watcher
         self.portal = portal
-        self.active_session: ContextVar[InferenceSession | None] = ContextVar("active_session", default=None)
         self._host = host
-        self._language_model: tuple[Any, PreTrainedTokenizerBase] | None = None
+        self._language_models: dict[torch.dtype, tuple[Any, PreTrainedTokenizerBase]] = {}
         self._loading = trio.Lock()
         self._timeouts = timeouts
         self._random = random
@@ -109,7 +107,14 @@ class ModelClient:
             raise
         return session
 
-    def chain(self, options: ClientOptions | None = None, *, dtype: torch.dtype = torch.float32) -> RemoteChain:
+    @property
+    def dtype(self) -> torch.dtype:
+        """What embeddings and head compute in, and hidden states travel in: what the servers compute in, so that the
+        result is that of the unsplit model in that dtype; float32 where they differ among themselves."""
+        announced = {offer.record.dtype for offer in self.watcher.view.offers}
+        return FLOATS_BY_NAME.get(announced.pop(), torch.float32) if len(announced) == 1 else torch.float32
+
+    def chain(self, options: ClientOptions | None = None) -> RemoteChain:
         """All blocks as a `BlockChain` for the models, to be used from a torch thread."""
         options = options or ClientOptions()
         trainer = BatchTrainer(
@@ -126,21 +131,21 @@ class ModelClient:
         async def open_session(blocks: range, batch_size: int, max_length: int) -> RemoteSession:
             return await self.open_session(blocks, batch_size, max_length, options)
 
-        return RemoteChain(self.portal, self.blocks, self.checkpoint.hidden_size, dtype, open_session, trainer)
+        return RemoteChain(self.portal, self.blocks, self.checkpoint.hidden_size, self.dtype, open_session, trainer)
 
     async def language_model(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        """Embeddings and head around the swarm's blocks, and the tokenizer; loaded once, in a thread.
+        """Embeddings and head around the swarm's blocks, and the tokenizer; loaded once per dtype, in a thread.
 
         Raises:
             ModelError: a checkpoint without head or tokenizer.
         """
         async with self._loading:
-            if self._language_model is None:
-                self._language_model = await trio.to_thread.run_sync(self._load)
-            return self._language_model
+            dtype = self.dtype
+            if dtype not in self._language_models:
+                self._language_models[dtype] = await trio.to_thread.run_sync(self._load, dtype)
+            return self._language_models[dtype]
 
-    def _load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        dtype = torch.float32 if self.checkpoint.dtype not in (torch.float32, torch.bfloat16) else None
+    def _load(self, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
         return load_causal_lm(self.checkpoint, self.chain(), dtype=dtype), self.checkpoint.tokenizer()
 
     async def ready(self) -> None:

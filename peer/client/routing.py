@@ -213,18 +213,22 @@ def _shortest(costs: list[_Cost], legs: _Legs, blocks: range) -> _Trail:
 
 def _as_route(costs: list[_Cost], path: _Trail, blocks: range, pushed: bool) -> Route:
     """The trail read backwards, with the times one expects instead of those that were diced for."""
-    walked: list[tuple[_Cost, range]] = []
+    walked: list[tuple[int, range]] = []
     end = blocks.stop
     trail: _Trail | None = path
     while trail is not None:
         index, start, trail = trail
-        walked.append((replace(costs[index], dice=1.0), range(start, end)))
+        walked.append((index, range(start, end)))
         end = start
     walked.reverse()
-    legs = _Legs([cost for cost, _ in walked], pushed)
+    visited = sorted({index for index, _ in walked})  # a server may be visited twice
+    legs = _Legs([replace(costs[index], dice=1.0) for index in visited], pushed)
     hops: list[RouteHop] = []
-    for place, (cost, span) in enumerate(walked):
-        there = legs.cost(place - 1, place) if pushed and place > 0 else cost.one_way_s
+    for place, (index, span) in enumerate(walked):
+        cost = costs[index]
+        there = cost.one_way_s
+        if pushed and place > 0:
+            there = legs.cost(visited.index(walked[place - 1][0]), visited.index(index))
         back = cost.one_way_s if not pushed or place == len(walked) - 1 else 0.0
         record = cost.record
         hops.append(

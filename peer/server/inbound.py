@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -35,6 +35,7 @@ GOODBYE_READS = 4096
 """Of 64 KiB at most: as much as the largest tensor that may have been announced."""
 
 Plan = Sequence[tuple[str, pb.Tensor, int]]
+Reply = pb.InferenceReply | pb.TrainingReply
 Request = TypeVar("Request", pb.InferenceRequest, pb.TrainingRequest)
 
 
@@ -60,7 +61,6 @@ class Inbound:
         self.budget = budget
         self.config = config
         self.leaving = False
-        self.steps_served = 0
         self._sessions: Counter[PeerId] = Counter()
 
     @property
@@ -70,17 +70,30 @@ class Inbound:
 
     async def answer_inference(self, stream: ByteStream) -> None:
         """Serve one inference session until the client closes it, breaks a rule, or vanishes."""
+        await self._guarded(stream, self._session, lambda error: pb.InferenceReply(error=error))
+
+    async def answer_training(self, stream: ByteStream, *, backward: bool) -> None:
+        """Serve one forward or backward request."""
+        train = partial(self._train, backward=backward)
+        await self._guarded(stream, train, lambda error: pb.TrainingReply(error=error))
+
+    async def _guarded(
+        self, stream: ByteStream, serve: Callable[[MessageStream], Awaitable[None]], reply: Callable[[pb.Error], Reply]
+    ) -> None:
+        """Serve one stream; what goes wrong by the asker's doing is told to it, and ends this stream only."""
         messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
         try:
             with self._count(stream.remote_peer):
-                await self._session(messages)
+                await serve(messages)
+            return
         except Refused as refusal:
-            await self._say_goodbye(messages, pb.InferenceReply(error=refusal.as_message()))
-        except ModelError as error:  # a mask or prompt that does not fit what the blocks can do
-            await self._say_goodbye(messages, pb.InferenceReply(error=_unsupported(error)))
-        except (RemoteProtocolError, ProtocolViolation) as error:
-            log.info("…%s broke the rules of inference: %s", stream.remote_peer[-6:], error)
-            await self._say_goodbye(messages, pb.InferenceReply(error=_blame(error)))
+            error = refusal.as_message()
+        except ModelError as unsupported:  # a mask or prompt that does not fit what the blocks can do
+            error = pb.Error(code=pb.UNSUPPORTED, message=str(unsupported)[:1000])
+        except (RemoteProtocolError, ProtocolViolation) as violation:
+            log.info("…%s broke the rules: %s", stream.remote_peer[-6:], violation)
+            error = _blame(violation)
+        await self._say_goodbye(messages, reply(error))
 
     async def _session(self, messages: MessageStream) -> None:
         conversation = Conversation()
@@ -125,7 +138,6 @@ class Inbound:
         done = await self.lane.submit(
             priority, partial(self._run_step, cache, step.position, tensors, opening.adapter or None)
         )
-        self.steps_served += 1
         reply = pb.StepDone(
             step_id=step.step_id, queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6)
         )
@@ -151,21 +163,7 @@ class Inbound:
             adapter=adapter,
         )
 
-    async def answer_training(self, stream: ByteStream, *, backward: bool) -> None:
-        """Serve one forward or backward request."""
-        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
-        try:
-            with self._count(stream.remote_peer):
-                await self._train(messages, backward)
-        except Refused as refusal:
-            await self._say_goodbye(messages, pb.TrainingReply(error=refusal.as_message()))
-        except ModelError as error:
-            await self._say_goodbye(messages, pb.TrainingReply(error=_unsupported(error)))
-        except (RemoteProtocolError, ProtocolViolation) as error:
-            log.info("…%s broke the rules of training: %s", stream.remote_peer[-6:], error)
-            await self._say_goodbye(messages, pb.TrainingReply(error=_blame(error)))
-
-    async def _train(self, messages: MessageStream, backward: bool) -> None:
+    async def _train(self, messages: MessageStream, *, backward: bool) -> None:
         with self._deadline(self.config.payload_s):
             data = await messages.read_message()
         if data is None:
@@ -248,9 +246,7 @@ class Inbound:
             data = await messages.read_message()
         return None if data is None else _parse(pb.InferenceRequest(), data)
 
-    async def _answer(
-        self, messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply, *payload: memoryview
-    ) -> None:
+    async def _answer(self, messages: MessageStream, reply: Reply, *payload: memoryview) -> None:
         """Send an answer; a peer that does not take it in time loses its stream, and with it its lease."""
         with trio.move_on_after(self.config.payload_s) as scope:
             await messages.write_message(reply.SerializeToString(), *payload)
@@ -283,7 +279,7 @@ class Inbound:
             self._sessions[peer_id] -= 1
             self._sessions += Counter()  # drops peers that have none
 
-    async def _say_goodbye(self, messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply) -> None:
+    async def _say_goodbye(self, messages: MessageStream, reply: Reply) -> None:
         """Say what was wrong and end the stream. What the peer is still sending is read and dropped for a while: a
         reset in answer to it would overtake our words."""
         with trio.move_on_after(GOODBYE_S):
@@ -297,10 +293,6 @@ class Inbound:
 def _blame(error: RemoteProtocolError | ProtocolViolation) -> pb.Error:
     late = isinstance(error, ProtocolViolation) and error.out_of_order
     return pb.Error(code=pb.OUT_OF_ORDER if late else pb.MALFORMED, message=str(error)[:1000])
-
-
-def _unsupported(error: ModelError) -> pb.Error:
-    return pb.Error(code=pb.UNSUPPORTED, message=str(error)[:1000])
 
 
 def _parse(message: Request, data: bytes) -> Request:

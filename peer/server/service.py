@@ -27,6 +27,7 @@ from petals.peer.server.leases import CacheBudget
 from petals.peer.server.throughput import Throughput, measure_throughput
 from petals.protocols.errors import UserError
 from petals.protocols.inference import INFERENCE_V1
+from petals.protocols.tensors import FLOATS_BY_NAME
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId
 
@@ -56,10 +57,9 @@ def compute_dtype(config: ServeConfig, checkpoint: Checkpoint) -> torch.dtype:
     """float32 on a CPU unless asked otherwise: exact, and the fastest product there; the checkpoint's own on a GPU."""
     if config.dtype == "auto":
         return torch.float32 if device_of(config).type == "cpu" else checkpoint.dtype
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if config.dtype not in dtypes:
-        raise UserError(f"unknown dtype {config.dtype!r}: choose auto, {', '.join(dtypes)}")
-    return dtypes[config.dtype]
+    if config.dtype not in FLOATS_BY_NAME:
+        raise UserError(f"unknown dtype {config.dtype!r}: choose auto, {', '.join(FLOATS_BY_NAME)}")
+    return FLOATS_BY_NAME[config.dtype]
 
 
 def device_of(config: ServeConfig) -> torch.device:

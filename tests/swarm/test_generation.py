@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trio
+from transformers import AutoModelForCausalLM
 
 from petals.models.causal_lm import load_causal_lm
 from petals.peer.client.generation import GenerationOptions
@@ -104,6 +107,25 @@ async def test_random_models_generate_the_same_in_every_way(make_swarm: MakeSwar
             torch.testing.assert_close(model(ids).logits, tiny_truth.model(ids).logits, rtol=0, atol=1e-4)
 
     await client.portal.run_sync(compare)
+
+
+async def test_the_client_computes_in_the_dtype_of_its_servers(
+    make_swarm: MakeSwarm, tiny_truth: Truth, tmp_path: Path
+) -> None:
+    copy.deepcopy(tiny_truth.model).to(torch.bfloat16).save_pretrained(str(tmp_path / "half"))
+    ids = torch.tensor([[5, 17, 99, 3]])
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        truth = AutoModelForCausalLM.from_pretrained(str(tmp_path / "half"), dtype=expected).eval()
+        swarm = make_swarm(tmp_path / "half")
+        await swarm.add(range(3), dtype=dtype)
+        await swarm.add(range(3, 4), dtype=dtype)
+        client = await (await swarm.add()).client()
+        await client.ready()
+        model = load_causal_lm(client.checkpoint, client.chain(), dtype=client.dtype)
+        assert model.dtype == expected
+        got = await client.portal.run_sync(partial(model.generate, ids, **settings))
+        assert got.tolist() == truth.generate(ids, **settings).tolist(), dtype
 
 
 async def test_cancelling_gives_every_lease_back(make_swarm: MakeSwarm, smollm: Truth) -> None:

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from petals.peer.client.generation import GenerationOptions
-from tests.swarm.conftest import Swarm, Truth
+from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 ROOT = Path(__file__).parents[2]
 SERVER = [sys.executable, "-m", "petals.cli.main", "peer", "--throughput", "100", "--json"]
@@ -65,3 +65,19 @@ async def test_a_dead_process_costs_no_token(
     assert {hop.peer_id for hop in stream.route}.isdisjoint(victims)
     for process in servers.values():
         process.kill()
+
+
+@pytest.mark.swarm
+async def test_a_client_that_is_killed_leaves_no_lease_behind(
+    make_swarm: Callable[..., Swarm], nursery: trio.Nursery
+) -> None:
+    server = await make_swarm().add(range(30))
+    assert server.server is not None
+    words = [*SERVER[:4], "--generate", "A cat sat on", "--max_new_tokens", "2000", "--initial_peers", *server.addrs]
+    run = partial(trio.run_process, words, cwd=ROOT, check=False, capture_stdout=True, capture_stderr=True)
+    process: trio.Process = await nursery.start(run)
+    with trio.fail_after(60):
+        while not server.server.inbound.sessions:  # noqa: ASYNC110  # a poll of the state waited for
+            await trio.sleep(0.001)
+    process.kill()
+    await all_leases_returned(server)
