@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -227,19 +228,27 @@ def _check_loaded(checkpoint: Checkpoint, info: dict[str, Any], path: str) -> No
             raise CheckpointError(f"{checkpoint.name} {what} block tensors: {', '.join(keys[:3])} ({len(keys)} in all)")
 
 
+_library_lock = threading.RLock()
+
+
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Keep the library's loading reports and progress bars off the terminal; errors come as exceptions."""
+    """Build and load models in here: quietly, with errors as exceptions, and one thread at a time.
+
+    `from_pretrained` patches torch's initialisers and dtype for the whole process (transformers 5.23): two threads that
+    loaded at once found tied heads missing in 10 of 24 tries.
+    """
     from transformers.utils import logging as library_logging
 
     library = logging.getLogger("transformers")
-    level = library.level
-    had_bars = library_logging.is_progress_bar_enabled()
-    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    library.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        library.setLevel(level)
-        if had_bars:
-            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    with _library_lock:
+        level = library.level
+        had_bars = library_logging.is_progress_bar_enabled()
+        library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        library.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            library.setLevel(level)
+            if had_bars:
+                library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

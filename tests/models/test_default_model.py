@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from transformers import AutoModelForCausalLM
 
+from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import open_checkpoint
 from petals.models.loading import load_span
 from petals.models.local import LocalChain
@@ -31,3 +34,18 @@ def test_smollm2_in_three_spans() -> None:
         assert known.tolist() == expected.tolist()
         logits = full.lm_head(full.model.norm(chain.forward(full.model.embed_tokens(ids))))
         torch.testing.assert_close(logits, full(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_threads_may_load_at_once() -> None:
+    """A peer loads blocks while it loads embeddings, for several models; the library's loading is not made for it."""
+    checkpoint = open_checkpoint()
+
+    def load(index: int) -> int:
+        if index % 2:
+            chain = LocalChain(span)
+            return sum(1 for _ in load_causal_lm(checkpoint, chain).parameters())
+        return len(load_span(checkpoint, range(index, index + 2)).blocks)
+
+    span = load_span(checkpoint, range(30))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(load, range(16))) == [2, 2] * 8
