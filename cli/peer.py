@@ -186,7 +186,7 @@ async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> 
     stream = await peer.generate(
         options.generate,
         options=wanted,
-        client=ClientOptions(compression=options.compression, adapter=options.active_adapter),
+        client=ClientOptions(compression=options.compression, active_adapter=options.active_adapter),
     )
     if not options.json:
         print(options.generate, end="", flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,23 @@ class Lora:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.layers.values() for t in (layer.a, layer.b))
+        return sum(factor.numel() * factor.element_size() for factor in self.factors())
+
+    def factors(self) -> list[Tensor]:
+        """All factors, A before B, in the order of `layers`."""
+        return [factor for layer in self.layers.values() for factor in (layer.a, layer.b)]
+
+    def detached(self) -> Lora:
+        """The numbers alone, on the CPU."""
+        layers = {
+            place: LowRank(layer.a.detach().cpu(), layer.b.detach().cpu(), layer.scaling)
+            for place, layer in self.layers.items()
+        }
+        return Lora(self.name, layers)
+
+    def of(self, blocks: range) -> Lora:
+        """The part that concerns `blocks`."""
+        return Lora(self.name, {place: layer for place, layer in self.layers.items() if place[0] in blocks})
 
 
 def load_lora(directory: Path, span: BlockSpan, *, name: str | None = None) -> Lora:
@@ -86,8 +102,7 @@ def check_lora(lora: Lora, span: BlockSpan) -> None:
             raise StepError(
                 f"adapter {lora.name} is for block {block}, loaded are {span.blocks.start}:{span.blocks.stop}"
             )
-        linear = linear_layers(span.layers(range(block, block + 1))[0]).get(path)
-        wanted = None if linear is None else _features(linear)
+        wanted = span.linear_features(block).get(path)
         if wanted is None:
             raise StepError(f"adapter {lora.name}: block {block} has no linear layer {path!r}")
         given = (layer.a.shape[-1], layer.b.shape[0])
@@ -101,6 +116,12 @@ def check_lora(lora: Lora, span: BlockSpan) -> None:
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """Every layer of a block that multiplies by one matrix, quantised or not, by its path."""
     return {path: module for path, module in block.named_modules() if _features(module) is not None}
+
+
+def linear_features(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in, out) of each of `linear_layers`."""
+    found = {path: _features(module) for path, module in block.named_modules()}
+    return {path: features for path, features in found.items() if features is not None}
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -119,6 +140,12 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{directory} is no PEFT adapter: cannot read {CONFIG} ({error})") from error
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"adapter {name} is {config.get('peft_type')}, only LORA can be served")
+    refuse_unsupported(config, f"adapter {name}")
+    return config
+
+
+def refuse_unsupported(config: Mapping[str, Any], what: str) -> None:
+    """Raise CheckpointError for options of a PEFT configuration that change more than a low-rank update does."""
     for option, plain in (
         ("use_dora", False),
         ("bias", "none"),
@@ -126,8 +153,7 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
         ("alora_invocation_tokens", None),
     ):
         if config.get(option, plain) not in (plain, None, []):
-            raise CheckpointError(f"adapter {name} uses {option}={config[option]!r}, which cannot be served")
-    return config
+            raise CheckpointError(f"{what} uses {option}={config[option]!r}, which cannot be served")
 
 
 def _read_tensors(directory: Path, name: str, blocks: range) -> dict[tuple[int, str, str], Tensor]:
@@ -158,18 +184,6 @@ def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
         if re.match(rf"(.*\.)?({pattern})$", path):
             alpha = float(value)
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def lora_from_tensors(name: str, tensors: Mapping[tuple[int, str], tuple[Tensor, Tensor]], scaling: float) -> Lora:
-    """A client's own: (block, path) -> (A, B); gradients flow to whichever of them require it."""
-    return Lora(name, {place: LowRank(a, b, scaling) for place, (a, b) in tensors.items()})
-
-
-def trainable(lora: Lora) -> Iterable[Tensor]:
-    """All factors, A before B, in the order of `lora.layers`."""
-    for layer in lora.layers.values():
-        yield layer.a
-        yield layer.b
 
 
 class LoraHook:

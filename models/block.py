@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petals.models.adapters import Lora, LoraHook, check_lora, linear_layers
+from petals.models.adapters import Lora, LoraHook, check_lora, linear_features, linear_layers
 from petals.models.cache import LayerShape, SpanCache, cache_bytes
 from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 
@@ -43,6 +43,7 @@ class BlockSpan:
         self._layers = list(get_layers(model, path))
         self._active = _Active()
         self._adapters: dict[str, Lora] = {}
+        self._linear_features: dict[int, dict[str, tuple[int, int]]] = {}
         self._takes_lora = False
         self._views: dict[range, PreTrainedModel] = {}
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
@@ -66,6 +67,12 @@ class BlockSpan:
         """The library's own modules of these blocks."""
         blocks = self._check_blocks(self.blocks if blocks is None else blocks)
         return self._layers[blocks.start - self.blocks.start : blocks.stop - self.blocks.start]
+
+    def linear_features(self, block: int) -> dict[str, tuple[int, int]]:
+        """(in, out) of every linear layer of a block, by its path; looked up for every step with an adapter."""
+        if block not in self._linear_features:
+            self._linear_features[block] = linear_features(self.layers(range(block, block + 1))[0])
+        return self._linear_features[block]
 
     @property
     def adapters(self) -> tuple[str, ...]:

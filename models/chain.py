@@ -12,6 +12,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from petals.models.adapters import Lora
+
 
 class ChainSession(Protocol):
     """KV caches for one batch over all blocks of a chain. A context manager; leaving it gives the caches back."""
@@ -81,12 +83,20 @@ class BlockChain(Protocol):
         """The dtype the blocks compute in; `hidden` may come in another and is converted."""
         ...
 
-    def open_session(self, *, batch_size: int, max_length: int) -> ChainSession:
-        """Reserve caches of `batch_size` x `max_length` tokens on every block."""
+    def open_session(self, *, batch_size: int, max_length: int, lora: Lora | None = None) -> ChainSession:
+        """Reserve caches of `batch_size` x `max_length` tokens on every block; `lora` as it is now, for all steps."""
         ...
 
-    def forward(self, hidden: Tensor, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
-        """All blocks without cache; differentiable with respect to `hidden` and `prompts` (shapes as in `step`)."""
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        prompts: Tensor | None = None,
+        lora: Lora | None = None,
+    ) -> Tensor:
+        """All blocks without cache, shapes as in `step`. Differentiable with respect to `hidden`, `prompts` and the
+        factors of `lora`, low-rank updates that the caller trains."""
         ...
 
     def slice(self, blocks: range) -> BlockChain:

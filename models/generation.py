@@ -6,6 +6,8 @@ crops it after a rejected draft. All of that has a meaning for a `ChainSession`,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
@@ -14,24 +16,49 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from petals.models.adapters import Lora
+from petals.models.blockwise import BlockwiseSession
 from petals.models.chain import BlockChain, ChainSession
 from petals.models.errors import StepError
 
 
 class ChainCache(Cache):
-    """Stands in for a KV cache; opens its session with the first step, when the batch size is known."""
+    """Stands in for a KV cache; opens its session with the first step, when the batch size is known.
+
+    Args:
+        max_length: tokens per row to make room for, without the prefix.
+        prefix: tokens of a trained prompt in front, which the servers hold and the library must not count.
+        lora: low-rank updates trained at home, as they are when the session opens.
+    """
 
     is_compileable = False
 
-    def __init__(self, chain: BlockChain, max_length: int, session: ChainSession | None = None) -> None:
+    def __init__(self, chain: BlockChain, max_length: int, *, prefix: int = 0, lora: Lora | None = None) -> None:
         super().__init__(layers=[])
-        self.session = session
+        self.session: ChainSession | None = None
         self._chain = chain
         self._max_length = max_length
+        self._prefix = prefix
+        self._lora = lora
         self._hypo_ids: Tensor | None = None
+        self._counts_prefix = False
+
+    @property
+    def held(self) -> int:
+        """Tokens per row that the servers hold, a trained prompt included."""
+        return 0 if self.session is None else self.session.position
+
+    @contextmanager
+    def counting_prefix(self) -> Iterator[None]:
+        """While the base model runs it sees the trained prompt like any other tokens."""
+        self._counts_prefix = True
+        try:
+            yield
+        finally:
+            self._counts_prefix = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if self.session is None else self.session.position
+        return self.held if self._counts_prefix else max(0, self.held - self._prefix)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length()
@@ -50,18 +77,43 @@ class ChainCache(Cache):
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` tokens; a negative number drops that many."""
         if self.session is not None:
-            self.session.position = max_length if max_length >= 0 else self.session.position + max_length
+            kept = max_length if max_length >= 0 else self.get_seq_length() + max_length
+            self.session.position = kept + self._prefix if kept else 0
 
-    def step(self, hidden: Tensor, attention_mask: Tensor | None, prompts: Tensor | None = None) -> Tensor:
-        """New tokens through all blocks; shapes as in `ChainSession.step`."""
-        if self.session is None:
-            self.session = self._chain.open_session(batch_size=hidden.shape[0], max_length=self._max_length)
+    def step(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        prompts: Tensor | None = None,
+        outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """New tokens through all blocks; shapes as in `ChainSession.step`.
+
+        Args:
+            outputs: filled with what every block puts out.
+        """
+        session = self._open(hidden.shape[0], blockwise=outputs is not None)
         hypo_ids, self._hypo_ids = self._hypo_ids, None
         if hypo_ids is not None and torch.equal(hypo_ids, torch.arange(len(hypo_ids), device=hypo_ids.device)):
             hypo_ids = None
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
-        return self.session.step(hidden, attention_mask=attention_mask, prompts=prompts, hypo_ids=hypo_ids)
+        hidden = session.step(hidden, attention_mask=attention_mask, prompts=prompts, hypo_ids=hypo_ids)
+        if outputs is not None:
+            assert isinstance(session, BlockwiseSession)
+            outputs += session.outputs
+        return hidden
+
+    def _open(self, batch_size: int, *, blockwise: bool) -> ChainSession:
+        room = self._max_length + self._prefix
+        if self.session is None:
+            if blockwise:
+                self.session = BlockwiseSession(self._chain, batch_size=batch_size, max_length=room, lora=self._lora)
+            else:
+                self.session = self._chain.open_session(batch_size=batch_size, max_length=room, lora=self._lora)
+        if blockwise and not isinstance(self.session, BlockwiseSession):
+            raise StepError("this session began without output_hidden_states: open another one to see hidden states")
+        return self.session
 
     def close(self) -> None:
         """Give the session back."""
@@ -75,8 +127,8 @@ class InferenceSession:
     Made by `model.inference_session(max_length=...)`; while its context is open it is the model's active session.
     """
 
-    def __init__(self, chain: BlockChain, max_length: int) -> None:
-        self.cache = ChainCache(chain, max_length)
+    def __init__(self, cache: ChainCache, max_length: int) -> None:
+        self.cache = cache
         self.output_ids: Tensor | None = None
         """(batch, tokens) int64: prompt and everything generated so far."""
         self.max_length = max_length
@@ -89,16 +141,14 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """Tokens per row in the servers' caches. Setting a smaller value rolls back to it."""
+        """Tokens per row in the servers' caches, without a trained prompt. Setting a smaller value rolls back to it."""
         return self.cache.get_seq_length()
 
     @position.setter
     def position(self, value: int) -> None:
-        if self.cache.session is None:
-            if value:
-                raise StepError(f"position {value}: the session is empty")
-            return
-        self.cache.session.position = value
+        if not 0 <= value <= self.position:
+            raise StepError(f"position {value} is not within the {self.position} tokens of this session")
+        self.cache.crop(value)
         if self.output_ids is not None:
             self.output_ids = self.output_ids[:, :value] if value else None
 

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from petals.models.adapters import Lora
 from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
 from petals.models.errors import BlockRangeError, StepError
@@ -53,13 +54,24 @@ class LocalChain:
     def dtype(self) -> torch.dtype:
         return self._spans[0].dtype
 
-    def open_session(self, *, batch_size: int, max_length: int) -> LocalSession:
-        return LocalSession(self._hops, self._blocks, batch_size, max_length)
+    def open_session(self, *, batch_size: int, max_length: int, lora: Lora | None = None) -> LocalSession:
+        return LocalSession(self._hops, self._blocks, batch_size, max_length, lora)
 
-    def forward(self, hidden: Tensor, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        prompts: Tensor | None = None,
+        lora: Lora | None = None,
+    ) -> Tensor:
         for span, part in self._hops:
             hidden = span.forward(
-                hidden, part, attention_mask=attention_mask, prompts=_prompts_of(prompts, part, self._blocks)
+                hidden,
+                part,
+                attention_mask=attention_mask,
+                prompts=_prompts_of(prompts, part, self._blocks),
+                adapter=None if lora is None else lora.of(part),
             )
         return hidden
 
@@ -75,10 +87,18 @@ class LocalChain:
 class LocalSession:
     """A `ChainSession` over local spans."""
 
-    def __init__(self, hops: list[tuple[BlockSpan, range]], blocks: range, batch_size: int, max_length: int) -> None:
+    def __init__(
+        self,
+        hops: list[tuple[BlockSpan, range]],
+        blocks: range,
+        batch_size: int,
+        max_length: int,
+        lora: Lora | None = None,
+    ) -> None:
         self._blocks = blocks
         self._batch_size = batch_size
         self._max_length = max_length
+        self._lora = lora
         self._hops: list[tuple[BlockSpan, SpanCache]] = [
             (span, span.new_cache(part, batch_size, max_length)) for span, part in hops
         ]
@@ -119,6 +139,7 @@ class LocalSession:
                 attention_mask=attention_mask,
                 prompts=_prompts_of(prompts, cache.blocks, self._blocks),
                 hypo_ids=hypo_ids,
+                adapter=None if self._lora is None else self._lora.of(cache.blocks),
             )
         # Born in inference mode, a tensor could never enter autograd, not even as the input of a trainable head.
         return hidden.clone()

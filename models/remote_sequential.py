@@ -10,17 +10,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from petals.models.adapters import Lora
+from petals.models.blockwise import forward_blockwise
 from petals.models.chain import BlockChain, ChainSession
 from petals.models.errors import BlockRangeError
 from petals.models.generation import ChainCache
 
 
-@dataclass(slots=True)
-class _Call:
-    """What the base model around us was called with."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the base model around the blocks was called with."""
 
-    attention_mask: Tensor | None
-    cache: ChainCache | None
+    attention_mask: Tensor | None = None
+    cache: ChainCache | None = None
+    prompts: Tensor | None = None
+    """Of deep prompt tuning, (blocks, batch, prefix, hidden_size)."""
+    lora: Lora | None = None
+    outputs: list[Tensor] | None = None
+    """Filled with what goes into the first block and what every block puts out, when that was asked for."""
 
 
 class RemoteSequential(nn.Module):
@@ -28,7 +35,7 @@ class RemoteSequential(nn.Module):
 
     In a family's own base model it stands where the list of blocks was. The base model's loop over its list must see
     one "block" that is all of them, so that a step is one round trip and not one per block: while the base model runs
-    (`calling`), iteration and slicing yield just that.
+    (`called_with`), iteration and slicing yield just that.
     """
 
     def __init__(self, chain: BlockChain | None = None) -> None:
@@ -63,16 +70,22 @@ class RemoteSequential(nn.Module):
         Called by a user, differentiable and without cache. Called by the base model around us, with the cache it was
         given; what else it passes (masks, rotary embeddings) was made for a local block and is not needed.
         """
-        call: _Call | None = getattr(self._local, "call", None)
+        call: Call | None = getattr(self._local, "call", None)
         if call is None:
             return self.chain.forward(hidden, **kwargs)
-        if getattr(self._local, "pretending", False):
-            output = hidden
-        elif call.cache is not None:
-            output = call.cache.step(hidden, call.attention_mask)
-        else:
-            output = self.chain.forward(hidden, attention_mask=call.attention_mask)
+        output = hidden if getattr(self._local, "pretending", False) else self._run(hidden, call)
         return (output,) if self.wants_tuple else output
+
+    def _run(self, hidden: Tensor, call: Call) -> Tensor:
+        mask, prompts, lora = call.attention_mask, call.prompts, call.lora
+        if call.outputs is not None:
+            call.outputs.append(hidden)
+        if call.cache is not None:
+            return call.cache.step(hidden, mask, prompts, call.outputs)
+        if call.outputs is None:
+            return self.chain.forward(hidden, attention_mask=mask, prompts=prompts, lora=lora)
+        call.outputs.extend(forward_blockwise(self.chain, hidden, attention_mask=mask, prompts=prompts, lora=lora))
+        return call.outputs[-1]
 
     def inference_session(self, *, max_length: int, batch_size: int = 1) -> ChainSession:
         """Caches for raw hidden states over these blocks."""
@@ -100,13 +113,14 @@ class RemoteSequential(nn.Module):
     def _inside(self) -> bool:
         return getattr(self._local, "call", None) is not None
 
-    def calling(self, attention_mask: Tensor | None, cache: ChainCache | None) -> None:
-        """The base model around us starts its loop in this thread."""
-        self._local.call = _Call(attention_mask, cache)
-
-    def called(self) -> None:
-        """The base model around us has ended, or failed."""
-        self._local.call = None
+    @contextmanager
+    def called_with(self, call: Call) -> Iterator[None]:
+        """While open, the base model around us runs its loop in this thread."""
+        self._local.call = call
+        try:
+            yield
+        finally:
+            self._local.call = None
 
     @contextmanager
     def pretending(self) -> Iterator[None]:

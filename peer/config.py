@@ -54,6 +54,8 @@ class ServeConfig:
     max_sessions_per_peer: int = 64
     max_batch_tokens: int = 16384
     """Most tokens (batch x length) of one step, forward or backward."""
+    max_lora_bytes: int = 64 << 20
+    """Most bytes of low-rank updates that a client may send with one session or request; they count as its cache."""
     dtype: str = "auto"
     """Compute dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16."""
     quant_type: Literal["none", "int8", "nf4"] = "none"

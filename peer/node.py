@@ -52,7 +52,7 @@ class Peer:
         self._identity = identity
         self._nursery = nursery
         self._progress = progress
-        self._checkpoints: dict[str | None, Checkpoint] = {}
+        self._checkpoints: dict[tuple[str | None, str | None], Checkpoint] = {}
         self._clients: dict[ModelId, ModelClient] = {}
         self._opening = trio.Lock()
 
@@ -65,24 +65,21 @@ class Peer:
         """Full multiaddrs another peer may pass as `initial_peers`."""
         return self.host.addrs
 
-    async def checkpoint(self, model: str | None = None) -> Checkpoint:
-        """Open a model's checkpoint once; None: the one of the configuration.
+    async def checkpoint(
+        self, model: str | None = None, *, revision: str | None = None, token: str | None = None
+    ) -> Checkpoint:
+        """Open a model's checkpoint once; None: the one of the configuration, whose revision and token are used too.
 
         Raises:
             ModelError: one line saying what is wrong with it.
         """
-        name = model or self.config.model
+        name, revision = model or self.config.model, revision or self.config.revision
+        token = token or self.config.token
         async with self._opening:
-            if name not in self._checkpoints:
-                opening = partial(
-                    open_checkpoint,
-                    name,
-                    revision=self.config.revision,
-                    token=self.config.token,
-                    progress=self._progress,
-                )
-                self._checkpoints[name] = await trio.to_thread.run_sync(opening)
-            return self._checkpoints[name]
+            if (name, revision) not in self._checkpoints:
+                opening = partial(open_checkpoint, name, revision=revision, token=token, progress=self._progress)
+                self._checkpoints[name, revision] = await trio.to_thread.run_sync(opening)
+            return self._checkpoints[name, revision]
 
     async def client(self, model: str | None = None) -> ModelClient:
         """The client half for one model; several models share the peer."""
@@ -97,7 +94,14 @@ class Peer:
                 watcher = SwarmWatcher(self.host, self.directory, model, update_s=self.config.update_s)
                 await self._nursery.start(watcher.run)
                 self._clients[model] = ModelClient(
-                    self.host, self.portal, checkpoint, model, watcher, self.config.timeouts, random.random
+                    self.host,
+                    self.portal,
+                    checkpoint,
+                    model,
+                    watcher,
+                    self.config.timeouts,
+                    random.random,
+                    self._progress,
                 )
             return self._clients[model]
 

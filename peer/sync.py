@@ -10,7 +10,6 @@ from typing import Any, Self
 import outcome
 import trio
 
-from petals.models.causal_lm import load_causal_lm
 from petals.peer.client.generation import GenerationOptions, Token, TokenStream
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.config import PeerConfig
@@ -70,16 +69,6 @@ class SyncPeer:
                 yield token
         finally:
             run(stream.aclose)
-
-    def causal_lm(self, model: str | None = None, *, client: ClientOptions | None = None) -> Any:
-        """The `transformers` model over the swarm's blocks: `.generate`, `.forward`, `loss.backward()`.
-
-        Raises:
-            MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
-        """
-        asked = self.peer.portal.run(self.peer.client, model)
-        self.peer.portal.run(asked.ready)
-        return load_causal_lm(asked.checkpoint, asked.chain(client), dtype=asked.dtype)
 
     def tokenizer(self, model: str | None = None) -> Any:
         """The model's own tokenizer."""

@@ -17,11 +17,20 @@ _HOMES: dict[str, str] = {
     "connect": "petals.peer.sync",
     "SyncPeer": "petals.peer.sync",
     "GenerationOptions": "petals.peer.client.generation",
+    "RemoteSequential": "petals.models.remote_sequential",
+    "InferenceSession": "petals.models.generation",
+    "LoraSettings": "petals.models.tuning",
+    "ClientConfig": "petals.peer.pretrained",
 }
+_PRETRAINED = ("AutoDistributed", "Distributed")
+"""What the classes with `from_pretrained` begin with, one for each head and family."""
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'petals' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    home = "petals.peer.pretrained" if name.startswith(_PRETRAINED) else _HOMES.get(name)
+    try:
+        if home is not None:
+            return getattr(importlib.import_module(home), name)
+    except AttributeError:
+        pass
+    raise AttributeError(f"module 'petals' has no attribute {name!r}")

@@ -24,45 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpetals/protocols/messages.proto\x12\tpetals.v1\"_\n\x06Tensor\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.petals.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12%\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x13.petals.v1.Encoding\"T\n\x05\x45rror\x12\"\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x14.petals.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"\xcf\x01\n\x04Open\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x13\n\x0bstart_block\x18\x03 \x01(\r\x12\x11\n\tend_block\x18\x04 \x01(\r\x12\x12\n\nbatch_size\x18\x05 \x01(\r\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x0f\n\x07wait_ms\x18\x07 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12+\n\x0ereply_encoding\x18\t \x01(\x0e\x32\x13.petals.v1.Encoding\">\n\x06Opened\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.petals.v1.DType\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x02 \x01(\x04\"\xd0\x01\n\x04Step\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0e\n\x06silent\x18\x03 \x01(\x08\x12!\n\x06hidden\x18\x04 \x01(\x0b\x32\x11.petals.v1.Tensor\x12)\n\x0e\x61ttention_mask\x18\x05 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\"\n\x07prompts\x18\x06 \x01(\x0b\x32\x11.petals.v1.Tensor\x12#\n\x08hypo_ids\x18\x07 \x01(\x0b\x32\x11.petals.v1.Tensor\"d\n\x08StepDone\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12!\n\x06hidden\x18\x02 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\ncompute_us\x18\x04 \x01(\r\"\x07\n\x05\x43lose\"\x7f\n\x10InferenceRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x0f.petals.v1.OpenH\x00\x12\x1f\n\x04step\x18\x02 \x01(\x0b\x32\x0f.petals.v1.StepH\x00\x12!\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x10.petals.v1.CloseH\x00\x42\x06\n\x04kind\"\x8a\x01\n\x0eInferenceReply\x12#\n\x06opened\x18\x01 \x01(\x0b\x32\x11.petals.v1.OpenedH\x00\x12(\n\tstep_done\x18\x02 \x01(\x0b\x32\x13.petals.v1.StepDoneH\x00\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.petals.v1.ErrorH\x00\x42\x06\n\x04kind\"\xa7\x02\n\x0fTrainingRequest\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x13\n\x0bstart_block\x18\x02 \x01(\r\x12\x11\n\tend_block\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12+\n\x0ereply_encoding\x18\x05 \x01(\x0e\x32\x13.petals.v1.Encoding\x12!\n\x06hidden\x18\x06 \x01(\x0b\x32\x11.petals.v1.Tensor\x12)\n\x0e\x61ttention_mask\x18\x07 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\"\n\x07prompts\x18\x08 \x01(\x0b\x32\x11.petals.v1.Tensor\x12&\n\x0bgrad_output\x18\t \x01(\x0b\x32\x11.petals.v1.Tensor\"{\n\x0cTrainingDone\x12!\n\x06hidden\x18\x01 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\"\n\x07prompts\x18\x02 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\ncompute_us\x18\x04 \x01(\r\"c\n\rTrainingReply\x12\'\n\x04\x64one\x18\x01 \x01(\x0b\x32\x17.petals.v1.TrainingDoneH\x00\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.petals.v1.ErrorH\x00\x42\x06\n\x04kind\"#\n\x0bInfoRequest\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\"-\n\tInfoReply\x12\x0f\n\x07records\x18\x01 \x03(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\t*[\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\t\n\x05INT64\x10\x04\x12\x08\n\x04\x42OOL\x10\x05*7\n\x08\x45ncoding\x12\x07\n\x03RAW\x10\x00\x12\x0e\n\nAS_FLOAT16\x10\x01\x12\x12\n\x0e\x42LOCKWISE_INT8\x10\x02*\xba\x01\n\tErrorCode\x12\x15\n\x11\x45RROR_UNSPECIFIED\x10\x00\x12\r\n\tMALFORMED\x10\x01\x12\x10\n\x0cOUT_OF_ORDER\x10\x02\x12\x11\n\rUNKNOWN_MODEL\x10\x03\x12\x13\n\x0f\x42LOCKS_NOT_HELD\x10\x04\x12\x0c\n\x08TOO_LONG\x10\x05\x12\x08\n\x04\x42USY\x10\x06\x12\x0f\n\x0bUNSUPPORTED\x10\x07\x12\x0b\n\x07LEAVING\x10\x08\x12\x0c\n\x08INTERNAL\x10\t\x12\t\n\x05QUOTA\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpetals/protocols/messages.proto\x12\tpetals.v1\"_\n\x06Tensor\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.petals.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12%\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x13.petals.v1.Encoding\"s\n\x07LowRank\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x1c\n\x01\x61\x18\x03 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\x1c\n\x01\x62\x18\x04 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\x0f\n\x07scaling\x18\x05 \x01(\x02\"T\n\x05\x45rror\x12\"\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x14.petals.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"\xf1\x01\n\x04Open\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x13\n\x0bstart_block\x18\x03 \x01(\r\x12\x11\n\tend_block\x18\x04 \x01(\r\x12\x12\n\nbatch_size\x18\x05 \x01(\r\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x0f\n\x07wait_ms\x18\x07 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12+\n\x0ereply_encoding\x18\t \x01(\x0e\x32\x13.petals.v1.Encoding\x12 \n\x04lora\x18\n \x03(\x0b\x32\x12.petals.v1.LowRank\">\n\x06Opened\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.petals.v1.DType\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x02 \x01(\x04\"\xd0\x01\n\x04Step\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0e\n\x06silent\x18\x03 \x01(\x08\x12!\n\x06hidden\x18\x04 \x01(\x0b\x32\x11.petals.v1.Tensor\x12)\n\x0e\x61ttention_mask\x18\x05 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\"\n\x07prompts\x18\x06 \x01(\x0b\x32\x11.petals.v1.Tensor\x12#\n\x08hypo_ids\x18\x07 \x01(\x0b\x32\x11.petals.v1.Tensor\"d\n\x08StepDone\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12!\n\x06hidden\x18\x02 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\ncompute_us\x18\x04 \x01(\r\"\x07\n\x05\x43lose\"\x7f\n\x10InferenceRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x0f.petals.v1.OpenH\x00\x12\x1f\n\x04step\x18\x02 \x01(\x0b\x32\x0f.petals.v1.StepH\x00\x12!\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x10.petals.v1.CloseH\x00\x42\x06\n\x04kind\"\x8a\x01\n\x0eInferenceReply\x12#\n\x06opened\x18\x01 \x01(\x0b\x32\x11.petals.v1.OpenedH\x00\x12(\n\tstep_done\x18\x02 \x01(\x0b\x32\x13.petals.v1.StepDoneH\x00\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.petals.v1.ErrorH\x00\x42\x06\n\x04kind\"\xc9\x02\n\x0fTrainingRequest\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x13\n\x0bstart_block\x18\x02 \x01(\r\x12\x11\n\tend_block\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12+\n\x0ereply_encoding\x18\x05 \x01(\x0e\x32\x13.petals.v1.Encoding\x12!\n\x06hidden\x18\x06 \x01(\x0b\x32\x11.petals.v1.Tensor\x12)\n\x0e\x61ttention_mask\x18\x07 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\"\n\x07prompts\x18\x08 \x01(\x0b\x32\x11.petals.v1.Tensor\x12&\n\x0bgrad_output\x18\t \x01(\x0b\x32\x11.petals.v1.Tensor\x12 \n\x04lora\x18\n \x03(\x0b\x32\x12.petals.v1.LowRank\"\x9c\x01\n\x0cTrainingDone\x12!\n\x06hidden\x18\x01 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\"\n\x07prompts\x18\x02 \x01(\x0b\x32\x11.petals.v1.Tensor\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\ncompute_us\x18\x04 \x01(\r\x12\x1f\n\x04lora\x18\x05 \x03(\x0b\x32\x11.petals.v1.Tensor\"c\n\rTrainingReply\x12\'\n\x04\x64one\x18\x01 \x01(\x0b\x32\x17.petals.v1.TrainingDoneH\x00\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.petals.v1.ErrorH\x00\x42\x06\n\x04kind\"#\n\x0bInfoRequest\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\"-\n\tInfoReply\x12\x0f\n\x07records\x18\x01 \x03(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\t*[\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\t\n\x05INT64\x10\x04\x12\x08\n\x04\x42OOL\x10\x05*7\n\x08\x45ncoding\x12\x07\n\x03RAW\x10\x00\x12\x0e\n\nAS_FLOAT16\x10\x01\x12\x12\n\x0e\x42LOCKWISE_INT8\x10\x02*\xba\x01\n\tErrorCode\x12\x15\n\x11\x45RROR_UNSPECIFIED\x10\x00\x12\r\n\tMALFORMED\x10\x01\x12\x10\n\x0cOUT_OF_ORDER\x10\x02\x12\x11\n\rUNKNOWN_MODEL\x10\x03\x12\x13\n\x0f\x42LOCKS_NOT_HELD\x10\x04\x12\x0c\n\x08TOO_LONG\x10\x05\x12\x08\n\x04\x42USY\x10\x06\x12\x0f\n\x0bUNSUPPORTED\x10\x07\x12\x0b\n\x07LEAVING\x10\x08\x12\x0c\n\x08INTERNAL\x10\t\x12\t\n\x05QUOTA\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'petals.protocols.messages_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1703
-  _globals['_DTYPE']._serialized_end=1794
-  _globals['_ENCODING']._serialized_start=1796
-  _globals['_ENCODING']._serialized_end=1851
-  _globals['_ERRORCODE']._serialized_start=1854
-  _globals['_ERRORCODE']._serialized_end=2040
+  _globals['_DTYPE']._serialized_start=1922
+  _globals['_DTYPE']._serialized_end=2013
+  _globals['_ENCODING']._serialized_start=2015
+  _globals['_ENCODING']._serialized_end=2070
+  _globals['_ERRORCODE']._serialized_start=2073
+  _globals['_ERRORCODE']._serialized_end=2259
   _globals['_TENSOR']._serialized_start=46
   _globals['_TENSOR']._serialized_end=141
-  _globals['_ERROR']._serialized_start=143
-  _globals['_ERROR']._serialized_end=227
-  _globals['_OPEN']._serialized_start=230
-  _globals['_OPEN']._serialized_end=437
-  _globals['_OPENED']._serialized_start=439
-  _globals['_OPENED']._serialized_end=501
-  _globals['_STEP']._serialized_start=504
-  _globals['_STEP']._serialized_end=712
-  _globals['_STEPDONE']._serialized_start=714
-  _globals['_STEPDONE']._serialized_end=814
-  _globals['_CLOSE']._serialized_start=816
-  _globals['_CLOSE']._serialized_end=823
-  _globals['_INFERENCEREQUEST']._serialized_start=825
-  _globals['_INFERENCEREQUEST']._serialized_end=952
-  _globals['_INFERENCEREPLY']._serialized_start=955
-  _globals['_INFERENCEREPLY']._serialized_end=1093
-  _globals['_TRAININGREQUEST']._serialized_start=1096
-  _globals['_TRAININGREQUEST']._serialized_end=1391
-  _globals['_TRAININGDONE']._serialized_start=1393
-  _globals['_TRAININGDONE']._serialized_end=1516
-  _globals['_TRAININGREPLY']._serialized_start=1518
-  _globals['_TRAININGREPLY']._serialized_end=1617
-  _globals['_INFOREQUEST']._serialized_start=1619
-  _globals['_INFOREQUEST']._serialized_end=1654
-  _globals['_INFOREPLY']._serialized_start=1656
-  _globals['_INFOREPLY']._serialized_end=1701
+  _globals['_LOWRANK']._serialized_start=143
+  _globals['_LOWRANK']._serialized_end=258
+  _globals['_ERROR']._serialized_start=260
+  _globals['_ERROR']._serialized_end=344
+  _globals['_OPEN']._serialized_start=347
+  _globals['_OPEN']._serialized_end=588
+  _globals['_OPENED']._serialized_start=590
+  _globals['_OPENED']._serialized_end=652
+  _globals['_STEP']._serialized_start=655
+  _globals['_STEP']._serialized_end=863
+  _globals['_STEPDONE']._serialized_start=865
+  _globals['_STEPDONE']._serialized_end=965
+  _globals['_CLOSE']._serialized_start=967
+  _globals['_CLOSE']._serialized_end=974
+  _globals['_INFERENCEREQUEST']._serialized_start=976
+  _globals['_INFERENCEREQUEST']._serialized_end=1103
+  _globals['_INFERENCEREPLY']._serialized_start=1106
+  _globals['_INFERENCEREPLY']._serialized_end=1244
+  _globals['_TRAININGREQUEST']._serialized_start=1247
+  _globals['_TRAININGREQUEST']._serialized_end=1576
+  _globals['_TRAININGDONE']._serialized_start=1579
+  _globals['_TRAININGDONE']._serialized_end=1735
+  _globals['_TRAININGREPLY']._serialized_start=1737
+  _globals['_TRAININGREPLY']._serialized_end=1836
+  _globals['_INFOREQUEST']._serialized_start=1838
+  _globals['_INFOREQUEST']._serialized_end=1873
+  _globals['_INFOREPLY']._serialized_start=1875
+  _globals['_INFOREPLY']._serialized_end=1920
 # @@protoc_insertion_point(module_scope)

@@ -66,6 +66,20 @@ class Tensor(_message.Message):
     encoding: Encoding
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., encoding: _Optional[_Union[Encoding, str]] = ...) -> None: ...
 
+class LowRank(_message.Message):
+    __slots__ = ("block", "path", "a", "b", "scaling")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    A_FIELD_NUMBER: _ClassVar[int]
+    B_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    path: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    def __init__(self, block: _Optional[int] = ..., path: _Optional[str] = ..., a: _Optional[_Union[Tensor, _Mapping]] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ..., scaling: _Optional[float] = ...) -> None: ...
+
 class Error(_message.Message):
     __slots__ = ("code", "message", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
@@ -77,7 +91,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "model_digest", "start_block", "end_block", "batch_size", "max_length", "wait_ms", "adapter", "reply_encoding")
+    __slots__ = ("session_id", "model_digest", "start_block", "end_block", "batch_size", "max_length", "wait_ms", "adapter", "reply_encoding", "lora")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     START_BLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +101,7 @@ class Open(_message.Message):
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     REPLY_ENCODING_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     model_digest: str
     start_block: int
@@ -96,7 +111,8 @@ class Open(_message.Message):
     wait_ms: int
     adapter: str
     reply_encoding: Encoding
-    def __init__(self, session_id: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ...) -> None: ...
+    lora: _containers.RepeatedCompositeFieldContainer[LowRank]
+    def __init__(self, session_id: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ..., lora: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("dtype", "cache_bytes")
@@ -161,7 +177,7 @@ class InferenceReply(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class TrainingRequest(_message.Message):
-    __slots__ = ("model_digest", "start_block", "end_block", "adapter", "reply_encoding", "hidden", "attention_mask", "prompts", "grad_output")
+    __slots__ = ("model_digest", "start_block", "end_block", "adapter", "reply_encoding", "hidden", "attention_mask", "prompts", "grad_output", "lora")
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     START_BLOCK_FIELD_NUMBER: _ClassVar[int]
     END_BLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +187,7 @@ class TrainingRequest(_message.Message):
     ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     GRAD_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
     model_digest: str
     start_block: int
     end_block: int
@@ -180,19 +197,22 @@ class TrainingRequest(_message.Message):
     attention_mask: Tensor
     prompts: Tensor
     grad_output: Tensor
-    def __init__(self, model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., grad_output: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    lora: _containers.RepeatedCompositeFieldContainer[LowRank]
+    def __init__(self, model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., grad_output: _Optional[_Union[Tensor, _Mapping]] = ..., lora: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ...) -> None: ...
 
 class TrainingDone(_message.Message):
-    __slots__ = ("hidden", "prompts", "queue_us", "compute_us")
+    __slots__ = ("hidden", "prompts", "queue_us", "compute_us", "lora")
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
     hidden: Tensor
     prompts: Tensor
     queue_us: int
     compute_us: int
-    def __init__(self, hidden: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+    lora: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, hidden: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., lora: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class TrainingReply(_message.Message):
     __slots__ = ("done", "error")

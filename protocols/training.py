@@ -5,6 +5,7 @@ from __future__ import annotations
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import RemoteProtocolError
 from petals.protocols.inference import MAX_BATCH_SIZE, MAX_LENGTH, check_model
+from petals.protocols.lora import lora_payload
 from petals.protocols.tensors import BOOL, FLOATS, check_header
 
 FORWARD_V1 = "/petals/forward/1.0.0"
@@ -38,4 +39,4 @@ def request_payload(
     if backward:
         size = check_header(request.grad_output, name="grad_output", shape=(batch, tokens, hidden_size))
         plan.append(("grad_output", request.grad_output, size))
-    return plan
+    return plan + lora_payload(request.lora, range(request.start_block, request.end_block))

@@ -23,7 +23,14 @@ MAY_IMPORT = {
 }
 LIBP2P_LIVES_IN = ("peer/host.py", "peer/identity.py", "peer/transport/", "dht/directory.py")
 TRIO_LIVES_IN = ("peer/", "dht/", "protocols/stream.py", "cli/main.py", "cli/peer.py", "cli/run_dht.py")
-TORCH_LIVES_IN = ("models/", "protocols/tensors.py", "peer/client/", "peer/server/")
+TORCH_LIVES_IN = (
+    "models/",
+    "protocols/tensors.py",
+    "peer/client/",
+    "peer/server/",
+    "peer/lora.py",
+    "peer/pretrained.py",
+)
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -14,11 +15,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CLIENT = (ROOT / "docs" / "client.md").read_text()
+ADDR = re.search(r'ADDR = "(.*)"', README)[1]  # type: ignore[index]
 PETALS = [sys.executable, "-m", "petals.cli.main"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -61,8 +64,24 @@ def test_the_programs_run(swarm: str, program: str) -> None:
     assert result.stdout.startswith(swarm[len("A cat sat on") :][:20])
 
 
+@pytest.mark.parametrize("program", blocks("python", CLIENT)[1:], ids=["sessions", "lora", "trio"])
+def test_the_programs_of_the_client_page_run(swarm: str, program: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", f"ADDR = {ADDR!r}\n{program}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
 def test_every_link_leads_somewhere() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "protocols/SPEC.md"]
     for page in pages:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"

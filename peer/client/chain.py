@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from petals.peer.client.batch import BatchTrainer, SpanInput
+from petals.models.adapters import Lora
+from petals.peer.client.batch import BatchTrainer, Companions, Gradients, SpanInput
 from petals.peer.client.session import HopTrace, RemoteSession
 from petals.peer.portal import Portal
 from petals.protocols.errors import UserError
@@ -95,7 +96,7 @@ class RemoteChain:
     """A `BlockChain` over the swarm.
 
     Args:
-        open_session: (blocks, batch_size, max_length) -> an open session.
+        open_session: (blocks, batch_size, max_length, lora) -> an open session.
         trainer: for `forward` and its gradients.
         dtype: what hidden states are computed in at the servers, as far as known.
     """
@@ -106,7 +107,7 @@ class RemoteChain:
         blocks: range,
         hidden_size: int,
         dtype: torch.dtype,
-        open_session: Callable[[range, int, int], Any],
+        open_session: Callable[[range, int, int, Lora | None], Any],
         trainer: BatchTrainer,
     ) -> None:
         self.blocks = blocks
@@ -116,18 +117,34 @@ class RemoteChain:
         self._open_session = open_session
         self._trainer = trainer
 
-    def open_session(self, *, batch_size: int, max_length: int) -> RemoteChainSession:
+    def open_session(self, *, batch_size: int, max_length: int, lora: Lora | None = None) -> RemoteChainSession:
         """Lease caches on every hop of a route.
 
         Raises:
             MissingBlocks, RemoteError: in bounded time.
         """
-        session = self._portal.run(self._open_session, self.blocks, batch_size, max_length)
+        sent = None if lora is None else lora.of(self.blocks).detached()
+        session = self._portal.run(self._open_session, self.blocks, batch_size, max_length, sent)
         return RemoteChainSession(self._portal, session)
 
-    def forward(self, hidden: Tensor, *, attention_mask: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
-        """See `BlockChain.forward`; gradients with respect to `hidden` and `prompts` are computed by the swarm."""
-        output: Tensor = _RemoteBlocks.apply(hidden, prompts, attention_mask, self)  # type: ignore[no-untyped-call]
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        prompts: Tensor | None = None,
+        lora: Lora | None = None,
+    ) -> Tensor:
+        """See `BlockChain.forward`; the gradients are computed by the swarm."""
+        mine = None if lora is None else lora.of(self.blocks)
+        companions = Companions(
+            blocks=self.blocks,
+            attention_mask=None if attention_mask is None else attention_mask.detach().cpu().bool(),
+            prompts=None if prompts is None else _to_wire(prompts),
+            lora=None if mine is None else mine.detached(),
+        )
+        factors = () if mine is None else mine.factors()
+        output: Tensor = _RemoteBlocks.apply(hidden, prompts, self, companions, *factors)  # type: ignore[no-untyped-call]
         return output
 
     def slice(self, blocks: range) -> RemoteChain:
@@ -136,17 +153,13 @@ class RemoteChain:
             raise IndexError(f"blocks {blocks.start}:{blocks.stop} are not in {self.blocks.start}:{self.blocks.stop}")
         return RemoteChain(self._portal, blocks, self.hidden_size, self.dtype, self._open_session, self._trainer)
 
-    def run_forward(
-        self, hidden: Tensor, mask: Tensor | None, prompts: Tensor | None
-    ) -> tuple[Tensor, list[list[SpanInput]]]:
+    def run_forward(self, hidden: Tensor, companions: Companions) -> tuple[Tensor, list[list[SpanInput]]]:
         """Numbers only; called by the autograd function in whatever thread runs it."""
-        return self._portal.run(self._trainer.forward, hidden, self.blocks, mask, prompts)
+        return self._portal.run(self._trainer.forward, hidden, companions)
 
-    def run_backward(
-        self, grad: Tensor, spans: list[list[SpanInput]], mask: Tensor | None, prompts: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def run_backward(self, grad: Tensor, spans: list[list[SpanInput]], companions: Companions) -> Gradients:
         """Numbers only; autograd calls this from its own threads."""
-        return self._portal.run(self._trainer.backward, grad, spans, self.blocks, mask, prompts)
+        return self._portal.run(self._trainer.backward, grad, spans, companions)
 
 
 class _RemoteBlocks(torch.autograd.Function):
@@ -154,26 +167,19 @@ class _RemoteBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        prompts: Tensor | None,
-        attention_mask: Tensor | None,
-        chain: RemoteChain,
+        ctx: Any, hidden: Tensor, prompts: Tensor | None, chain: RemoteChain, companions: Companions, *factors: Tensor
     ) -> Tensor:
-        mask = None if attention_mask is None else attention_mask.detach().cpu().bool()
-        sent_prompts = None if prompts is None else _to_wire(prompts)
-        output, spans = chain.run_forward(_to_wire(hidden), mask, sent_prompts)
-        ctx.chain, ctx.spans, ctx.mask, ctx.prompts = chain, spans, mask, sent_prompts
+        output, spans = chain.run_forward(_to_wire(hidden), companions)
+        ctx.chain, ctx.spans, ctx.companions = chain, spans, companions
         return output.to(device=hidden.device, dtype=hidden.dtype)
 
     @staticmethod
-    def backward(
-        ctx: Any,
-        grad_output: Tensor,
-    ) -> tuple[Tensor, Tensor | None, None, None]:
-        grad, grad_prompts = ctx.chain.run_backward(_to_wire(grad_output), ctx.spans, ctx.mask, ctx.prompts)
-        grad = grad.to(device=grad_output.device, dtype=grad_output.dtype)
-        return grad, grad_prompts, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.chain.run_backward(_to_wire(grad_output), ctx.spans, ctx.companions)
+        grad = gradients.hidden.to(device=grad_output.device, dtype=grad_output.dtype)
+        lora = ctx.companions.lora
+        factors = [] if lora is None else [factor for place in lora.layers for factor in gradients.lora[place]]
+        return grad, gradients.prompts, None, None, *factors
 
 
 def _to_wire(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,10 +14,11 @@ import trio
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from petals.models.generation import InferenceSession
+from petals.models.generation import ChainCache, InferenceSession
 from petals.peer.client.chain import RemoteChainSession
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.session import HopTrace
+from petals.peer.client.twins import Streamer
 from petals.protocols.errors import UserError
 
 if TYPE_CHECKING:
@@ -156,22 +156,6 @@ class _Decoder:
         return fresh
 
 
-class _Streamer:
-    """Called by `transformers` with the prompt and then with each new token."""
-
-    def __init__(self, on_token: Callable[[int], None]) -> None:
-        self._on_token = on_token
-        self._seen_prompt = False
-
-    def put(self, value: Tensor) -> None:
-        if self._seen_prompt:
-            self._on_token(int(value.reshape(-1)[-1]))
-        self._seen_prompt = True
-
-    def end(self) -> None:
-        pass
-
-
 class _SeededDice(LogitsProcessor):
     """Gives one generation dice of its own.
 
@@ -234,7 +218,7 @@ async def run_generation(
     stream = TokenStream(prompt_ids[0].tolist())
     stream.seconds.prepare = time.perf_counter() - began
     scope, ended = stream._scope, stream._ended
-    session = InferenceSession(client.chain(wanted), room)
+    session = InferenceSession(ChainCache(client.chain(wanted), room), room)
     work = _Work(model, tokenizer, inputs, options, session, stream)
     task_status.started(stream)
     del stream, task_status  # whoever iterates holds the last reference: dropping it ends us
@@ -273,17 +257,17 @@ class _Work:
         """In the worker thread."""
         dice = _SeededDice(self._options.seed) if self._options.seed is not None else None
 
-        def on_token(token: int) -> None:
+        def on_token(tokens: Tensor) -> None:
             if dice is not None:
                 dice.put_back()
-            portal.run(self._deliver, token)
+            portal.run(self._deliver, int(tokens.reshape(-1)[-1]))
 
         try:
             self._model.generate(
                 self._inputs["input_ids"],
                 attention_mask=self._inputs.get("attention_mask"),
                 session=self._session,
-                streamer=_Streamer(on_token),
+                streamer=Streamer(on_token),
                 logits_processor=LogitsProcessorList(() if dice is None else (dice,)),
                 **self._options.as_arguments(),
             )

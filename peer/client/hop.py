@@ -12,9 +12,11 @@ import trio
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
+from petals.models.adapters import Lora
 from petals.peer.concurrency import shielded_for, together
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
+from petals.peer.lora import encode_lora
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import (
     LocalProtocolError,
@@ -63,6 +65,8 @@ class SessionSpec:
     batch_size: int
     max_length: int
     adapter: str = ""
+    lora: Lora | None = None
+    """Low-rank updates of the client's own, sent with the opening."""
     encoding: pb.Encoding = pb.RAW
 
 
@@ -138,6 +142,7 @@ class Hop:
                 MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES), Conversation(),
             )  # fmt: skip
             try:
+                lora, payload = encode_lora(spec.lora, blocks)
                 request = pb.InferenceRequest(
                     open=pb.Open(
                         session_id=secrets.token_bytes(16),
@@ -149,9 +154,10 @@ class Hop:
                         wait_ms=int(timeouts.open_s * 800),
                         adapter=spec.adapter,
                         reply_encoding=spec.encoding,
+                        lora=lora,
                     )
                 )
-                await hop._send(request)
+                await hop._send(request, *payload)
                 await hop._receive("opened")
             except BaseException:
                 await hop.reset()

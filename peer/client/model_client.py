@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,18 +11,23 @@ import torch
 import trio
 from transformers import PreTrainedTokenizerBase
 
+from petals.models.adapters import Lora
 from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import Checkpoint
+from petals.models.distributed import Head, load_model
+from petals.models.tuning import Tuning
 from petals.peer.client.batch import BatchTrainer
 from petals.peer.client.chain import RemoteChain
 from petals.peer.client.hop import SessionSpec
 from petals.peer.client.routing import Route, find_route
 from petals.peer.client.session import RemoteSession
+from petals.peer.client.twins import AsyncTwins
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.peer.portal import Portal
 from petals.protocols import messages_pb2 as pb
+from petals.protocols.errors import UserError
 from petals.protocols.tensors import FLOATS_BY_NAME
 from petals.protocols.types import ModelId, PeerId
 
@@ -40,10 +45,23 @@ class ClientOptions:
     """Failures in a row that one step, or one span of a batch, may survive."""
     compression: str = "none"
     """none (exact), float16 or int8: how hidden states travel."""
-    adapter: str | None = None
+    active_adapter: str | None = None
     """Only servers that host this LoRA adapter, which is then applied."""
     require_dtype: str | None = None
     """Only servers that compute in this dtype without quantisation; None: any."""
+    request_timeout: float | None = None
+    """Seconds for one step at one server, or one span of a batch; None: the peer's `Timeouts`."""
+    show_route: bool = False
+    """Say which servers a session goes through, and how long each takes."""
+
+    def __post_init__(self) -> None:
+        if self.compression not in ENCODINGS:
+            raise UserError(f"unknown compression {self.compression!r}: choose {', '.join(ENCODINGS)}")
+        if self.max_retries < 0:
+            raise UserError("max_retries must not be negative")
+        for name in ("allowed_servers", "blocked_servers"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"{name} is a collection of peer IDs, not one of them")
 
 
 class ModelClient:
@@ -58,6 +76,7 @@ class ModelClient:
         watcher: SwarmWatcher,
         timeouts: Timeouts,
         random: Callable[[], float],
+        say: Callable[[str], None],
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
@@ -68,15 +87,21 @@ class ModelClient:
         self._loading = trio.Lock()
         self._timeouts = timeouts
         self._random = random
+        self._say = say
 
     @property
     def blocks(self) -> range:
         return range(self.checkpoint.num_blocks)
 
     async def open_session(
-        self, blocks: range, batch_size: int, max_length: int, options: ClientOptions | None = None
+        self,
+        blocks: range,
+        batch_size: int,
+        max_length: int,
+        options: ClientOptions | None = None,
+        lora: Lora | None = None,
     ) -> RemoteSession:
-        """Caches of `batch_size` x `max_length` tokens over `blocks`, leased on a route.
+        """Caches of `batch_size` x `max_length` tokens over `blocks`, leased on a route; `lora` as `BlockChain` has it.
 
         Raises:
             MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
@@ -88,7 +113,8 @@ class ModelClient:
             hidden_size=self.checkpoint.hidden_size,
             batch_size=batch_size,
             max_length=max_length,
-            adapter=options.adapter or "",
+            adapter=options.active_adapter or "",
+            lora=lora,
             encoding=ENCODINGS[options.compression],
         )
         session = RemoteSession(
@@ -96,7 +122,7 @@ class ModelClient:
             self.watcher,
             blocks,
             spec,
-            self._timeouts,
+            self._deadlines(options),
             partial(self._latency_route, options, batch_size, max_length),
             max_retries=options.max_retries,
         )
@@ -105,6 +131,9 @@ class ModelClient:
         except BaseException:
             await session.reset()
             raise
+        if options.show_route:
+            legs = " => ".join(f"{hop.blocks.start}:{hop.blocks.stop} via …{hop.peer_id[-6:]}" for hop in session.hops)
+            self._say(f"Route found: {legs}")
         return session
 
     @property
@@ -121,15 +150,15 @@ class ModelClient:
             self._host,
             self.watcher,
             self.model,
-            self._timeouts,
+            self._deadlines(options),
             partial(self._throughput_route, options),
-            adapter=options.adapter or "",
+            adapter=options.active_adapter or "",
             encoding=ENCODINGS[options.compression],
             max_retries=options.max_retries,
         )
 
-        async def open_session(blocks: range, batch_size: int, max_length: int) -> RemoteSession:
-            return await self.open_session(blocks, batch_size, max_length, options)
+        async def open_session(blocks: range, batch_size: int, max_length: int, lora: Lora | None) -> RemoteSession:
+            return await self.open_session(blocks, batch_size, max_length, options, lora)
 
         return RemoteChain(self.portal, self.blocks, self.checkpoint.hidden_size, self.dtype, open_session, trainer)
 
@@ -148,6 +177,34 @@ class ModelClient:
     def _load(self, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
         return load_causal_lm(self.checkpoint, self.chain(), dtype=dtype), self.checkpoint.tokenizer()
 
+    def load_model(
+        self,
+        head: Head,
+        *,
+        options: ClientOptions | None = None,
+        tuning: Tuning | None = None,
+        dtype: torch.dtype | None = None,
+        mixins: Sequence[type] = (),
+        **settings: Any,
+    ) -> Any:
+        """A model of its own over the swarm's blocks, with `AsyncTwins`; called in a thread, takes seconds.
+
+        Args: as `petals.models.distributed.load_model`; `dtype` None: what the servers compute in.
+        Raises:
+            ModelError: a checkpoint without what `head` needs, a tuning or setting that cannot be.
+        """
+        model = load_model(
+            self.checkpoint,
+            self.chain(options),
+            head=head,
+            dtype=dtype or self.dtype,
+            tuning=tuning,
+            mixins=(AsyncTwins, *mixins),
+            **settings,
+        )
+        object.__setattr__(model, "portal", self.portal)  # nn.Module would look for parameters in it
+        return model
+
     async def ready(self) -> None:
         """Wait until every block has a holder.
 
@@ -156,6 +213,13 @@ class ModelClient:
         """
         deadline = trio.current_time() + self._timeouts.route_s
         await self.watcher.wait_for(self.blocks, deadline)
+
+    def _deadlines(self, options: ClientOptions) -> Timeouts:
+        seconds = options.request_timeout
+        if seconds is None:
+            return self._timeouts
+        shortest = min(self._timeouts.min_step_s, seconds)
+        return replace(self._timeouts, step_s=seconds, training_s=seconds, min_step_s=shortest)
 
     def _latency_route(
         self, options: ClientOptions, batch_size: int, max_length: int, blocks: range, avoid: frozenset[PeerId]
@@ -168,7 +232,7 @@ class ModelClient:
             cache_tokens=batch_size * max_length,
             allowed=options.allowed_servers,
             blocked=options.blocked_servers | avoid,
-            adapter=options.adapter,
+            adapter=options.active_adapter,
             require_dtype=options.require_dtype,
         )
 
@@ -180,6 +244,6 @@ class ModelClient:
             rng=self._random,
             allowed=options.allowed_servers,
             blocked=options.blocked_servers | avoid,
-            adapter=options.adapter,
+            adapter=options.active_adapter,
             require_dtype=options.require_dtype,
         )

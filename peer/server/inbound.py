@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -14,15 +15,18 @@ import trio
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
+from petals.models.adapters import Lora, check_lora
 from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
 from petals.models.errors import ModelError
 from petals.peer.config import ServeConfig
+from petals.peer.lora import decode_lora
 from petals.peer.server.lane import Lane, Priority
-from petals.peer.server.leases import CacheBudget, NoRoom
+from petals.peer.server.leases import CacheBudget, Lease, NoRoom
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, check_model, step_payload
+from petals.protocols.lora import lora_payload
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import MAX_TENSOR_BYTES, WIRE_DTYPES, decode_tensor, encode_tensor
 from petals.protocols.training import request_payload
@@ -34,6 +38,8 @@ GOODBYE_S = 5.0
 GOODBYE_READS = 4096
 """Of 64 KiB at most: as much as the largest tensor that may have been announced."""
 
+Adapter = str | Lora | None
+"""A hosted one by its name, or one that the client sent."""
 Plan = Sequence[tuple[str, pb.Tensor, int]]
 Reply = pb.InferenceReply | pb.TrainingReply
 Request = TypeVar("Request", pb.InferenceRequest, pb.TrainingRequest)
@@ -49,6 +55,16 @@ class Refused(SwarmError):
 
     def as_message(self) -> pb.Error:
         return pb.Error(code=self.code, message=str(self)[:1000], retry_after_ms=int(self.retry_after_s * 1000))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What comes out of a training request: forward the output, backward the gradients."""
+
+    hidden: Tensor
+    prompts: Tensor | None = None
+    lora: Sequence[Tensor] = ()
+    """Of A and B of each layer, in order."""
 
 
 class Inbound:
@@ -103,15 +119,11 @@ class Inbound:
         if conversation.request(request) == "close":
             return
         opening = request.open
-        blocks = self._check_servable(opening.model_digest, opening.start_block, opening.end_block, opening.adapter)
-        nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length)
-        try:
-            wait_s = min(opening.wait_ms / 1000, self.config.max_wait_s)
-            lease = await self.budget.acquire(messages.remote_peer, nbytes, wait_s)
-        except NoRoom as no_room:
-            code = pb.QUOTA if no_room.for_ever else pb.BUSY
-            raise Refused(code, str(no_room), 0.0 if no_room.for_ever else 1.0) from None
-        with lease:
+        blocks = self._check_servable(opening)
+        factors = lora_payload(opening.lora, blocks)
+        nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length) + self._lora_bytes(factors)
+        with await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000):
+            adapter = await self._read_adapter(messages, opening, factors)
             cache = self.span.new_cache(blocks, opening.batch_size, opening.max_length)
             reply = pb.InferenceReply(
                 opened=pb.Opened(dtype=WIRE_DTYPES[self.span.dtype], cache_bytes=nbytes),
@@ -121,9 +133,35 @@ class Inbound:
             while (request := await self._next_request(messages)) is not None:
                 if conversation.request(request) == "close":
                     return
-                await self._step(messages, conversation, cache, request.step)
+                await self._step(messages, conversation, cache, adapter, request.step)
 
-    async def _step(self, messages: MessageStream, conversation: Conversation, cache: SpanCache, step: pb.Step) -> None:
+    async def _lease(self, peer_id: PeerId, nbytes: int, wait_s: float) -> Lease:
+        try:
+            return await self.budget.acquire(peer_id, nbytes, min(wait_s, self.config.max_wait_s))
+        except NoRoom as no_room:
+            code = pb.QUOTA if no_room.for_ever else pb.BUSY
+            raise Refused(code, str(no_room), 0.0 if no_room.for_ever else 1.0) from None
+
+    def _lora_bytes(self, factors: Plan) -> int:
+        nbytes = sum(size for _, _, size in factors)
+        if nbytes > self.config.max_lora_bytes:
+            raise Refused(pb.QUOTA, f"{nbytes} bytes of low-rank updates, at most {self.config.max_lora_bytes}")
+        return nbytes
+
+    async def _read_adapter(self, messages: MessageStream, opening: pb.Open, factors: Plan) -> Adapter:
+        lora = decode_lora(opening.lora, await self._read_payload(messages, factors))
+        if lora is not None:
+            check_lora(lora, self.span)
+        return lora or opening.adapter or None
+
+    async def _step(
+        self,
+        messages: MessageStream,
+        conversation: Conversation,
+        cache: SpanCache,
+        adapter: Adapter,
+        step: pb.Step,
+    ) -> None:
         assert conversation.opening is not None
         opening = conversation.opening
         tokens = step.hidden.shape[1] * opening.batch_size
@@ -135,9 +173,7 @@ class Inbound:
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
         priority = Priority.DECODE if step.hidden.shape[1] <= 8 else Priority.PREFILL
-        done = await self.lane.submit(
-            priority, partial(self._run_step, cache, step.position, tensors, opening.adapter or None)
-        )
+        done = await self.lane.submit(priority, partial(self._run_step, cache, step.position, tensors, adapter))
         reply = pb.StepDone(
             step_id=step.step_id, queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6)
         )
@@ -149,7 +185,7 @@ class Inbound:
         conversation.reply(message)
         await self._answer(messages, message, *pieces)
 
-    def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: str | None) -> Tensor:
+    def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: Adapter) -> Tensor:
         """In the compute thread."""
         if position < cache.position:
             cache.rollback(position)
@@ -170,31 +206,34 @@ class Inbound:
             return
         request = _parse(pb.TrainingRequest(), data)
         check_model(request.model_digest, request.start_block, request.end_block)
-        blocks = self._check_servable(request.model_digest, request.start_block, request.end_block, request.adapter)
+        blocks = self._check_servable(request)
         plan = request_payload(request, self.span.hidden_size, backward=backward)
         tokens = request.hidden.shape[0] * request.hidden.shape[1]
         if tokens > self.config.max_batch_tokens:
             raise Refused(pb.TOO_LONG, f"{tokens} tokens in one request, at most {self.config.max_batch_tokens}")
         self._check_answer(tokens)
-        tensors = await self._read_payload(messages, plan)
-        adapter = request.adapter or None
-        if backward:
-            done = await self.lane.submit(Priority.BACKWARD, partial(self._run_backward, blocks, tensors, adapter))
-        else:
-            done = await self.lane.submit(Priority.FORWARD, partial(self._run_forward, blocks, tensors, adapter))
+        lora_bytes = self._lora_bytes([entry for entry in plan if entry[0].startswith("lora.")])
+        peer_id, wait_s = messages.remote_peer, self.config.max_wait_s
+        with await self._lease(peer_id, lora_bytes, wait_s) if lora_bytes else nullcontext():
+            tensors = await self._read_payload(messages, plan)
+            adapter = decode_lora(request.lora, tensors) or request.adapter or None
+            run = self._run_backward if backward else self._run_forward
+            priority = Priority.BACKWARD if backward else Priority.FORWARD
+            done = await self.lane.submit(priority, partial(run, blocks, tensors, adapter))
         reply = pb.TrainingDone(queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6))
-        hidden, prompts = done.value
-        header, pieces = encode_tensor(hidden, request.reply_encoding)
+        header, pieces = encode_tensor(done.value.hidden, request.reply_encoding)
         reply.hidden.CopyFrom(header)
-        if prompts is not None:
-            header, more = encode_tensor(prompts, request.reply_encoding)
+        if done.value.prompts is not None:
+            header, more = encode_tensor(done.value.prompts, request.reply_encoding)
             reply.prompts.CopyFrom(header)
+            pieces += more
+        for factor in done.value.lora:
+            header, more = encode_tensor(factor)
+            reply.lora.append(header)
             pieces += more
         await self._answer(messages, pb.TrainingReply(done=reply), *pieces)
 
-    def _run_forward(
-        self, blocks: range, tensors: dict[str, Tensor], adapter: str | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run_forward(self, blocks: range, tensors: dict[str, Tensor], adapter: Adapter) -> _Trained:
         """In the compute thread."""
         with torch.inference_mode():
             hidden = self.span.forward(
@@ -204,15 +243,16 @@ class Inbound:
                 prompts=tensors.get("prompts"),
                 adapter=adapter,
             )
-        return hidden, None
+        return _Trained(hidden)
 
-    def _run_backward(
-        self, blocks: range, tensors: dict[str, Tensor], adapter: str | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run_backward(self, blocks: range, tensors: dict[str, Tensor], adapter: Adapter) -> _Trained:
         """In the compute thread. The forward pass is run again: nothing is kept between the two requests."""
-        hidden = tensors["hidden"].to(self.span.dtype).requires_grad_()
+        hidden = tensors["hidden"].to(self.span.dtype)
         prompts = tensors.get("prompts")
-        inputs = [hidden] if prompts is None else [hidden, prompts.requires_grad_()]
+        factors = adapter.factors() if isinstance(adapter, Lora) else []
+        inputs = [hidden, *([] if prompts is None else [prompts]), *factors]
+        for each in inputs:
+            each.requires_grad_()
         with torch.enable_grad():
             output = self.span.forward(
                 hidden,
@@ -221,24 +261,29 @@ class Inbound:
                 prompts=prompts,
                 adapter=adapter,
             )
-            gradients = torch.autograd.grad(output, inputs, tensors["grad_output"].to(output.dtype))
-        return gradients[0], gradients[1] if prompts is not None else None
+            gradients = torch.autograd.grad(
+                output, inputs, tensors["grad_output"].to(output.dtype), allow_unused=True, materialize_grads=True
+            )  # a token may pass an expert by, and its factors with it
+        given = len(inputs) - len(factors)
+        return _Trained(gradients[0], gradients[1] if prompts is not None else None, gradients[given:])
 
     def _check_answer(self, tokens: int) -> None:
         """A small request in a short dtype may have an answer that is too large to travel."""
         if tokens * self.span.hidden_size * self.span.dtype.itemsize > MAX_TENSOR_BYTES:
             raise Refused(pb.TOO_LONG, f"the answer to {tokens} tokens would be over {MAX_TENSOR_BYTES} bytes")
 
-    def _check_servable(self, digest: str, start: int, end: int, adapter: str) -> range:
+    def _check_servable(self, asked: pb.Open | pb.TrainingRequest) -> range:
         if self.leaving:
             raise Refused(pb.LEAVING, "this server is shutting down")
-        if digest != self.model.digest:
+        if asked.model_digest != self.model.digest:
             raise Refused(pb.UNKNOWN_MODEL, f"this server holds {self.model.name} ({self.model.digest[:12]})")
-        held = self.span.blocks
+        held, start, end, adapter = self.span.blocks, asked.start_block, asked.end_block, asked.adapter
         if start < held.start or end > held.stop:
             raise Refused(pb.BLOCKS_NOT_HELD, f"blocks {start}:{end} asked, {held.start}:{held.stop} are held")
         if adapter and adapter not in self.span.adapters:
             raise Refused(pb.UNSUPPORTED, f"adapter {adapter[:100]!r} is not hosted here")
+        if adapter and asked.lora:
+            raise Refused(pb.UNSUPPORTED, "a hosted adapter and updates of the client's own do not go together")
         return range(start, end)
 
     async def _next_request(self, messages: MessageStream) -> pb.InferenceRequest | None:

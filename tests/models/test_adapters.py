@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from petals.models.adapters import Lora, load_lora, lora_from_tensors, trainable
+from petals.models.adapters import Lora, LowRank, load_lora
 from petals.models.errors import CheckpointError, StepError
 from petals.models.loading import load_span
 from tests.models.conftest import Tiny
@@ -100,13 +100,15 @@ def test_a_client_trains_factors_on_blocks_it_does_not_hold(
 
     span = load_span(tiny.checkpoint, range(BLOCKS))
     hosted = load_lora(directory, span)
-    mine = lora_from_tensors(
+    mine = Lora(
         "mine",
-        {place: (x.a.clone().requires_grad_(), x.b.clone().requires_grad_()) for place, x in hosted.layers.items()},
-        5 / 3,
+        {
+            place: LowRank(layer.a.clone().requires_grad_(), layer.b.clone().requires_grad_(), 5 / 3)
+            for place, layer in hosted.layers.items()
+        },
     )
     out = span.forward(inputs[0].detach(), span.blocks, adapter=mine)
-    gradients = torch.autograd.grad((out * outer).sum(), list(trainable(mine)))
+    gradients = torch.autograd.grad((out * outer).sum(), mine.factors())
     names = [
         f"base_model.model.model.layers.{block}.{path}.lora_{side}.default.weight"
         for block, path in mine.layers
@@ -115,7 +117,7 @@ def test_a_client_trains_factors_on_blocks_it_does_not_hold(
     assert set(names) == set(expected)
     for name, gradient in zip(names, gradients, strict=True):
         assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].abs().max()))
-    assert mine.nbytes == sum(factor.numel() * 4 for factor in trainable(mine))
+    assert mine.nbytes == sum(factor.numel() * 4 for factor in mine.factors())
 
 
 def test_adapters_on_quantised_blocks(tuned: Callable[..., tuple[Tiny, Any, Path]]) -> None:
@@ -134,7 +136,7 @@ def test_adapters_that_do_not_fit(llama: Tiny) -> None:
         span.forward(hidden, span.blocks, adapter="missing")
 
     def mine(block: int, path: str, a: Tensor, b: Tensor) -> Lora:
-        return lora_from_tensors("mine", {(block, path): (a, b)}, 1.0)
+        return Lora("mine", {(block, path): LowRank(a, b, 1.0)})
 
     for lora, says in (
         (mine(7, "mlp.up_proj", noise(2, 32), noise(48, 2)), "is for block 7, loaded are 0:4"),

@@ -277,13 +277,18 @@ class Reference:
             if hasattr(owner.get_submodule(name), "rope_type")
         ]
 
+    def fresh(self) -> PreTrainedModel:
+        """The model as if nothing had gone through it: some rotary embeddings remember how long the last text was."""
+        for owner, name, pristine in self._ropes:
+            setattr(owner, name, copy.deepcopy(pristine))
+        return self.model
+
     def run(self, ids: Tensor, **kwargs: Any) -> tuple[list[Tensor], Any]:
         """The input of every block and, last, the output of the last one; and the library's own output."""
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
         if kwargs.get("past_key_values") is None:
-            for owner, name, pristine in self._ropes:  # some remember the length of the last sequence
-                setattr(owner, name, copy.deepcopy(pristine))
+            self.fresh()
 
         def before(module: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
             inputs.append(args[0] if args else kw["hidden_states"])

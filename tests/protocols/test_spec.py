@@ -22,6 +22,7 @@ from petals.protocols.inference import (
     State,
     step_payload,
 )
+from petals.protocols.lora import MAX_LORA_LAYERS, MAX_PATH, MAX_RANK
 from petals.protocols.tensors import (
     DTYPES,
     ENCODINGS,
@@ -121,6 +122,7 @@ def test_a_recorded_step_is_what_it_was(name: str) -> None:
         ("blocks", [MAX_BLOCKS]),
         ("`batch_size`", [1, MAX_BATCH_SIZE]),
         ("`max_length`, or tokens of a training request", [1, MAX_LENGTH]),
+        ("layers of `lora` in one message; rank; length of a `path`", [MAX_LORA_LAYERS, MAX_RANK, 1, MAX_PATH]),
         ("steps unanswered in one session", [MAX_STEPS_IN_FLIGHT]),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import ProtocolViolation, RemoteProtocolError
 from petals.protocols.inference import MAX_BATCH_SIZE, MAX_LENGTH
+from petals.protocols.lora import MAX_LORA_LAYERS, MAX_PATH, MAX_RANK
 from petals.protocols.tensors import MAX_TENSOR_BYTES, encode_tensor
 from petals.protocols.training import request_payload
 
@@ -97,6 +98,38 @@ def test_limits_are_inclusive(batch: int, tokens: int) -> None:
     beyond = (batch + 1, tokens) if tokens == 1 else (batch, tokens + 1)
     with pytest.raises(RemoteProtocolError, match="allowed are"):
         request_payload(of(*beyond), 8, backward=False)
+
+
+def low_rank(block: int = 1, path: str = "q", a: tuple[int, ...] = (2, 8), b: tuple[int, ...] = (6, 2)) -> pb.LowRank:
+    return pb.LowRank(
+        block=block, path=path, a=encode_tensor(torch.zeros(a))[0], b=encode_tensor(torch.zeros(b))[0], scaling=2.0
+    )
+
+
+def test_factors_follow_in_order() -> None:
+    wanted = request("hidden", "grad_output", lora=[low_rank(0), low_rank(3, "v", (1, 8), (8, 1))])
+    plan = request_payload(wanted, 8, backward=True)
+    assert [(name, size) for name, _, size in plan[2:]] == [
+        ("lora.0.a", 64), ("lora.0.b", 48), ("lora.1.a", 32), ("lora.1.b", 32)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lora", "says"),
+    [
+        ([low_rank(4)], "not asked for"),
+        ([low_rank(), low_rank()], "twice"),
+        ([low_rank(path="")], "not asked for"),
+        ([low_rank(path="q" * (MAX_PATH + 1))], "not asked for"),
+        ([low_rank(b=(6, 3))], "lora b: shape"),
+        ([low_rank(a=(2, 8, 1))], "lora a: shape"),
+        ([low_rank(a=(MAX_RANK + 1, 1), b=(1, MAX_RANK + 1))], "rank 1025"),
+        ([low_rank(path=str(index)) for index in range(MAX_LORA_LAYERS + 1)], "513 layers"),
+    ],
+)
+def test_updates_that_cannot_be(lora: list[pb.LowRank], says: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=says):
+        request_payload(request("hidden", lora=lora), 8, backward=False)
 
 
 HEADERS = st.builds(

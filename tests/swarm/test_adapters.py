@@ -42,7 +42,7 @@ async def test_an_adapter_is_applied_where_it_is_asked_for(
     ids = torch.tensor([[5, 17, 99, 3]])
 
     def compare() -> None:
-        poet = load_causal_lm(tiny_truth.checkpoint, client.chain(ClientOptions(adapter="poet")))
+        poet = load_causal_lm(tiny_truth.checkpoint, client.chain(ClientOptions(active_adapter="poet")))
         plain = load_causal_lm(tiny_truth.checkpoint, client.chain())
         with torch.no_grad():
             expected = tuned(input_ids=ids).logits
@@ -54,7 +54,7 @@ async def test_an_adapter_is_applied_where_it_is_asked_for(
 
     await client.portal.run_sync(compare)
     with trio.fail_after(30), pytest.raises(MissingBlocks):
-        await client.open_session(client.blocks, 1, 8, ClientOptions(adapter="nobody hosts this"))
+        await client.open_session(client.blocks, 1, 8, ClientOptions(active_adapter="nobody hosts this"))
 
 
 async def test_peers_choose_the_blocks_that_are_missing(make_swarm: Callable[..., Swarm], tiny_truth: Truth) -> None:
