@@ -9,35 +9,21 @@ beyond its compute. The three take turns, round by round, so that a machine that
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from servers import two_servers
 from transformers import AutoModelForCausalLM
 
-from petals import connect
+from petals import AutoDistributedModelForCausalLM, connect
 from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import open_checkpoint
 from petals.models.loading import load_span
 from petals.models.local import LocalChain
 from petals.peer.client.chain import RemoteChainSession
-
-
-@contextmanager
-def server(*words: str) -> Iterator[str]:
-    """A serving peer in a process; yields its address."""
-    command = [sys.executable, "-m", "petals.cli.main", "peer", *words, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield json.loads(process.stdout.readline())["addrs"][0]
-        process.send_signal(signal.SIGTERM)
 
 
 def timed(generate: Callable[[int], Any], tokens: int) -> float:
@@ -60,7 +46,6 @@ def main() -> None:
 
     checkpoint = open_checkpoint()
     blocks = range(checkpoint.num_blocks)
-    half = len(blocks) // 2
     ids = checkpoint.tokenizer()(options.prompt, return_tensors="pt")["input_ids"]
     plain = AutoModelForCausalLM.from_pretrained(str(checkpoint.directory), dtype=torch.float32).eval()
     local = load_causal_lm(checkpoint, LocalChain(load_span(checkpoint, blocks, dtype=torch.float32)))
@@ -68,11 +53,8 @@ def main() -> None:
     overheads: list[float] = []
     computes: list[float] = []
 
-    with ExitStack() as stack:
-        first = stack.enter_context(server("--serve", f"0:{half}"))
-        stack.enter_context(server("--serve", f"{half}:{len(blocks)}", "--initial_peers", first))
-        peer = stack.enter_context(connect(first))
-        remote = peer.causal_lm()
+    with two_servers(len(blocks)) as address, connect(address) as peer:
+        remote = AutoDistributedModelForCausalLM.from_pretrained(peer=peer)
 
         def generate(model: Any) -> Callable[[int], Any]:
             return lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)

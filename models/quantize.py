@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from petals.models.errors import UnsupportedModel
@@ -33,30 +34,56 @@ def check_quant_type(quant_type: str) -> str:
 
 
 def quantize_block(block: nn.Module, quant_type: str, device: torch.device) -> nn.Module:
-    """Replace every linear layer of a block, in place, and move the block to `device`.
+    """Replace every linear layer and every stack of experts of a block, in place, and move the block to `device`.
 
-    Raises: UnsupportedModel when most of the block's weights are in no linear layer, or bitsandbytes is not installed.
+    Raises: UnsupportedModel when bitsandbytes is needed and not installed.
     """
     check_quant_type(quant_type)
     if quant_type == "none":
         return block.to(device)
-    _refuse_fused_experts(block, quant_type)
     for name, module in list(block.named_modules()):
         if not isinstance(module, (nn.Linear, Conv1D)):
+            _quantize_experts(module, quant_type, device)
             continue
         parent_name, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(parent_name), leaf, _quantized(module, quant_type, device))
     return block.to(device)
 
 
-def _refuse_fused_experts(block: nn.Module, quant_type: str) -> None:
-    inside = sum(m.weight.numel() for m in block.modules() if isinstance(m, (nn.Linear, Conv1D)))
-    total = sum(p.numel() for p in block.parameters())
-    if inside < total / 2:
-        raise UnsupportedModel(
-            f"{quant_type} holds linear layers, and most of this model's weights are fused experts; "
-            "serve it with quant_type none"
-        )
+def _quantize_experts(module: nn.Module, quant_type: str, device: torch.device) -> None:
+    """Keep a module's stacked matrices (experts, out, in), which `transformers` fuses experts into, in fewer bytes.
+
+    The library multiplies by them as it likes, so what it reads is dequantised on every access, all experts at once:
+    the memory of one block's experts comes back for as long as that block runs.
+    """
+    for name, weight in list(module.named_parameters(recurse=False)):
+        if weight.ndim != 3 or not weight.is_floating_point():
+            continue
+        if quant_type == "int8":
+            integers, scale = quantize_rows(weight.flatten(0, 1))
+            setattr(module, name, nn.Parameter(integers.view_as(weight), requires_grad=False))
+            parametrize.register_parametrization(module, name, _Int8Experts(scale, weight.dtype), unsafe=True)
+        else:
+            _import_bitsandbytes(quant_type, device)
+            from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+            module.to(device)
+            replace_parameter_4bit(module, name, quant_type="nf4")
+
+
+class _Int8Experts(nn.Module):
+    """Reads int8 (experts, out, in) as floating: a parametrization of the stacked matrices."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("scale", scale)
+
+    def forward(self, integers: Tensor) -> Tensor:
+        """What is read."""
+        return dequantize_rows(integers.flatten(0, 1), self.scale, self.dtype).view_as(integers)
 
 
 def _quantized(module: nn.Linear | Conv1D, quant_type: str, device: torch.device) -> nn.Module:
@@ -139,15 +166,8 @@ def _wide_product(rows: Tensor, matrix: Tensor) -> Tensor:
 
 def _bitsandbytes_linear(weight: Tensor, bias: Tensor | None, quant_type: str, device: torch.device) -> nn.Module:
     """A bitsandbytes layer with these weights, quantised on its way to `device`."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per call on a CPU, one at import
-    try:
-        from bitsandbytes import nn as bnb_nn  # imported here, since it takes seconds
-    except ImportError:
-        raise UnsupportedModel(
-            f"quant_type {quant_type} on {device.type} needs bitsandbytes: pip install petals-libp2p[quant]"
-        ) from None
     out_features, in_features = weight.shape
-    bnb: Any = bnb_nn
+    bnb = _import_bitsandbytes(quant_type, device)
     layer: nn.Module
     if quant_type == "int8":
         layer = bnb.Linear8bitLt(in_features, out_features, bias=bias is not None, has_fp16_weights=False)
@@ -160,3 +180,15 @@ def _bitsandbytes_linear(weight: Tensor, bias: Tensor | None, quant_type: str, d
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return layer.to(device)
+
+
+def _import_bitsandbytes(quant_type: str, device: torch.device) -> Any:
+    """`bitsandbytes.nn`, imported when needed, since it takes seconds."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per call on a CPU, one at import
+    try:
+        from bitsandbytes import nn as bnb_nn
+    except ImportError:
+        raise UnsupportedModel(
+            f"quant_type {quant_type} on {device.type} needs bitsandbytes: pip install petals-libp2p[quant]"
+        ) from None
+    return bnb_nn

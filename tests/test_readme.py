@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,24 +33,33 @@ def commands() -> list[list[str]]:
     return [[*PETALS, *shlex.split(line)[1:]] for line in lines]
 
 
+@contextmanager
+def serving(*servers: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """Servers as processes; yields what each says of itself once it serves."""
+    with ExitStack() as stack:
+        said = []
+        for command in servers:
+            process = subprocess.Popen([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            stack.callback(_end, process)
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, "the server did not start"
+            said.append(json.loads(line))
+        yield said
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+
+
 @pytest.fixture(scope="module")
 def swarm() -> Iterator[str]:
     """The two servers of the README; yields what the third command prints."""
     first, second, ask = commands()
-    servers = []
-    try:
-        for command in (first, second):
-            process = subprocess.Popen([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            servers.append(process)
-            assert process.stdout is not None
-            assert process.stdout.readline(), "the server did not start"
+    with serving(first, second):
         yield subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
-    finally:
-        for process in servers:
-            process.send_signal(signal.SIGTERM)
-        for process in servers:
-            process.communicate(timeout=10)
-            assert process.returncode == 0
 
 
 def test_the_commands_write_text(swarm: str) -> None:

@@ -1,0 +1,58 @@
+"""Every example runs with a few steps, and its notebook is its script."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import commands, serving
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def addrs() -> Iterator[str]:
+    """The two servers of the README."""
+    with serving(*commands()[:2]) as (first, _):
+        yield " ".join(first["addrs"])
+
+
+def test_notebooks_are_their_scripts() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from notebooks import notebook
+    finally:
+        sys.path.pop(0)
+    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"common"}
+    assert {path.stem for path in NOTEBOOKS} == scripts
+    for path in NOTEBOOKS:
+        script = path.with_suffix(".py").read_text()
+        assert path.read_text() == notebook(script), f"run scripts/notebooks.py: {path.name} is not its script"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_an_example_runs(path: Path, addrs: str, tmp_path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    settings = {"PYTHONPATH": str(ROOT), "STEPS": "2", "RESULTS": str(tmp_path), "PETALS_INITIAL_PEERS": addrs}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=path.parent,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 5000
+    scores = json.loads((tmp_path / f"{path.stem}.json").read_text())["scores"]
+    assert len(scores) >= 2
+    assert all(0 <= score < 20 for score in scores.values())
