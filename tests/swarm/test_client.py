@@ -254,3 +254,22 @@ async def test_lists_of_servers_are_kept_to(make_swarm: MakeSwarm, tiny_truth: T
     )
     with trio.fail_after(30), pytest.raises(MissingBlocks, match="0:3"):
         await blocked.agenerate(IDS, max_new_tokens=1)
+
+
+async def test_gradients_in_bfloat16(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
+    """Within 5 % of the norm of those of `transformers` in bfloat16 on one machine; float32 is compared elsewhere."""
+    _, peer = await asked(make_swarm, tiny_truth, dtype="bfloat16")
+    model = await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer, tuning_mode="ptune", pre_seq_len=3)
+    assert model.dtype == torch.bfloat16
+    whole = AutoModelForCausalLM.from_pretrained(tiny_truth.directory, dtype=torch.bfloat16).eval()
+    prompt = model.transformer.prompt_embeddings.weight
+
+    def gradients() -> list[torch.Tensor]:
+        embeds = whole.get_input_embeddings()(IDS)
+        together = torch.cat([prompt.to(torch.bfloat16).expand(2, -1, -1), embeds], dim=1)
+        logits = whole(inputs_embeds=together, use_cache=False).logits[:, 3:]
+        losses = (model(IDS).logits.float().square().mean(), logits.float().square().mean())
+        return [torch.autograd.grad(loss, prompt)[0] for loss in losses]
+
+    ours, theirs = await model.run(gradients)
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.05
