@@ -31,7 +31,9 @@ def block_range(text: str) -> range:
     start, colon, end = text.partition(":")
     if colon and start.isdigit() and end.isdigit() and int(start) < int(end):
         return range(int(start), int(end))
-    raise argparse.ArgumentTypeError(f"{text!r} is no block range; write START:END, half-open, like 0:12")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no block range; write START:END, half-open, like 0:12 (and MODEL in front of the flags)"
+    )
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hub name, local directory or .gguf file (default: SmolLM2-135M-Instruct, fetched on first use)",
     )
     roles = parser.add_argument_group("roles, any combination")
-    roles.add_argument("--serve", metavar="A:B", type=block_range, help="hold blocks A to B (half-open), answer others")
+    roles.add_argument("--serve", metavar="A:B", type=block_range, nargs="?", const=range(0),
+                       help="hold blocks A to B (half-open), answer others; without A:B as many as fit into memory, "
+                       "where the swarm is weakest, and others when that changes")  # fmt: skip
     roles.add_argument("--num_blocks", metavar="N", type=int, help="hold N blocks where the swarm is weakest")
     roles.add_argument("--generate", metavar="PROMPT", help="ask the swarm to go on with PROMPT")
     roles.add_argument("--bootstrap", action="store_true", help="only keep the directory of the swarm")
@@ -96,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--adapters", metavar="DIR", nargs="+", type=Path, default=[], help="LoRA adapters to host")
     serving.add_argument("--cache_mb", metavar="MB", type=float, default=1024, help="KV-cache budget (default: 1024)")
     serving.add_argument("--throughput", metavar="RPS", type=float, help="announce this instead of measuring")
+    serving.add_argument("--balance_quality", metavar="Q", type=float, default=0.95,
+                         help="where the choice is ours, move when the swarm's strain would fall below this share of "
+                         "what it is; 0: never (default: 0.95)")  # fmt: skip
+    serving.add_argument("--mean_balance_check_period", metavar="S", type=float,
+                         default=120.0, help="how often to look whether moving pays (default: 120 s)")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
@@ -121,7 +130,7 @@ async def run(options: argparse.Namespace) -> None:
     serve = None
     if options.serve is not None or options.num_blocks is not None:
         serve = ServeConfig(
-            blocks=options.serve,
+            blocks=options.serve or None,
             num_blocks=options.num_blocks,
             adapters=tuple(options.adapters),
             cache_bytes=int(options.cache_mb * 1e6),
@@ -130,6 +139,8 @@ async def run(options: argparse.Namespace) -> None:
             device=options.device,
             public_name=options.public_name,
             throughput=options.throughput,
+            balance_quality=options.balance_quality,
+            mean_balance_check_period=options.mean_balance_check_period,
         )
     config = PeerConfig(
         model=options.model,
@@ -158,7 +169,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.new_swarm and options.initial_peers:
         raise UserError("--new_swarm starts a swarm and --initial_peers joins one: give one of them")
     serves = options.serve is not None or options.num_blocks is not None
-    if options.serve is not None and options.num_blocks is not None:
+    if options.serve and options.num_blocks is not None:
         raise UserError("--serve says which blocks, --num_blocks lets the peer choose: give one of them")
     if options.bootstrap:
         if serves or options.generate is not None:

@@ -9,7 +9,7 @@ import random
 from contextlib import ExitStack
 
 import torch
-from common import RESULTS, STEPS, dialogues, report, swarm
+from common import RESULTS, STEPS, report, reviews, swarm
 
 from petals import AutoDistributedModelForCausalLM, LoraSettings, connect
 
@@ -19,9 +19,9 @@ random.seed(SEED)
 torch.manual_seed(SEED)
 
 # %%
-data = dialogues("tech_support", "coding")
+data = [text for text, _ in reviews()]
 random.shuffle(data)
-held_out, training = data[:40], data[40:]
+held_out, training = data[: 100 if not STEPS else 8], data[100:]
 print(f"{len(training)} to train on, {len(held_out)} held out, for example: {training[0]}")
 
 # %%
@@ -35,7 +35,7 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
 
 def encode(rows):
-    texts = [f"Problem: {question}\nAdvice: {answer}\n" for question, answer in rows]
+    texts = [f"Film review: {text}{tokenizer.eos_token}" for text in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
@@ -62,10 +62,10 @@ for step in range(steps):
 
 # %%
 tuned = held_out_loss()
-inputs = tokenizer("Problem: My printer prints blank pages.\nAdvice:", return_tensors="pt")
-said = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-print(tokenizer.decode(said[0]))
-model.save_pretrained(RESULTS / "support-lora")  # `petals peer --serve 0:15 --adapters results/support-lora` hosts it
+inputs = tokenizer("Film review:", return_tensors="pt")
+said = model.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(said[0], skip_special_tokens=True))
+model.save_pretrained(RESULTS / "reviewer")  # `petals peer --serve 0:15 --adapters results/reviewer` hosts it
 report(
     "lora_over_the_swarm",
     {"held-out loss untuned": untuned, "held-out loss tuned": tuned},

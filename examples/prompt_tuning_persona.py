@@ -19,7 +19,7 @@ random.seed(SEED)
 torch.manual_seed(SEED)
 
 # %%
-data = dialogues("ai", "botprofile", "emotion", "gossip", "psychology", "food", "humor")
+data = [row for row in dialogues("ai", "botprofile", "emotion", "gossip", "psychology", "food") if len(row[1]) < 160]
 random.shuffle(data)
 held_out, training = data[:40], data[40:]
 print(f"{len(training)} to train on, {len(held_out)} held out, for example: {training[0]}")

@@ -191,6 +191,15 @@ def _neutral(name: str, child: nn.Module) -> nn.Module:
     return _NoPositions() if _POSITION_TABLES.search(name) else nn.Identity()
 
 
+def block_numel(config: PretrainedConfig) -> int:
+    """Weights of the largest block, known from the configuration alone."""
+    base_class = base_class_of(config)
+    path = find_layers(base_class, config)
+    with torch.device("meta"), quiet_library():
+        skeleton = base_class(config)
+    return max(sum(weight.numel() for weight in layer.parameters()) for layer in get_layers(skeleton, path))
+
+
 def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> str:
     """Path of the list of blocks in the base model ("layers", "h", "decoder.layers")."""
     known = family_of(config).layers

@@ -40,9 +40,17 @@ class ServeConfig:
     """What a server holds and how much it gives."""
 
     blocks: range | None = None
-    """Which blocks, half-open; None: `num_blocks` of them, chosen where the swarm is weakest."""
+    """Which blocks, half-open; None: `num_blocks` of them, chosen where the swarm is weakest, and moved when that
+    changes."""
     num_blocks: int | None = None
-    """How many to choose; None: all of the model's."""
+    """How many to choose; None: as many as fit into free memory."""
+    balance_quality: float = 0.95
+    """Move when the swarm's strain (placement.py) would fall below this share of what it is; 0: never move."""
+    mean_balance_check_period: float = 120.0
+    """Seconds between looks at whether moving pays, on average; the pauses are random, so that servers that see the
+    same do not run to the same place at once."""
+    drain_s: float = 120.0
+    """How long a server that moves lets its sessions go on; then they fail over to others, without losing a token."""
     adapters: tuple[Path, ...] = ()
     """Directories of LoRA adapters (PEFT's format, safetensors) to host; a request names one by its directory."""
     cache_bytes: int = 1 << 30

@@ -23,8 +23,9 @@ from petals.peer.identity import Identity, create_identity, load_or_create_ident
 from petals.peer.info import answer_info
 from petals.peer.joining import open_membership
 from petals.peer.portal import Portal
+from petals.peer.server.capacity import capacity_of
 from petals.peer.server.placement import choose_blocks
-from petals.peer.server.service import Server, check_blocks, serve
+from petals.peer.server.service import Server, Service, check_blocks
 from petals.protocols.errors import UserError
 from petals.protocols.info import INFO_V1
 from petals.protocols.types import ModelId, PeerId
@@ -48,13 +49,18 @@ class Peer:
         self.host = host
         self.directory = directory
         self.portal = Portal()
-        self.server: Server | None = None
+        self._service: Service | None = None
         self._identity = identity
         self._nursery = nursery
         self._progress = progress
         self._checkpoints: dict[tuple[str | None, str | None], Checkpoint] = {}
         self._clients: dict[ModelId, ModelClient] = {}
         self._opening = trio.Lock()
+
+    @property
+    def server(self) -> Server | None:
+        """What answers others now; None: nothing, or it is being loaded."""
+        return None if self._service is None else self._service.server
 
     @property
     def peer_id(self) -> PeerId:
@@ -112,18 +118,25 @@ class Peer:
             UserError: a range that the model does not have. ModelError: blocks that can not be loaded.
         """
         checkpoint = await self.checkpoint(model)
-        blocks = config.blocks or await self._choose_blocks(checkpoint, config.num_blocks or checkpoint.num_blocks)
+        named = ModelId(checkpoint.name, await trio.to_thread.run_sync(lambda: checkpoint.digest))
+        blocks = config.blocks or await self._choose_blocks(checkpoint, named, config)
         check_blocks(blocks, checkpoint)
-        serving = partial(serve, self.host, self.directory, checkpoint, blocks, config, self._progress)
-        server: Server = await self._nursery.start(serving)
-        self.server = server
-        return server
+        self._service = service = Service(
+            self.host, self.directory, checkpoint, named, config, self._progress, random.random
+        )
+        await self._nursery.start(service.run, blocks)
+        assert service.server is not None
+        return service.server
 
-    async def _choose_blocks(self, checkpoint: Checkpoint, capacity: int) -> range:
+    async def _choose_blocks(self, checkpoint: Checkpoint, model: ModelId, config: ServeConfig) -> range:
+        if config.num_blocks is not None:
+            capacity = config.num_blocks
+        else:
+            capacity, why = await trio.to_thread.run_sync(capacity_of, checkpoint, config)
+            self._progress(why)
         if not 0 < capacity <= checkpoint.num_blocks:
             raise UserError(f"{checkpoint.name} has {checkpoint.num_blocks} blocks; {capacity} is not a number of them")
-        model = ModelId(checkpoint.name, await trio.to_thread.run_sync(lambda: checkpoint.digest))
-        records = [record for record in await self.directory.lookup(model) if record.state is ServerState.ONLINE]
+        records = [record for record in await self.directory.lookup(model) if record.state is not ServerState.OFFLINE]
         # Before anything is loaded nothing is measured: an average server of this swarm is assumed.
         speeds = [record.inference_rps for record in records if record.inference_rps > 0]
         return choose_blocks(records, checkpoint.num_blocks, capacity, statistics.mean(speeds) if speeds else 1.0)
@@ -151,9 +164,9 @@ class Peer:
         )
 
     def _signed_records(self, digest: str) -> list[bytes]:
-        if self.server is None or digest not in ("", self.server.model.digest):
+        if self._service is None or digest not in ("", self._service.model.digest):
             return []
-        record = self.server.announcer.record()
+        record = self._service.announcer.record()
         return [sign_record(record, self._identity.sign, self._identity.public_key)]
 
 

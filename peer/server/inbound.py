@@ -23,6 +23,7 @@ from petals.peer.config import ServeConfig
 from petals.peer.lora import decode_lora
 from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget, Lease, NoRoom
+from petals.peer.server.throughput import Speedometer
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, check_model, step_payload
@@ -70,19 +71,42 @@ class _Trained:
 class Inbound:
     """Answers streams about one loaded span."""
 
-    def __init__(self, model: ModelId, span: BlockSpan, lane: Lane, budget: CacheBudget, config: ServeConfig) -> None:
+    def __init__(
+        self,
+        model: ModelId,
+        span: BlockSpan,
+        lane: Lane,
+        budget: CacheBudget,
+        config: ServeConfig,
+        speed: Speedometer,
+    ) -> None:
         self.model = model
         self.span = span
         self.lane = lane
         self.budget = budget
         self.config = config
         self.leaving = False
+        self._speed = speed
         self._sessions: Counter[PeerId] = Counter()
+        self._scopes: set[trio.CancelScope] = set()
+        self._went = trio.Event()
 
     @property
     def sessions(self) -> int:
         """Inference sessions that are open now."""
         return self._sessions.total()
+
+    async def until_idle(self) -> None:
+        """Return when nobody is being served."""
+        while self._scopes:
+            self._went = trio.Event()
+            await self._went.wait()
+
+    async def cut(self) -> None:
+        """End whatever is being served, saying that we leave; its clients go on elsewhere."""
+        for scope in self._scopes:
+            scope.cancel()
+        await self.until_idle()
 
     async def answer_inference(self, stream: ByteStream) -> None:
         """Serve one inference session until the client closes it, breaks a rule, or vanishes."""
@@ -99,9 +123,11 @@ class Inbound:
         """Serve one stream; what goes wrong by the asker's doing is told to it, and ends this stream only."""
         messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
         try:
-            with self._count(stream.remote_peer):
+            with self._count(stream.remote_peer) as scope:
                 await serve(messages)
-            return
+            if not scope.cancelled_caught:
+                return
+            error = pb.Error(code=pb.LEAVING, message="this server is moving to other blocks")
         except Refused as refusal:
             error = refusal.as_message()
         except ModelError as unsupported:  # a mask or prompt that does not fit what the blocks can do
@@ -174,6 +200,7 @@ class Inbound:
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
         priority = Priority.DECODE if step.hidden.shape[1] <= 8 else Priority.PREFILL
         done = await self.lane.submit(priority, partial(self._run_step, cache, step.position, tensors, adapter))
+        self._speed.note(len(cache.blocks), opening.batch_size, step.hidden.shape[1], done.compute_s)
         reply = pb.StepDone(
             step_id=step.step_id, queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6)
         )
@@ -313,16 +340,20 @@ class Inbound:
             raise Refused(pb.OUT_OF_ORDER, f"nothing came for {seconds:.0f} s")
 
     @contextmanager
-    def _count(self, peer_id: PeerId) -> Iterator[None]:
+    def _count(self, peer_id: PeerId) -> Iterator[trio.CancelScope]:
         if self._sessions[peer_id] >= self.config.max_sessions_per_peer:
             limit = self.config.max_sessions_per_peer
             raise Refused(pb.QUOTA, f"one peer may have {limit} sessions and requests here", retry_after_s=5.0)
         self._sessions[peer_id] += 1
         try:
-            yield
+            with trio.CancelScope() as scope:
+                self._scopes.add(scope)
+                yield scope
         finally:
+            self._scopes.discard(scope)
             self._sessions[peer_id] -= 1
             self._sessions += Counter()  # drops peers that have none
+            self._went.set()
 
     async def _say_goodbye(self, messages: MessageStream, reply: Reply) -> None:
         """Say what was wrong and end the stream. What the peer is still sending is read and dropped for a while: a

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,9 @@ import outcome
 import trio
 
 T = TypeVar("T")
+
+QUEUE_MEMORY_S = 20.0
+"""How fast the smoothed queue delay forgets."""
 
 
 class Priority(enum.IntEnum):
@@ -57,10 +61,22 @@ class Lane:
         self._limiter = trio.CapacityLimiter(1)
         self.busy_s = 0.0
         """Seconds of compute so far."""
+        self._delay_s = 0.0
+        self._delay_at = -math.inf
 
     @property
     def queued(self) -> int:
         return sum(not job.cancelled for _, _, job in self._heap)
+
+    def queue_s(self) -> float:
+        """How long jobs wait for the thread, smoothed over time; an idle lane forgets."""
+        return self._delay_s * math.exp(-(trio.current_time() - self._delay_at) / QUEUE_MEMORY_S)
+
+    def _note_delay(self, waited_s: float) -> None:
+        now = trio.current_time()
+        kept = math.exp(-(now - self._delay_at) / QUEUE_MEMORY_S) * 0.9
+        self._delay_s = kept * self._delay_s + (1 - kept) * waited_s
+        self._delay_at = now
 
     async def submit(self, priority: Priority, work: Callable[[], T]) -> Timed[T]:
         """Run `work()` in the compute thread when its turn comes. What it raises is raised here."""
@@ -78,6 +94,7 @@ class Lane:
             raise
         if job.outcome is None or job.started_at is None:
             raise trio.ClosedResourceError("the compute lane has stopped")
+        self._note_delay(job.started_at - asked_at)
         value: T = job.outcome.unwrap()
         return Timed(value, job.started_at - asked_at, job.ended_at - job.started_at)
 

@@ -24,6 +24,15 @@ work spread evenly, where simulated annealing with free moves reaches 0.92; move
 power 4, gain 0.02: 0.83, 2 moves; 8, 0.02: 0.87, 4; 16, 0.1: 0.85, 5; 16, 0.05: 0.87, 7; 16, 0.02: 0.89, 12."""
 
 
+MEMORY_SHARE = 0.9
+"""Of the memory that is free: the rest is for the library's own short needs."""
+
+
+def blocks_that_fit(free_bytes: int, block_bytes: int, cache_bytes: int, workspace_bytes: int) -> int:
+    """How many blocks a machine can hold beside its KV budget and the room one step computes in; may be 0 or less."""
+    return int((free_bytes * MEMORY_SHARE - cache_bytes - workspace_bytes) // block_bytes)
+
+
 def supply(records: Iterable[ServerRecord], num_blocks: int) -> list[float]:
     """Steps per second that the swarm can give each block."""
     totals = [0.0] * num_blocks

@@ -1,8 +1,9 @@
-"""A server's life: choose, load, accept, announce, drain - in this order, in one nursery."""
+"""A server's life: choose, load, accept, announce, drain - in this order, in one nursery; and again after a move."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +20,15 @@ from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint
 from petals.models.loading import load_span
 from petals.peer.config import ServeConfig
-from petals.peer.host import Host
+from petals.peer.host import Handler, Host
 from petals.peer.server.announcer import Announcer
 from petals.peer.server.inbound import Inbound
 from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget
-from petals.peer.server.throughput import Throughput, measure_throughput
-from petals.protocols.errors import UserError
+from petals.peer.server.neighbours import Neighbours
+from petals.peer.server.placement import should_move
+from petals.peer.server.throughput import Speedometer, Throughput, measure_throughput
+from petals.protocols.errors import SwarmError, UserError
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.tensors import FLOATS_BY_NAME
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
@@ -49,8 +52,7 @@ class Server:
     inbound: Inbound
     budget: CacheBudget
     lane: Lane
-    announcer: Announcer
-    throughput: Throughput
+    speed: Speedometer
 
 
 def compute_dtype(config: ServeConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -86,75 +88,167 @@ def check_blocks(blocks: range, checkpoint: Checkpoint) -> range:
     return blocks
 
 
-async def serve(
-    host: Host,
-    directory: Directory,
-    checkpoint: Checkpoint,
-    blocks: range,
-    config: ServeConfig,
-    progress: Callable[[str], None],
-    *,
-    task_status: TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serve `blocks` until cancelled. Started: streams are answered, and only then the swarm is told ONLINE."""
-    dtype, device = compute_dtype(config, checkpoint), device_of(config)
-    model = ModelId(checkpoint.name, await trio.to_thread.run_sync(lambda: checkpoint.digest))
-    progress(f"loading blocks {blocks.start}:{blocks.stop} of {checkpoint.name} ({str(dtype).removeprefix('torch.')})")
-    span = await trio.to_thread.run_sync(
-        partial(load_span, checkpoint, blocks, dtype=dtype, device=str(device), quant_type=config.quant_type)
-    )
-    for adapter in config.adapters:
-        span.add_adapter(await trio.to_thread.run_sync(load_lora, adapter, span))
-    lane = Lane()
-    budget = CacheBudget(config.cache_bytes, max_share=config.max_peer_share)
-    inbound = Inbound(model, span, lane, budget, config)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(lane.run)
-        measured = await _throughput(lane, span, config)
-        announcer = Announcer(directory, partial(_describe, host, inbound, measured, config), config.announce_s)
-        host.set_handler(INFERENCE_V1, inbound.answer_inference)
-        host.set_handler(FORWARD_V1, partial(inbound.answer_training, backward=False))
-        host.set_handler(BACKWARD_V1, partial(inbound.answer_training, backward=True))
+class Service:
+    """Serves one model until cancelled. `server` is what answers now, None while loading.
+
+    Args:
+        dice: uniform numbers in [0, 1), for the pauses between looks at the swarm.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        directory: Directory,
+        checkpoint: Checkpoint,
+        model: ModelId,
+        config: ServeConfig,
+        progress: Callable[[str], None],
+        dice: Callable[[], float],
+    ) -> None:
+        self.model = model
+        self.server: Server | None = None
+        self.announcer = Announcer(directory, self._describe, config.announce_s)
+        self._host = host
+        self._directory = directory
+        self._checkpoint = checkpoint
+        self._config = config
+        self._progress = progress
+        self._dice = dice
+        self._blocks = range(0)
+        self._neighbours = Neighbours(host, directory, model, lambda: self._blocks, config.announce_s)
+
+    async def run(self, blocks: range, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve `blocks`, and others later if the configuration leaves the choice to us. Started: streams are answered,
+        and only then the swarm is told ONLINE."""
+        self._blocks = blocks
+        started: Callable[[], None] = task_status.started
         try:
-            await announcer.enter(ServerState.ONLINE)
-            nursery.start_soon(announcer.run)
-            progress(
-                f"serving blocks {blocks.start}:{blocks.stop}, {span.weight_bytes / 1e6:,.0f} MB of weights, "
-                f"{config.cache_bytes / 1e6:,.0f} MB of cache, {measured.inference_rps:,.0f} blocks/s"
-            )
-            task_status.started(Server(model, span, inbound, budget, lane, announcer, measured))
-            await trio.sleep_forever()
+            while True:
+                await self.announcer.enter(ServerState.JOINING)
+                self._blocks = await self._stay(await self._load(self._blocks), started)
+                self._progress(f"moving to blocks {self._blocks.start}:{self._blocks.stop}, where the swarm is weaker")
+                started = _nobody_waits
         finally:
-            inbound.leaving = True
-            await announcer.leave(GOODBYE_S)
-            for protocol in (INFERENCE_V1, FORWARD_V1, BACKWARD_V1):
-                host.remove_handler(protocol)
+            await self.announcer.leave(GOODBYE_S)
+
+    async def _load(self, blocks: range) -> BlockSpan:
+        config, checkpoint = self._config, self._checkpoint
+        dtype, device = compute_dtype(config, checkpoint), device_of(config)
+        name = str(dtype).removeprefix("torch.")
+        self._progress(f"loading blocks {blocks.start}:{blocks.stop} of {checkpoint.name} ({name})")
+        span = await trio.to_thread.run_sync(
+            partial(load_span, checkpoint, blocks, dtype=dtype, device=str(device), quant_type=config.quant_type)
+        )
+        for adapter in config.adapters:
+            span.add_adapter(await trio.to_thread.run_sync(load_lora, adapter, span))
+        return span
+
+    async def _stay(self, span: BlockSpan, started: Callable[[], None]) -> range:
+        """Answer about `span` until another place is clearly better; returns that, once no session is left here."""
+        lane = Lane()
+        budget = CacheBudget(self._config.cache_bytes, max_share=self._config.max_peer_share)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lane.run)
+            speed = await self._speed(lane, span)
+            inbound = Inbound(self.model, span, lane, budget, self._config, speed)
+            self.server = server = Server(self.model, span, inbound, budget, lane, speed)
+            handlers: dict[str, Handler] = {
+                INFERENCE_V1: inbound.answer_inference,
+                FORWARD_V1: partial(inbound.answer_training, backward=False),
+                BACKWARD_V1: partial(inbound.answer_training, backward=True),
+            }
+            for protocol, handler in handlers.items():
+                self._host.set_handler(protocol, handler)
+            try:
+                await self.announcer.enter(ServerState.ONLINE)
+                nursery.start_soon(self.announcer.run)
+                nursery.start_soon(self._neighbours.run)
+                self._progress(
+                    f"serving blocks {span.blocks.start}:{span.blocks.stop}, {span.weight_bytes / 1e6:,.0f} MB of "
+                    f"weights, {budget.total_bytes / 1e6:,.0f} MB of cache, "
+                    f"{speed.throughput.inference_rps:,.0f} blocks/s"
+                )
+                started()
+                place = await self._better_place(server)
+                self.server = None
+                nursery.cancel_scope.cancel()
+                return place
+            finally:
+                inbound.leaving = True
+                for protocol in handlers:
+                    self._host.remove_handler(protocol)
+        raise AssertionError("unreachable")  # the nursery was cancelled from inside, after `place` was known
+
+    async def _speed(self, lane: Lane, span: BlockSpan) -> Speedometer:
+        said = self._config.throughput
+        if said is not None:
+            return Speedometer(Throughput(said, said), fixed=True)
+        return Speedometer((await lane.submit(Priority.DECODE, partial(measure_throughput, span))).value)
+
+    async def _better_place(self, server: Server) -> range:
+        """Wait until moving pays, and drain. Whoever was told which blocks to hold stays for ever."""
+        if self._config.blocks is not None or self._config.balance_quality <= 0:
+            await trio.sleep_forever()
+        while True:
+            await trio.sleep(-self._config.mean_balance_check_period * math.log(1 - self._dice()))
+            if await self._look_around() is None:
+                continue
+            await self.announcer.enter(ServerState.DRAINING)
+            server.inbound.leaving = True
+            with trio.move_on_after(self._config.drain_s):
+                await server.inbound.until_idle()
+            # Others may have left meanwhile, or be on the point of moving too: they are seen as DRAINING by now.
+            place = await self._look_around()
+            if place is not None:
+                await server.inbound.cut()
+                return place
+            server.inbound.leaving = False
+            await self.announcer.enter(ServerState.ONLINE)
+
+    async def _look_around(self) -> range | None:
+        try:
+            records = await self._directory.lookup(self.model)
+        except SwarmError as error:
+            log.info("no look around: %s", error)
+            return None
+        return should_move(
+            records,
+            self._host.peer_id,
+            self._checkpoint.num_blocks,
+            len(self._blocks),
+            min_gain=1 - self._config.balance_quality,
+        )
+
+    def _describe(self) -> ServerRecord:
+        """What is true now; while loading, what will be."""
+        server, config = self.server, self._config
+        span = None if server is None else server.span
+        speed = Throughput(config.throughput or 0.0, config.throughput or 0.0)
+        left = 0
+        if server is not None:
+            speed = server.speed.throughput
+            left = server.budget.left_bytes // max(1, server.span.cache_bytes(server.span.blocks, 1, 1))
+        return ServerRecord(
+            model=self.model,
+            peer_id=self._host.peer_id,
+            blocks=self._blocks,
+            state=self.announcer.state,
+            addrs=self._host.addrs,
+            version=__version__,
+            public_name=config.public_name,
+            dtype=str(compute_dtype(config, self._checkpoint)).removeprefix("torch."),
+            quant_type=config.quant_type,
+            adapters=() if span is None else span.adapters,
+            inference_rps=speed.inference_rps,
+            forward_rps=speed.forward_rps,
+            queue_s=0.0 if server is None else server.lane.queue_s(),
+            cache_tokens_left=left,
+            round_trips_s=self._neighbours.round_trips_s,
+            sequence=0,
+            issued_at=0.0,
+            expires_at=0.0,
+        )
 
 
-async def _throughput(lane: Lane, span: BlockSpan, config: ServeConfig) -> Throughput:
-    if config.throughput is not None:
-        return Throughput(config.throughput, config.throughput)
-    return (await lane.submit(Priority.DECODE, partial(measure_throughput, span))).value
-
-
-def _describe(host: Host, inbound: Inbound, measured: Throughput, config: ServeConfig) -> ServerRecord:
-    span = inbound.span
-    per_token = max(1, span.cache_bytes(span.blocks, 1, 1))
-    return ServerRecord(
-        model=inbound.model,
-        peer_id=host.peer_id,
-        blocks=span.blocks,
-        state=ServerState.ONLINE,
-        addrs=host.addrs,
-        version=__version__,
-        public_name=config.public_name,
-        dtype=str(span.dtype).removeprefix("torch."),
-        quant_type=span.quant_type,
-        adapters=span.adapters,
-        inference_rps=measured.inference_rps,
-        forward_rps=measured.forward_rps,
-        cache_tokens_left=inbound.budget.left_bytes // per_token,
-        sequence=0,
-        issued_at=0.0,
-        expires_at=0.0,
-    )
+def _nobody_waits() -> None:
+    """Stands for `started` after the first time."""

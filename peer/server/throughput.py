@@ -1,10 +1,10 @@
-"""How fast this machine computes the blocks it holds: measured once after loading, in the compute thread."""
+"""How fast this machine computes the blocks it holds: measured after loading, and from then on by the work itself."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,37 @@ class Throughput:
 
     inference_rps: float
     forward_rps: float
+
+
+SMOOTHING = 0.05
+"""Weight of one new measurement: a pause of the machine is forgotten after some dozens of steps."""
+LONG = 32
+"""Tokens from which on a step counts as a long sequence."""
+
+
+class Speedometer:
+    """Keeps a `Throughput` true: every step that is a pure case of one of its two figures is a measurement of it."""
+
+    def __init__(self, measured: Throughput, *, fixed: bool = False) -> None:
+        """`fixed`: the operator has said the figure, and no measurement changes it."""
+        self.throughput = measured
+        self._fixed = fixed
+
+    def note(self, blocks: int, rows: int, tokens: int, compute_s: float) -> None:
+        """One step of `tokens` new tokens in each of `rows` sequences through `blocks` took `compute_s`."""
+        if self._fixed or compute_s <= 0:
+            return
+        rps = blocks * rows * tokens / compute_s
+        old = self.throughput
+        if rows == tokens == 1:
+            self.throughput = replace(old, inference_rps=_smoothed(old.inference_rps, rps))
+        elif rows * tokens >= LONG:
+            self.throughput = replace(old, forward_rps=_smoothed(old.forward_rps, rps))
+
+
+def _smoothed(old: float, new: float) -> float:
+    """Over seconds per block, not blocks per second: one lucky step must not count for many slow ones."""
+    return 1 / ((1 - SMOOTHING) / old + SMOOTHING / new) if old > 0 else new
 
 
 def measure_throughput(

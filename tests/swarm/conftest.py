@@ -32,7 +32,7 @@ class Swarm:
         """A peer that serves `blocks`, or only asks."""
         settings = None
         if blocks is not None or serve:
-            settings = ServeConfig(blocks=blocks, throughput=100.0, cache_bytes=256 << 20, **serve)
+            settings = ServeConfig(blocks=blocks, **{"throughput": 100.0, "cache_bytes": 256 << 20, **serve})
         config = PeerConfig(
             model=self.model,
             serve=settings,
