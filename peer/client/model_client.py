@@ -49,6 +49,9 @@ class ClientOptions:
     """Only servers that host this LoRA adapter, which is then applied."""
     require_dtype: str | None = None
     """Only servers that compute in this dtype without quantisation; None: any."""
+    exact_recovery: bool = True
+    """After a fail-over even the logits are the same to the last bit; False: the same up to rounding, and sooner
+    (docs/failover.md has the figures)."""
     request_timeout: float | None = None
     """Seconds for one step at one server, or one span of a batch; None: the peer's `Timeouts`."""
     show_route: bool = False
@@ -125,6 +128,7 @@ class ModelClient:
             self._deadlines(options),
             partial(self._latency_route, options, batch_size, max_length),
             max_retries=options.max_retries,
+            exact_recovery=options.exact_recovery,
         )
         try:
             await session.open()

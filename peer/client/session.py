@@ -17,6 +17,7 @@ import trio
 from torch import Tensor
 
 from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_blocks
+from petals.peer.client.replay import as_one_prompt
 from petals.peer.client.routing import Route
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.concurrency import gather
@@ -49,6 +50,8 @@ class RemoteSession:
     Args:
         find_route: (blocks, peers to avoid) -> Route, or MissingBlocks.
         max_retries: how many failures in a row one step may survive.
+        exact_recovery: tell replacements the history with its own step boundaries, so that even logits are the same to
+            the last bit; else as one prompt, which is faster and the same up to rounding.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class RemoteSession:
         find_route: Callable[[range, frozenset[PeerId]], Route],
         *,
         max_retries: int = 10,
+        exact_recovery: bool = True,
     ) -> None:
         self.blocks = blocks
         self.spec = spec
@@ -73,6 +77,7 @@ class RemoteSession:
         self._timeouts = timeouts
         self._find_route = find_route
         self._max_retries = max_retries
+        self._exact_recovery = exact_recovery
         self._position = 0
         self._row_order: Tensor | None = None
         self._broken = False
@@ -190,7 +195,7 @@ class RemoteSession:
             return
 
     async def _rebuild(self, hops: list[Hop], lost: Hop) -> None:
-        history = lost.history
+        history = lost.history if self._exact_recovery else as_one_prompt(lost.history)
         if not history:
             return
         for hop in hops:
