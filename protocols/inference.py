@@ -1,12 +1,14 @@
 """One inference session at one server, as a conversation without I/O.
 
-The theory, in three rules:
+The theory, in four rules:
 
 1. The client speaks first (`Open`), and only after `Opened` may it send steps. It may send several steps before the
    first answer comes (a replay after a fail-over does): the server answers in the order it was asked.
 2. The server's cache is a prefix of the sequence. A step says at which position its tokens start; a position below the
    cache's end rolls the cache back to it first, one beyond the end is an error.
 3. `Error` ends the conversation, whoever was to speak next. So does `Close`, which only the client says.
+4. A step may announce that its input is pushed by the server that has the blocks before. Until it is answered, the
+   client may supply the input itself; which of the two comes first is used. Nothing else is asked meanwhile.
 
 Both ends hold a `Conversation`, feed it what they send and what they receive, and so can not break a rule without
 noticing. A broken rule is a `ProtocolViolation`; whose fault it is, the end that catches it knows.
@@ -47,6 +49,7 @@ MOVES: Mapping[tuple[State, str], State] = {
     (State.OPENING, "opened"): State.READY,  # server has leased it
     (State.READY, "step"): State.READY,  # hidden states out
     (State.READY, "step_done"): State.READY,
+    (State.READY, "supply"): State.READY,  # the input of a step, for a push that does not come
     (State.OPENING, "close"): State.CLOSED,
     (State.READY, "close"): State.CLOSED,  # server takes the lease back
     (State.IDLE, "error"): State.CLOSED,
@@ -64,9 +67,11 @@ class Conversation:
     position: int = 0
     next_step_id: int = 0
     unanswered: deque[int] = field(default_factory=deque)
+    last_pushed: pb.Step | None = None
+    """The latest step whose input was to be pushed."""
 
     def request(self, message: pb.InferenceRequest) -> str:
-        """Advance by what the client says. Returns its kind ("open", "step", "close").
+        """Advance by what the client says. Returns its kind ("open", "step", "supply", "close").
 
         Raises:
             ProtocolViolation: not allowed now, or a number in it is out of its limits. The state is unchanged.
@@ -81,6 +86,9 @@ class Conversation:
             self.position = message.step.position + message.step.hidden.shape[1]
             self.next_step_id += 1
             self.unanswered.append(message.step.step_id)
+            self.last_pushed = message.step if message.step.pushed_by else self.last_pushed
+        elif kind == "supply":
+            self._check_supply(message.supply)
         self.state = target
         return str(kind)
 
@@ -118,8 +126,20 @@ class Conversation:
                 f"{step.hidden.shape[1]} tokens at position {step.position} are more than the session's "
                 f"{self.opening.max_length}"
             )
+        if self._waits_for_push() or (step.pushed_by and self.unanswered):
+            raise ProtocolViolation("a pushed step goes alone: no other may be unanswered", out_of_order=True)
         if len(self.unanswered) >= MAX_STEPS_IN_FLIGHT:
             raise ProtocolViolation(f"{MAX_STEPS_IN_FLIGHT} steps are unanswered already")
+
+    def _waits_for_push(self) -> bool:
+        return self.last_pushed is not None and self.last_pushed.step_id in self.unanswered
+
+    def _check_supply(self, supply: pb.Supply) -> None:
+        pushed = self.last_pushed
+        if pushed is None or supply.step_id != pushed.step_id:
+            raise ProtocolViolation(f"supply for step {supply.step_id}, which waits for no push", out_of_order=True)
+        if supply.hidden.shape != pushed.hidden.shape:
+            raise ProtocolViolation(f"supply of another shape than step {supply.step_id} announced")
 
 
 def _check_open(opening: pb.Open) -> None:
@@ -147,7 +167,8 @@ def step_payload(step: pb.Step, opening: pb.Open, hidden_size: int) -> list[tupl
         RemoteProtocolError: a dtype, shape or size that does not fit.
     """
     batch, tokens = opening.batch_size, step.hidden.shape[1]
-    plan = [("hidden", step.hidden, check_header(step.hidden, name="hidden", shape=(batch, tokens, hidden_size)))]
+    hidden_bytes = check_header(step.hidden, name="hidden", shape=(batch, tokens, hidden_size))
+    plan = [] if step.pushed_by else [("hidden", step.hidden, hidden_bytes)]
     if step.HasField("attention_mask"):
         shape: tuple[int | None, ...] = (batch, step.position + tokens)
         size = check_header(step.attention_mask, name="attention_mask", shape=shape, dtypes=BOOL)

@@ -122,8 +122,20 @@ class Opened(_message.Message):
     cache_bytes: int
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., cache_bytes: _Optional[int] = ...) -> None: ...
 
+class PushTo(_message.Message):
+    __slots__ = ("peer_id", "addrs", "session_id", "step_id")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    addrs: _containers.RepeatedScalarFieldContainer[str]
+    session_id: bytes
+    step_id: int
+    def __init__(self, peer_id: _Optional[str] = ..., addrs: _Optional[_Iterable[str]] = ..., session_id: _Optional[bytes] = ..., step_id: _Optional[int] = ...) -> None: ...
+
 class Step(_message.Message):
-    __slots__ = ("step_id", "position", "silent", "hidden", "attention_mask", "prompts", "hypo_ids")
+    __slots__ = ("step_id", "position", "silent", "hidden", "attention_mask", "prompts", "hypo_ids", "pushed_by", "push_to")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     SILENT_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +143,8 @@ class Step(_message.Message):
     ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     HYPO_IDS_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_BY_FIELD_NUMBER: _ClassVar[int]
+    PUSH_TO_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     position: int
     silent: bool
@@ -138,33 +152,47 @@ class Step(_message.Message):
     attention_mask: Tensor
     prompts: Tensor
     hypo_ids: Tensor
-    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., silent: _Optional[bool] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., hypo_ids: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    pushed_by: str
+    push_to: PushTo
+    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., silent: _Optional[bool] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., prompts: _Optional[_Union[Tensor, _Mapping]] = ..., hypo_ids: _Optional[_Union[Tensor, _Mapping]] = ..., pushed_by: _Optional[str] = ..., push_to: _Optional[_Union[PushTo, _Mapping]] = ...) -> None: ...
+
+class Supply(_message.Message):
+    __slots__ = ("step_id", "hidden")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    hidden: Tensor
+    def __init__(self, step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class StepDone(_message.Message):
-    __slots__ = ("step_id", "hidden", "queue_us", "compute_us")
+    __slots__ = ("step_id", "hidden", "queue_us", "compute_us", "supplied")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    SUPPLIED_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     hidden: Tensor
     queue_us: int
     compute_us: int
-    def __init__(self, step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+    supplied: bool
+    def __init__(self, step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., supplied: _Optional[bool] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class InferenceRequest(_message.Message):
-    __slots__ = ("open", "step", "close")
+    __slots__ = ("open", "step", "close", "supply")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    SUPPLY_FIELD_NUMBER: _ClassVar[int]
     open: Open
     step: Step
     close: Close
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+    supply: Supply
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., supply: _Optional[_Union[Supply, _Mapping]] = ...) -> None: ...
 
 class InferenceReply(_message.Message):
     __slots__ = ("opened", "step_done", "error")
@@ -175,6 +203,16 @@ class InferenceReply(_message.Message):
     step_done: StepDone
     error: Error
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Push(_message.Message):
+    __slots__ = ("session_id", "step_id", "hidden")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    step_id: int
+    hidden: Tensor
+    def __init__(self, session_id: _Optional[bytes] = ..., step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class TrainingRequest(_message.Message):
     __slots__ = ("model_digest", "start_block", "end_block", "adapter", "reply_encoding", "hidden", "attention_mask", "prompts", "grad_output", "lora")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import torch
 import trio
 from google.protobuf.message import DecodeError
 from torch import Tensor
@@ -29,7 +30,7 @@ from petals.protocols.errors import (
 )
 from petals.protocols.inference import INFERENCE_V1, MAX_MESSAGE_BYTES, Conversation
 from petals.protocols.stream import MessageStream
-from petals.protocols.tensors import check_header, decode_tensor, encode_tensor
+from petals.protocols.tensors import DTYPES, check_header, decode_tensor, encode_tensor
 from petals.protocols.types import ModelId, PeerId
 
 
@@ -54,6 +55,8 @@ class StepOutput:
     round_trip_s: float
     queue_s: float
     compute_s: float
+    supplied: bool = False
+    """A push was expected and did not come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,10 @@ class Hop:
     timeouts: Timeouts
     messages: MessageStream
     conversation: Conversation
+    addrs: tuple[str, ...] = ()
+    session_id: bytes = b""
+    dtype: torch.dtype = torch.float32
+    """Of its answers."""
     history: list[StepInput] = field(default_factory=list)
     s_per_token: float = math.nan
     """Smoothed round trip per new token and row position; not a number before the first step."""
@@ -140,12 +147,13 @@ class Hop:
             hop = cls(
                 peer_id, blocks, spec, timeouts,
                 MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES), Conversation(),
+                addrs=tuple(addrs), session_id=secrets.token_bytes(16),
             )  # fmt: skip
             try:
                 lora, payload = encode_lora(spec.lora, blocks)
                 request = pb.InferenceRequest(
                     open=pb.Open(
-                        session_id=secrets.token_bytes(16),
+                        session_id=hop.session_id,
                         model_digest=spec.model.digest,
                         start_block=blocks.start,
                         end_block=blocks.stop,
@@ -158,7 +166,8 @@ class Hop:
                     )
                 )
                 await hop._send(request, *payload)
-                await hop._receive("opened")
+                opened = (await hop._receive("opened")).opened
+                hop.dtype = DTYPES.get(opened.dtype, hop.dtype)
             except BaseException:
                 await hop.reset()
                 raise
@@ -174,25 +183,58 @@ class Hop:
                 order = step.hypo_ids if order is None else order[step.hypo_ids]
         return order
 
-    async def step(self, step: StepInput, *, replayed_as: StepInput | None = None) -> StepOutput:
+    def deadline_s(self, tokens: int) -> float:
+        """How long a step of `tokens` may take here: adapts to the hop's own speed."""
+        if math.isnan(self.s_per_token):
+            return self.timeouts.step_s
+        return min(self.timeouts.step_s, max(self.timeouts.min_step_s, 20 * self.s_per_token * tokens))
+
+    def push_target(self) -> pb.PushTo:
+        """Where a server pushes the input of the next step to."""
+        return pb.PushTo(
+            peer_id=self.peer_id,
+            addrs=self.addrs,
+            session_id=self.session_id,
+            step_id=self.conversation.next_step_id,
+        )
+
+    async def step(
+        self, step: StepInput, *, replayed_as: StepInput | None = None, push_to: pb.PushTo | None = None
+    ) -> StepOutput:
         """One step, waited for with a deadline that fits the hop's own speed. Then it is history.
 
         Args:
             step: what the server is told.
             replayed_as: what another server would have to be told instead (after a roll-back of reordered rows).
+            push_to: where the output goes, besides to us.
         """
-        tokens = step.hidden.shape[1]
-        deadline_s = self.timeouts.step_s
-        if not math.isnan(self.s_per_token):
-            deadline_s = min(deadline_s, max(self.timeouts.min_step_s, 20 * self.s_per_token * tokens))
         started = trio.current_time()
-        with answer_within(deadline_s, self.peer_id):
-            await self._send_step(step, silent=False)
+        with answer_within(self.deadline_s(step.hidden.shape[1]), self.peer_id):
+            await self._send_step(step, silent=False, push_to=push_to)
             output = await self._receive_step(step, started)
-        self.history.append(replayed_as or step)
-        measured = output.round_trip_s / tokens
-        self.s_per_token = measured if math.isnan(self.s_per_token) else 0.8 * self.s_per_token + 0.2 * measured
+        self.remember(replayed_as or step, output.round_trip_s)
         return output
+
+    def remember(self, step: StepInput, round_trip_s: float) -> None:
+        """A step is done and becomes history."""
+        self.history.append(step)
+        measured = round_trip_s / step.hidden.shape[1]
+        self.s_per_token = measured if math.isnan(self.s_per_token) else 0.8 * self.s_per_token + 0.2 * measured
+
+    async def announce(self, step: StepInput, *, pushed_by: PeerId, push_to: pb.PushTo | None) -> None:
+        """Tell of a step whose input another server pushes. Of `step.hidden` only the shape and dtype are told."""
+        await self._send_step(step, silent=False, pushed_by=pushed_by, push_to=push_to)
+
+    async def supply(self, hidden: Tensor) -> None:
+        """Send the input of the announced step after all. Not cut short: half a message would end the session."""
+        header, payload = encode_tensor(hidden, self.spec.encoding)
+        supply = pb.Supply(step_id=self.conversation.next_step_id - 1, hidden=header)
+        with shielded_for(self.timeouts.step_s):
+            await self._send(pb.InferenceRequest(supply=supply), *payload)
+
+    async def answer(self, step: StepInput) -> StepOutput:
+        """The answer to an announced step; the caller minds the time."""
+        return await self._receive_step(step, trio.current_time())
 
     async def replay(self, history: Sequence[StepInput], *, want_outputs: bool) -> list[Tensor]:
         """Rebuild the cache from `history` with the same step boundaries, all steps in flight at once.
@@ -230,9 +272,20 @@ class Hop:
         with shielded_for(self.timeouts.reset_s):
             await self.messages.reset()
 
-    async def _send_step(self, step: StepInput, *, silent: bool) -> None:
+    async def _send_step(
+        self, step: StepInput, *, silent: bool, pushed_by: PeerId | None = None, push_to: pb.PushTo | None = None
+    ) -> None:
         hidden, payload = encode_tensor(step.hidden, self.spec.encoding)
-        message = pb.Step(step_id=self.conversation.next_step_id, position=step.position, silent=silent, hidden=hidden)
+        message = pb.Step(
+            step_id=self.conversation.next_step_id,
+            position=step.position,
+            silent=silent,
+            hidden=hidden,
+            pushed_by=pushed_by or "",
+            push_to=push_to,
+        )
+        if pushed_by is not None:
+            payload = []
         for name, tensor in (
             ("attention_mask", step.attention_mask),
             ("prompts", step.prompts),
@@ -249,7 +302,9 @@ class Hop:
         hidden = None
         if not silent:
             hidden = await read_tensor(self.messages, done.hidden, tuple(step.hidden.shape), "hidden")
-        return StepOutput(hidden, trio.current_time() - started, done.queue_us / 1e6, done.compute_us / 1e6)
+        return StepOutput(
+            hidden, trio.current_time() - started, done.queue_us / 1e6, done.compute_us / 1e6, done.supplied
+        )
 
     async def _send(self, request: pb.InferenceRequest, *payload: memoryview) -> None:
         try:

@@ -52,6 +52,8 @@ class ClientOptions:
     exact_recovery: bool = True
     """After a fail-over even the logits are the same to the last bit; False: the same up to rounding, and sooner
     (docs/failover.md has the figures)."""
+    use_server_to_server: bool = True
+    """Let servers push activations to each other; they fall back to us where they cannot reach each other."""
     request_timeout: float | None = None
     """Seconds for one step at one server, or one span of a batch; None: the peer's `Timeouts`."""
     show_route: bool = False
@@ -129,6 +131,7 @@ class ModelClient:
             partial(self._latency_route, options, batch_size, max_length),
             max_retries=options.max_retries,
             exact_recovery=options.exact_recovery,
+            push=options.use_server_to_server,
         )
         try:
             await session.open()
@@ -232,6 +235,7 @@ class ModelClient:
             self.watcher.view,
             blocks,
             mode="latency",
+            pushed=options.use_server_to_server,
             batch_size=batch_size,
             cache_tokens=batch_size * max_length,
             allowed=options.allowed_servers,

@@ -17,12 +17,14 @@ import trio
 from torch import Tensor
 
 from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_blocks
+from petals.peer.client.pushing import PushedStep
 from petals.peer.client.replay import as_one_prompt
 from petals.peer.client.routing import Route
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.concurrency import gather
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
+from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import LocalProtocolError, RemoteError, RouteError
 from petals.protocols.types import PeerId
 
@@ -52,6 +54,7 @@ class RemoteSession:
         max_retries: how many failures in a row one step may survive.
         exact_recovery: tell replacements the history with its own step boundaries, so that even logits are the same to
             the last bit; else as one prompt, which is faster and the same up to rounding.
+        push: let servers send to each other (pushing.py).
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class RemoteSession:
         *,
         max_retries: int = 10,
         exact_recovery: bool = True,
+        push: bool = True,
     ) -> None:
         self.blocks = blocks
         self.spec = spec
@@ -78,6 +82,9 @@ class RemoteSession:
         self._find_route = find_route
         self._max_retries = max_retries
         self._exact_recovery = exact_recovery
+        self._push = push and spec.encoding != pb.BLOCKWISE_INT8  # rounded twice, our copy would not be what was pushed
+        self.unpushable: set[tuple[PeerId, PeerId]] = set()
+        """Pairs of servers between which a push did not come."""
         self._position = 0
         self._row_order: Tensor | None = None
         self._broken = False
@@ -126,8 +133,7 @@ class RemoteSession:
                 f"{self.spec.max_length}"
             )
         self._broken = True
-        trace: list[HopTrace] = []
-        replay_order = _compose(self._row_order, hypo_ids)
+        done: list[tuple[Hop, StepOutput]] = []
         current = StepInput(
             position=self._position,
             hidden=hidden,
@@ -135,25 +141,57 @@ class RemoteSession:
             prompts=prompts,
             hypo_ids=hypo_ids,
         )
-        index, failures = 0, 0
-        while index < len(self.hops):
-            hop = self.hops[index]
+        replay_order = _compose(self._row_order, hypo_ids)
+        if self._push and len(self.hops) > 1:
+            pushed = PushedStep(self, current, replay_order)
+            output, done = await pushed.run(), pushed.done
+        else:
+            output = await self._relay(self.blocks, current, replay_order, done)
+        self._position += hidden.shape[1]
+        self._row_order = None
+        self._broken = False
+        done.sort(key=lambda each: each[0].blocks.start)
+        self.last_trace = tuple(_trace(hop, answer) for hop, answer in done)
+        return output
+
+    async def redo(
+        self,
+        lost: Hop,
+        error: RemoteError,
+        current: StepInput,
+        replay_order: Tensor | None,
+        done: list[tuple[Hop, StepOutput]],
+    ) -> Tensor:
+        """The output of the blocks of `lost`, which failed, for `current`, their input: by who replaces it.
+
+        Raises: as `step`.
+        """
+        await self._replace(lost, error, failures=1)
+        return await self._relay(lost.blocks, current, replay_order, done)
+
+    async def _relay(
+        self,
+        blocks: range,
+        current: StepInput,
+        replay_order: Tensor | None,
+        done: list[tuple[Hop, StepOutput]],
+    ) -> Tensor:
+        """`current` through the hops of `blocks`, one after another, each answering us."""
+        dtype, position, failures = current.hidden.dtype, blocks.start, 0
+        while position < blocks.stop:
+            hop = next(hop for hop in self.hops if hop.blocks.start == position)
             told = for_blocks(current, self.blocks, hop.blocks)
-            remembered = replace(told, hypo_ids=replay_order) if replay_order is not hypo_ids else None
+            remembered = replace(told, hypo_ids=replay_order) if replay_order is not current.hypo_ids else None
             try:
                 output = await hop.step(told, replayed_as=remembered)
             except RemoteError as error:
                 failures += 1
-                await self._replace(index, error, failures)
+                await self._replace(hop, error, failures)
                 continue
-            trace.append(_trace(hop, output))
+            done.append((hop, output))
             assert output.hidden is not None
-            current = replace(current, hidden=output.hidden.to(hidden.dtype))
-            index += 1
-        self._position += hidden.shape[1]
-        self._row_order = None
-        self._broken = False
-        self.last_trace = tuple(trace)
+            current = replace(current, hidden=output.hidden.to(dtype))
+            position = hop.blocks.stop
         return current.hidden
 
     async def close(self) -> None:
@@ -170,9 +208,8 @@ class RemoteSession:
         with trio.CancelScope(shield=True):
             await gather([hop.reset for hop in hops])
 
-    async def _replace(self, index: int, error: RemoteError, failures: int) -> None:
-        """Put other servers in the place of hop `index` and bring their caches to where it was."""
-        lost = self.hops[index]
+    async def _replace(self, lost: Hop, error: RemoteError, failures: int) -> None:
+        """Put other servers in the place of a hop and bring their caches to where it was."""
         await lost.reset()
         while True:
             self._watcher.report(lost.peer_id if error.peer_id is None else error.peer_id, error)
@@ -191,6 +228,7 @@ class RemoteSession:
                 with trio.CancelScope(shield=True):
                     await gather([hop.reset for hop in hops])
                 raise
+            index = self.hops.index(lost)
             self.hops[index : index + 1] = hops
             return
 

@@ -23,13 +23,16 @@ from petals.peer.config import ServeConfig
 from petals.peer.lora import decode_lora
 from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget, Lease, NoRoom
+from petals.peer.server.mailbox import Mailbox, Pushed
+from petals.peer.server.push import Pusher
 from petals.peer.server.throughput import Speedometer
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, check_model, step_payload
 from petals.protocols.lora import lora_payload
+from petals.protocols.push import push_payload
 from petals.protocols.stream import ByteStream, MessageStream
-from petals.protocols.tensors import MAX_TENSOR_BYTES, WIRE_DTYPES, decode_tensor, encode_tensor
+from petals.protocols.tensors import MAX_TENSOR_BYTES, WIRE_DTYPES, check_header, decode_tensor, encode_tensor
 from petals.protocols.training import request_payload
 from petals.protocols.types import ModelId, PeerId
 
@@ -43,7 +46,7 @@ Adapter = str | Lora | None
 """A hosted one by its name, or one that the client sent."""
 Plan = Sequence[tuple[str, pb.Tensor, int]]
 Reply = pb.InferenceReply | pb.TrainingReply
-Request = TypeVar("Request", pb.InferenceRequest, pb.TrainingRequest)
+Request = TypeVar("Request", pb.InferenceRequest, pb.TrainingRequest, pb.Push)
 
 
 class Refused(SwarmError):
@@ -79,6 +82,7 @@ class Inbound:
         budget: CacheBudget,
         config: ServeConfig,
         speed: Speedometer,
+        pusher: Pusher,
     ) -> None:
         self.model = model
         self.span = span
@@ -87,6 +91,8 @@ class Inbound:
         self.config = config
         self.leaving = False
         self._speed = speed
+        self._pusher = pusher
+        self._mailboxes: dict[bytes, Mailbox] = {}
         self._sessions: Counter[PeerId] = Counter()
         self._scopes: set[trio.CancelScope] = set()
         self._went = trio.Event()
@@ -117,6 +123,19 @@ class Inbound:
         train = partial(self._train, backward=backward)
         await self._guarded(stream, train, lambda error: pb.TrainingReply(error=error))
 
+    async def answer_push(self, stream: ByteStream) -> None:
+        """Take one push into the mailbox of its session. One that fits nowhere costs its sender the stream."""
+        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
+        with self._count(stream.remote_peer), self._deadline(self.config.payload_s):
+            data = await messages.read_message()
+            push = _parse(pb.Push(), data or b"")
+            mailbox = self._mailboxes.get(push.session_id)
+            if mailbox is None:
+                await messages.reset()
+                return
+            size = push_payload(push, mailbox.opening.batch_size, mailbox.opening.max_length, self.span.hidden_size)
+            mailbox.put(Pushed(stream.remote_peer, push, await messages.read_payload(size)))
+
     async def _guarded(
         self, stream: ByteStream, serve: Callable[[MessageStream], Awaitable[None]], reply: Callable[[pb.Error], Reply]
     ) -> None:
@@ -146,9 +165,11 @@ class Inbound:
             return
         opening = request.open
         blocks = self._check_servable(opening)
+        if opening.session_id in self._mailboxes:
+            raise Refused(pb.MALFORMED, "there is a session of this id")
         factors = lora_payload(opening.lora, blocks)
         nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length) + self._lora_bytes(factors)
-        with await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000):
+        with await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000), self._mailbox(opening) as mailbox:
             adapter = await self._read_adapter(messages, opening, factors)
             cache = self.span.new_cache(blocks, opening.batch_size, opening.max_length)
             reply = pb.InferenceReply(
@@ -157,9 +178,13 @@ class Inbound:
             conversation.reply(reply)
             await self._answer(messages, reply)
             while (request := await self._next_request(messages)) is not None:
-                if conversation.request(request) == "close":
-                    return
-                await self._step(messages, conversation, cache, adapter, request.step)
+                match conversation.request(request):
+                    case "close":
+                        return
+                    case "supply":  # the push was faster
+                        await self._read_payload(messages, [_hidden_of(request.supply)])
+                    case _:
+                        await self._step(messages, conversation, cache, adapter, mailbox, request.step)
 
     async def _lease(self, peer_id: PeerId, nbytes: int, wait_s: float) -> Lease:
         try:
@@ -186,6 +211,7 @@ class Inbound:
         conversation: Conversation,
         cache: SpanCache,
         adapter: Adapter,
+        mailbox: Mailbox,
         step: pb.Step,
     ) -> None:
         assert conversation.opening is not None
@@ -195,6 +221,12 @@ class Inbound:
             raise Refused(pb.TOO_LONG, f"{tokens} tokens in one step, at most {self.config.max_batch_tokens}")
         self._check_answer(tokens)
         tensors = await self._read_payload(messages, step_payload(step, opening, self.span.hidden_size))
+        supplied = False
+        if step.pushed_by:
+            hidden, supplied = await self._pushed(messages, conversation, mailbox, step)
+            if hidden is None:
+                return
+            tensors["hidden"] = hidden
         hypo_ids = tensors.get("hypo_ids")
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
@@ -202,7 +234,10 @@ class Inbound:
         done = await self.lane.submit(priority, partial(self._run_step, cache, step.position, tensors, adapter))
         self._speed.note(len(cache.blocks), opening.batch_size, step.hidden.shape[1], done.compute_s)
         reply = pb.StepDone(
-            step_id=step.step_id, queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6)
+            step_id=step.step_id,
+            queue_us=int(done.queue_s * 1e6),
+            compute_us=int(done.compute_s * 1e6),
+            supplied=supplied,
         )
         pieces: list[memoryview] = []
         if not step.silent:
@@ -210,7 +245,43 @@ class Inbound:
             reply.hidden.CopyFrom(header)
         message = pb.InferenceReply(step_done=reply)
         conversation.reply(message)
-        await self._answer(messages, message, *pieces)
+        async with trio.open_nursery() as nursery:
+            if step.HasField("push_to") and not step.silent:
+                nursery.start_soon(self._pusher.push, step.push_to, reply.hidden, pieces)
+            await self._answer(messages, message, *pieces)
+
+    async def _pushed(
+        self, messages: MessageStream, conversation: Conversation, mailbox: Mailbox, step: pb.Step
+    ) -> tuple[Tensor | None, bool]:
+        """The input of a pushed step, and whether the client supplied it. None: the client has ended."""
+        found: Tensor | None = None
+        supplying = False
+        refused: list[SwarmError] = []
+
+        async def from_client() -> None:
+            nonlocal found, supplying
+            try:
+                request = await self._next_request(messages)
+                supplying = request is not None and conversation.request(request) == "supply"
+                if request is not None and supplying:
+                    found = (await self._read_payload(messages, [_hidden_of(request.supply)]))["hidden"]
+            except SwarmError as error:
+                refused.append(error)
+            nursery.cancel_scope.cancel()
+
+        async def from_server() -> None:
+            nonlocal found
+            pushed = await mailbox.take(step)
+            if not supplying:  # a payload that is being read must be read to its end
+                found = decode_tensor(pushed.push.hidden, pushed.payload)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(from_client)
+            nursery.start_soon(from_server)
+        if refused and found is None:
+            raise refused[0]
+        return found, supplying
 
     def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: Adapter) -> Tensor:
         """In the compute thread."""
@@ -333,6 +404,14 @@ class Inbound:
         return tensors
 
     @contextmanager
+    def _mailbox(self, opening: pb.Open) -> Iterator[Mailbox]:
+        mailbox = self._mailboxes[opening.session_id] = Mailbox(opening)
+        try:
+            yield mailbox
+        finally:
+            del self._mailboxes[opening.session_id]
+
+    @contextmanager
     def _deadline(self, seconds: float) -> Iterator[None]:
         with trio.move_on_after(seconds) as scope:
             yield
@@ -364,6 +443,11 @@ class Inbound:
             for _ in range(GOODBYE_READS):
                 if not await messages.stream.read(64 << 10):
                     return
+
+
+def _hidden_of(supply: pb.Supply) -> tuple[str, pb.Tensor, int]:
+    """The payload of a supply, whose shape its conversation has checked."""
+    return "hidden", supply.hidden, check_header(supply.hidden, name="hidden", shape=tuple(supply.hidden.shape))
 
 
 def _blame(error: RemoteProtocolError | ProtocolViolation) -> pb.Error:

@@ -27,9 +27,11 @@ from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget
 from petals.peer.server.neighbours import Neighbours
 from petals.peer.server.placement import should_move
+from petals.peer.server.push import Pusher
 from petals.peer.server.throughput import Speedometer, Throughput, measure_throughput
 from petals.protocols.errors import SwarmError, UserError
 from petals.protocols.inference import INFERENCE_V1
+from petals.protocols.push import PUSH_V1
 from petals.protocols.tensors import FLOATS_BY_NAME
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId
@@ -150,12 +152,13 @@ class Service:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)
             speed = await self._speed(lane, span)
-            inbound = Inbound(self.model, span, lane, budget, self._config, speed)
+            inbound = Inbound(self.model, span, lane, budget, self._config, speed, Pusher(self._host))
             self.server = server = Server(self.model, span, inbound, budget, lane, speed)
             handlers: dict[str, Handler] = {
                 INFERENCE_V1: inbound.answer_inference,
                 FORWARD_V1: partial(inbound.answer_training, backward=False),
                 BACKWARD_V1: partial(inbound.answer_training, backward=True),
+                PUSH_V1: inbound.answer_push,
             }
             for protocol, handler in handlers.items():
                 self._host.set_handler(protocol, handler)

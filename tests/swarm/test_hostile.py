@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Stage:
     def opening(self, **changes: object) -> pb.InferenceRequest:
         assert self.server.server is not None
         fields: dict[str, object] = {
-            "session_id": bytes(16),
+            "session_id": secrets.token_bytes(16),
             "model_digest": self.server.server.model.digest,
             "start_block": 0,
             "end_block": 4,
