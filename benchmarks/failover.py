@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one cell; slower ones are extrapolated")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         torch.manual_seed(0)
         shape = LlamaConfig(
@@ -151,7 +152,9 @@ def main() -> None:
         for stage in range(STAGES):
             for _ in range(2):
                 blocks = f"{2 * stage}:{2 * stage + 2}"
-                address = stack.enter_context(server(directory, "--serve", blocks, "--cache_mb", "256", *joining))
+                address = stack.enter_context(
+                    server(directory, "--serve", blocks, "--cache_mb", "256", *joining, threads=1)
+                )
                 joining = joining or ("--initial_peers", address)
         trio.run(measure, joining[1], Path(directory), options)
 

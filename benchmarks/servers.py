@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -13,10 +14,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def server(*words: str) -> Iterator[str]:
-    """A serving peer in a process; yields its address."""
+def server(*words: str, threads: int | None = None) -> Iterator[str]:
+    """A serving peer in a process; yields its address.
+
+    Args:
+        threads: of its torch; more servers than cores wait for each other's threads if each has several.
+    """
     command = [sys.executable, "-m", "petals.cli.main", "peer", *words, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["addrs"][0]
         process.send_signal(signal.SIGTERM)
