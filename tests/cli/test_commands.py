@@ -91,6 +91,12 @@ def test_the_old_spellings_and_a_fixed_address(tiny_model: str) -> None:
         assert server["digest"] == open_checkpoint(tiny_model).digest
 
 
+def test_a_server_without_a_range_holds_what_fits(tiny_model: str) -> None:
+    words = [tiny_model, "--new_swarm", "--throughput", "100", "--cache_mb", "1", "--mean_balance_check_period", "60"]
+    with serving(*words, "--balance_quality", "0.75", module="petals.cli.run_server") as server:
+        assert server["blocks"] == [0, 4]
+
+
 def test_a_directory_peer_brings_others_together(tiny_model: str) -> None:
     with ExitStack() as stack:
         directory = stack.enter_context(serving("--identity", "identities/local-3.key", module="petals.cli.run_dht"))
