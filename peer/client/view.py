@@ -51,10 +51,12 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class SwarmView:
-    """All servers of one model that are online, as of one moment."""
+    """All servers of one model, as of one moment; `offers` are those that are online."""
 
     model: ModelId
     offers: tuple[Offer, ...] = ()
+    away: tuple[Offer, ...] = ()
+    """Servers that are joining or leaving: never asked, but it may be told why."""
 
     def missing(self, blocks: range) -> list[int]:
         """The blocks nobody holds."""
@@ -121,12 +123,13 @@ class SwarmWatcher:
     @property
     def view(self) -> SwarmView:
         """The swarm as known now."""
-        offers = tuple(
+        known = [
             Offer(record, self._round_trips.seconds.get(peer_id), self._bans.left_s(peer_id))
             for peer_id, record in sorted(self._records.items())
-            if record.state is ServerState.ONLINE
-        )
-        return SwarmView(self.model, offers)
+        ]
+        online = tuple(offer for offer in known if offer.record.state is ServerState.ONLINE)
+        away = tuple(offer for offer in known if offer.record.state is not ServerState.ONLINE)
+        return SwarmView(self.model, online, away)
 
     def report(self, peer_id: PeerId, error: RemoteError) -> None:
         """Tell the view what went wrong with a peer; it looks around again at once."""

@@ -70,10 +70,17 @@ def test_a_swarm_of_processes_writes_what_one_process_writes() -> None:
         answer = json.loads(asked.stdout)
         assert [leg["blocks"] for leg in answer["route"]] == [[0, 15], [15, 30]]
         assert answer["route"][0]["peer_id"] == first["peer_id"]
+        assert [leg["blocks"] for leg in answer["expected_route"]] == [[0, 15], [15, 30]]
+        assert all(leg["network_s"] > 0 and leg["compute_s"] == 15 / 100 for leg in answer["expected_route"])
+        assert answer["skipped"] == []
         assert set(answer["seconds"]) == {"start", "prepare", "first_token", "decode"}
-        plain = run("peer", "--generate", "A cat sat on", "--max-new-tokens=12", "--initial-peers", addr)
+        plain = run(
+            "peer", "--generate", "A cat sat on", "--max-new-tokens=12", "--initial-peers", addr, "--show-route"
+        )
         assert plain.stdout == "A cat sat on" + answer["text"] + "\n"
         assert "route 0:15 via …" in plain.stderr
+        assert "Route found: 0:15 via …" in plain.stderr
+        assert "+ 150.0 compute = " in plain.stderr
         assert "tokens/s" in plain.stderr
     alone = run("peer", "--serve", "0:30", "--generate", "A cat sat on", "--max_new_tokens", "12", "--json")
     assert json.loads(alone.stdout)["token_ids"] == answer["token_ids"]
