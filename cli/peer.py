@@ -14,6 +14,7 @@ from petals.protocols.errors import UserError
 
 if TYPE_CHECKING:
     from petals.peer.client.generation import TokenStream
+    from petals.peer.client.routing import RouteChoice, RouteHop
     from petals.peer.node import Peer
 
 EXAMPLES = """
@@ -90,6 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
     asking.add_argument("--compression", choices=("none", "float16", "int8"), default="none",
                         help="how hidden states travel; none is exact")  # fmt: skip
+    asking.add_argument("--show_route", action="store_true",
+                        help="say what each server is expected to take, and why others are not used")  # fmt: skip
     asking.add_argument("--route_timeout", metavar="S", type=float, default=20.0,
                         help="how long to look for peers that hold missing blocks (default: 20 s)")  # fmt: skip
 
@@ -197,7 +200,9 @@ async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> 
     stream = await peer.generate(
         options.generate,
         options=wanted,
-        client=ClientOptions(compression=options.compression, active_adapter=options.active_adapter),
+        client=ClientOptions(
+            compression=options.compression, active_adapter=options.active_adapter, show_route=options.show_route
+        ),
     )
     if not options.json:
         print(options.generate, end="", flush=True)
@@ -236,8 +241,29 @@ def _as_json(stream: TokenStream, prompt: str, start_s: float) -> dict[str, Any]
             }
             for hop in stream.route
         ],
+        **_choice_as_json(stream.choice),
         "seconds": {"start": start_s, **dataclasses.asdict(stream.seconds)},
         "tokens_per_s": stream.tokens_per_s,
+    }
+
+
+def _choice_as_json(choice: RouteChoice | None) -> dict[str, Any]:
+    """What was expected of the route when the session was opened, and why others were not used."""
+    if choice is None:
+        return {}
+    return {
+        "expected_route": [_hop_as_json(hop) for hop in choice.route.hops],
+        "skipped": [{**_hop_as_json(each.hop), "reason": each.reason} for each in choice.skipped],
+    }
+
+
+def _hop_as_json(hop: RouteHop) -> dict[str, Any]:
+    return {
+        "peer_id": hop.peer_id,
+        "blocks": [hop.blocks.start, hop.blocks.stop],
+        "network_s": hop.network_s,
+        "queue_s": hop.queue_s,
+        "compute_s": hop.compute_s,
     }
 
 

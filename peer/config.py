@@ -78,6 +78,12 @@ class ServeConfig:
     throughput: float | None = None
     """Blocks passed per second, decode; None: measure."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.balance_quality < 1:
+            raise UserError("balance_quality must be at least 0 (never move) and below 1")
+        if self.mean_balance_check_period <= 0:
+            raise UserError("mean_balance_check_period must be positive")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConfig:

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from petals.models.generation import ChainCache, InferenceSession
 from petals.peer.client.chain import RemoteChainSession
 from petals.peer.client.model_client import ClientOptions, ModelClient
+from petals.peer.client.routing import RouteChoice
 from petals.peer.client.session import HopTrace
 from petals.peer.client.twins import Streamer
 from petals.protocols.errors import UserError
@@ -94,6 +95,8 @@ class TokenStream:
     seconds: Seconds = field(default_factory=Seconds)
     route: tuple[HopTrace, ...] = ()
     """The servers of the last step and where its time went."""
+    choice: RouteChoice | None = None
+    """Why the session was opened with the route it was."""
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _ended: trio.Event = field(default_factory=trio.Event)
     _error: BaseException | None = None
@@ -291,6 +294,7 @@ class _Work:
         remote = self._session.cache.session
         if isinstance(remote, RemoteChainSession):
             stream.route = remote.trace
+            stream.choice = remote.remote.choice
         del stream
         await self._send.send(Token(token, text))
 

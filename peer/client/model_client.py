@@ -19,7 +19,7 @@ from petals.models.tuning import Tuning
 from petals.peer.client.batch import BatchTrainer
 from petals.peer.client.chain import RemoteChain
 from petals.peer.client.hop import SessionSpec
-from petals.peer.client.routing import Route, find_route
+from petals.peer.client.routing import Route, RouteChoice, find_route, why_not
 from petals.peer.client.session import RemoteSession
 from petals.peer.client.twins import AsyncTwins
 from petals.peer.client.view import SwarmWatcher
@@ -122,13 +122,20 @@ class ModelClient:
             lora=lora,
             encoding=ENCODINGS[options.compression],
         )
+        last: list[tuple[Route, frozenset[PeerId]]] = []
+
+        def find(blocks: range, avoid: frozenset[PeerId]) -> Route:
+            route = self._latency_route(options, batch_size, max_length, blocks, avoid)
+            last[:] = [(route, avoid)]
+            return route
+
         session = RemoteSession(
             self._host,
             self.watcher,
             blocks,
             spec,
             self._deadlines(options),
-            partial(self._latency_route, options, batch_size, max_length),
+            find,
             max_retries=options.max_retries,
             exact_recovery=options.exact_recovery,
             push=options.use_server_to_server,
@@ -138,9 +145,12 @@ class ModelClient:
         except BaseException:
             await session.reset()
             raise
+        session.choice = self._explain(options, batch_size, max_length, blocks, *last[0])
         if options.show_route:
-            legs = " => ".join(f"{hop.blocks.start}:{hop.blocks.stop} via …{hop.peer_id[-6:]}" for hop in session.hops)
-            self._say(f"Route found: {legs}")
+            route, skipped = session.choice.route, session.choice.skipped
+            self._say(f"Route found: {route.describe()}; {1e3 * route.expected_s:.1f} ms a token expected")
+            for each in skipped:
+                self._say(f"Not used: {each.describe()}")
         return session
 
     @property
@@ -243,6 +253,29 @@ class ModelClient:
             adapter=options.active_adapter,
             require_dtype=options.require_dtype,
         )
+
+    def _explain(
+        self,
+        options: ClientOptions,
+        batch_size: int,
+        max_length: int,
+        blocks: range,
+        route: Route,
+        refused: frozenset[PeerId],
+    ) -> RouteChoice:
+        skipped = why_not(
+            self.watcher.view,
+            blocks,
+            route,
+            batch_size=batch_size,
+            cache_tokens=batch_size * max_length,
+            allowed=options.allowed_servers,
+            blocked=options.blocked_servers,
+            refused=refused,
+            adapter=options.active_adapter,
+            require_dtype=options.require_dtype,
+        )
+        return RouteChoice(route, skipped)
 
     def _throughput_route(self, options: ClientOptions, blocks: range, avoid: frozenset[PeerId]) -> Route:
         return find_route(

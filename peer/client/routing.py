@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from petals.dht.records import ServerRecord
+from petals.dht.records import ServerRecord, ServerState
 from petals.protocols.errors import MissingBlocks
 from petals.protocols.types import PeerId
 
@@ -49,6 +49,18 @@ class RouteHop:
     queue_s: float
     compute_s: float
 
+    @property
+    def expected_s(self) -> float:
+        """One step through it."""
+        return self.network_s + self.queue_s + self.compute_s
+
+    def describe(self) -> str:
+        """For people, in milliseconds."""
+        return (
+            f"{self.blocks.start}:{self.blocks.stop} via …{self.peer_id[-6:]} ({1e3 * self.network_s:.1f} network + "
+            f"{1e3 * self.queue_s:.1f} queue + {1e3 * self.compute_s:.1f} compute = {1e3 * self.expected_s:.1f} ms)"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -59,15 +71,31 @@ class Route:
     @property
     def expected_s(self) -> float:
         """One step through all of it."""
-        return sum(hop.network_s + hop.queue_s + hop.compute_s for hop in self.hops)
+        return sum(hop.expected_s for hop in self.hops)
 
     def describe(self) -> str:
-        """For people: "0:12 via …abcdef (3.1 ms) => 12:24 via …"."""
-        return " => ".join(
-            f"{hop.blocks.start}:{hop.blocks.stop} via …{hop.peer_id[-6:]} "
-            f"({1e3 * (hop.network_s + hop.queue_s + hop.compute_s):.1f} ms)"
-            for hop in self.hops
-        )
+        """For people: "0:12 via …abcdef (2.0 network + 0.1 queue + 1.0 compute = 3.1 ms) => 12:24 via …"."""
+        return " => ".join(hop.describe() for hop in self.hops)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A server that a route does not use, what it would take for its blocks, and why it was passed over."""
+
+    hop: RouteHop
+    reason: str
+
+    def describe(self) -> str:
+        """For people: "0:12 via …abcdef: full"."""
+        return f"{self.hop.blocks.start}:{self.hop.blocks.stop} via …{self.hop.peer_id[-6:]}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class RouteChoice:
+    """A route, and whom it was preferred to."""
+
+    route: Route
+    skipped: tuple[Skipped, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +184,8 @@ def find_route(
     costs = [
         _cost(offer, mode, batch_size, new_tokens, cache_tokens, rng)
         for offer in view.offers
-        if _suits(offer, blocks, allowed, blocked, adapter, require_dtype)
+        if _overlaps(offer.record, blocks)
+        and _objection(offer.record, allowed, blocked, adapter, require_dtype) is None
     ]
     held = {block for cost in costs for block in cost.record.blocks}
     if missing := [block for block in blocks if block not in held]:
@@ -237,23 +266,69 @@ def _as_route(costs: list[_Cost], path: _Trail, blocks: range, pushed: bool) -> 
     return Route(tuple(hops))
 
 
-def _suits(
-    offer: Offer,
+def why_not(
+    view: SwarmView,
     blocks: range,
+    route: Route,
+    *,
+    batch_size: int = 1,
+    new_tokens: int = 1,
+    cache_tokens: int = 0,
+    allowed: frozenset[PeerId] | None = None,
+    blocked: frozenset[PeerId] = frozenset(),
+    refused: frozenset[PeerId] = frozenset(),
+    adapter: str | None = None,
+    require_dtype: str | None = None,
+) -> tuple[Skipped, ...]:
+    """Every server of the view that holds some of `blocks` and is not on `route`, with the reason.
+
+    Args: as `find_route` was given them, for latency. refused: who would not open a session just now.
+    """
+    used = {hop.peer_id for hop in route.hops}
+    skipped: list[Skipped] = []
+    for offer in (*view.offers, *view.away):
+        record = offer.record
+        if record.peer_id in used or not _overlaps(record, blocks):
+            continue
+        cost = _cost(offer, "latency", batch_size, new_tokens, cache_tokens, None)
+        span = range(max(record.blocks.start, blocks.start), min(record.blocks.stop, blocks.stop))
+        hop = RouteHop(record.peer_id, record.addrs, span, 2 * cost.one_way_s, record.queue_s, cost.block_s * len(span))
+        reason = _objection(record, allowed, blocked, adapter, require_dtype)
+        if record.state is not ServerState.ONLINE:
+            reason = record.state.name.lower()
+        elif reason is None and record.peer_id in refused:
+            reason = "refused just now"
+        elif reason is None and offer.ban_left_s > 0:
+            reason = f"banned for {offer.ban_left_s:.0f} s"
+        elif reason is None and cache_tokens > record.cache_tokens_left:
+            reason = f"full: room for {record.cache_tokens_left} tokens"
+        skipped.append(Skipped(hop, reason or f"slower: {1e3 * hop.expected_s:.1f} ms"))
+    return tuple(skipped)
+
+
+def _overlaps(record: ServerRecord, blocks: range) -> bool:
+    return record.blocks.start < blocks.stop and blocks.start < record.blocks.stop
+
+
+def _objection(
+    record: ServerRecord,
     allowed: frozenset[PeerId] | None,
     blocked: frozenset[PeerId],
     adapter: str | None,
     require_dtype: str | None,
-) -> bool:
-    record = offer.record
-    return (
-        (allowed is None or record.peer_id in allowed)
-        and record.peer_id not in blocked
-        and record.blocks.start < blocks.stop
-        and blocks.start < record.blocks.stop
-        and (adapter is None or adapter in record.adapters)
-        and (require_dtype is None or (record.dtype == require_dtype and record.quant_type == "none"))
-    )
+) -> str | None:
+    """Why a server may not be asked at all; None: it may."""
+    if allowed is not None and record.peer_id not in allowed:
+        return "not among the allowed"
+    if record.peer_id in blocked:
+        return "blocked"
+    if adapter is not None and adapter not in record.adapters:
+        return f"does not host adapter {adapter}"
+    if require_dtype is not None and record.quant_type != "none":
+        return f"quantised to {record.quant_type}"
+    if require_dtype is not None and record.dtype != require_dtype:
+        return f"computes in {record.dtype}"
+    return None
 
 
 def _cost(

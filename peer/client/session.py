@@ -19,7 +19,7 @@ from torch import Tensor
 from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_blocks
 from petals.peer.client.pushing import PushedStep
 from petals.peer.client.replay import as_one_prompt
-from petals.peer.client.routing import Route
+from petals.peer.client.routing import Route, RouteChoice
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.concurrency import gather
 from petals.peer.config import Timeouts
@@ -76,6 +76,8 @@ class RemoteSession:
         self.failures = 0
         """Hops replaced so far."""
         self.last_trace: tuple[HopTrace, ...] = ()
+        self.choice: RouteChoice | None = None
+        """Why this route, as of the opening."""
         self._host = host
         self._watcher = watcher
         self._timeouts = timeouts

@@ -12,8 +12,8 @@ import trio
 from petals.dht.directory import Directory
 from petals.dht.records import ServerRecord, ServerState
 from petals.peer.client.routing import Route
-from petals.peer.concurrency import gather
 from petals.peer.host import Host
+from petals.peer.round_trips import RoundTrips
 from petals.protocols.errors import (
     MissingBlocks,
     PeerUnreachable,
@@ -51,10 +51,12 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class SwarmView:
-    """All servers of one model that are online, as of one moment."""
+    """All servers of one model, as of one moment; `offers` are those that are online."""
 
     model: ModelId
     offers: tuple[Offer, ...] = ()
+    away: tuple[Offer, ...] = ()
+    """Servers that are joining or leaving: never asked, but it may be told why."""
 
     def missing(self, blocks: range) -> list[int]:
         """The blocks nobody holds."""
@@ -110,24 +112,24 @@ class SwarmWatcher:
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.model = model
-        self._host = host
         self._directory = directory
         self._update_s = update_s
         self._bans = Bans(clock)
         self._records: dict[PeerId, ServerRecord] = {}
-        self._round_trips: dict[PeerId, float] = {}
+        self._round_trips = RoundTrips(host, clock)
         self._changed = trio.Event()
         self._refresh_now = trio.Event()
 
     @property
     def view(self) -> SwarmView:
         """The swarm as known now."""
-        offers = tuple(
-            Offer(record, self._round_trips.get(peer_id), self._bans.left_s(peer_id))
+        known = [
+            Offer(record, self._round_trips.seconds.get(peer_id), self._bans.left_s(peer_id))
             for peer_id, record in sorted(self._records.items())
-            if record.state is ServerState.ONLINE
-        )
-        return SwarmView(self.model, offers)
+        ]
+        online = tuple(offer for offer in known if offer.record.state is ServerState.ONLINE)
+        away = tuple(offer for offer in known if offer.record.state is not ServerState.ONLINE)
+        return SwarmView(self.model, online, away)
 
     def report(self, peer_id: PeerId, error: RemoteError) -> None:
         """Tell the view what went wrong with a peer; it looks around again at once."""
@@ -204,19 +206,4 @@ class SwarmWatcher:
             log.warning("lookup failed: %s", error)
             return
         self._records = {record.peer_id: record for record in records}
-        strangers = [peer_id for peer_id in self._records if peer_id not in self._round_trips]
-        round_trips = await gather([_Ping(self._host, peer_id) for peer_id in strangers])
-        for peer_id, measured in zip(strangers, round_trips, strict=True):
-            if isinstance(measured, float):
-                self._round_trips[peer_id] = measured
-
-
-@dataclass(frozen=True, slots=True)
-class _Ping:
-    host: Host
-    peer_id: PeerId
-
-    async def __call__(self) -> float:
-        with trio.move_on_after(2.0):
-            return await self.host.ping(self.peer_id)
-        raise PeerUnreachable("no pong", self.peer_id)
+        await self._round_trips.refresh(self._records)

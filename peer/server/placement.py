@@ -10,6 +10,7 @@ strain by a clear margin, and neither can go on for ever, servers that move one 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from petals.dht.records import ServerRecord, ServerState
@@ -33,13 +34,19 @@ def blocks_that_fit(free_bytes: int, block_bytes: int, cache_bytes: int, workspa
     return int((free_bytes * MEMORY_SHARE - cache_bytes - workspace_bytes) // block_bytes)
 
 
+UNKNOWN_RPS = 1.0
+"""Of a server, where nobody has measured anything."""
+
+
 def supply(records: Iterable[ServerRecord], num_blocks: int) -> list[float]:
     """Steps per second that the swarm can give each block."""
     totals = [0.0] * num_blocks
-    for record in records:
-        if record.state not in (ServerState.JOINING, ServerState.ONLINE):
-            continue  # leaving: its room is free
-        each = _rps(record) / len(record.blocks)
+    # Who leaves is not counted on; who still loads, and has not measured, is taken for an average server.
+    staying = [record for record in records if record.state in (ServerState.JOINING, ServerState.ONLINE)]
+    speeds = [record.inference_rps for record in staying if record.inference_rps > 0]
+    average = statistics.mean(speeds) if speeds else UNKNOWN_RPS
+    for record in staying:
+        each = (record.inference_rps or average) / len(record.blocks)
         for block in record.blocks:
             if block < num_blocks:
                 totals[block] += each
@@ -72,14 +79,30 @@ def should_move(
     mine = next((record for record in records if record.peer_id == me), None)
     if mine is None:
         return None
+    rps = mine.inference_rps or UNKNOWN_RPS
     others = supply((record for record in records if record.peer_id != me), num_blocks)
-    fair = _fair(others, _rps(mine))
-    place = _choose(others, min(capacity, num_blocks), _rps(mine))
-    now = _with(others, mine.blocks, _rps(mine))
-    then = _with(others, place, _rps(mine))
+    fair = _fair(others, rps)
+    place = _choose(others, min(capacity, num_blocks), rps)
+    now = _with(others, mine.blocks, rps)
+    then = _with(others, place, rps)
     if _holes(then) != _holes(now):
         return place if len(_holes(then)) < len(_holes(now)) else None  # never leave what nobody else holds
     return place if _strain(then, fair) <= (1 - min_gain) * _strain(now, fair) else None
+
+
+def may_leave(records: Iterable[ServerRecord], me: PeerId, blocks: range) -> bool:
+    """Whether each of `blocks` is held by somebody else who answers and stays.
+
+    Ask again once `me` has been announced as draining: of two who want to leave the same blocks, whoever looks last
+    sees the other one go.
+    """
+    staying = {
+        block
+        for record in records
+        if record.peer_id != me and record.state is ServerState.ONLINE
+        for block in record.blocks
+    }
+    return all(block in staying for block in blocks)
 
 
 def _choose(others: list[float], capacity: int, rps: float) -> range:
@@ -113,7 +136,3 @@ def _strain(totals: list[float], fair: float) -> float:
 
 def _block_strain(total: float, fair: float) -> float:
     return (fair / total) ** POWER if total > 0 else 0.0  # holes are counted, not weighed
-
-
-def _rps(record: ServerRecord) -> float:
-    return max(record.inference_rps, 1e-3)  # a server that has not measured yet still holds its blocks

@@ -18,6 +18,7 @@ from petals.dht.records import ServerRecord, ServerState
 from petals.models.adapters import load_lora
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint
+from petals.models.errors import ModelError
 from petals.models.loading import load_span
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
@@ -26,7 +27,7 @@ from petals.peer.server.inbound import Inbound
 from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget
 from petals.peer.server.neighbours import Neighbours
-from petals.peer.server.placement import should_move
+from petals.peer.server.placement import may_leave, should_move
 from petals.peer.server.push import Pusher
 from petals.peer.server.throughput import Speedometer, Throughput, measure_throughput
 from petals.protocols.errors import SwarmError, UserError
@@ -123,11 +124,22 @@ class Service:
         """Serve `blocks`, and others later if the configuration leaves the choice to us. Started: streams are answered,
         and only then the swarm is told ONLINE."""
         self._blocks = blocks
+        left: range | None = None
         started: Callable[[], None] = task_status.started
         try:
             while True:
                 await self.announcer.enter(ServerState.JOINING)
-                self._blocks = await self._stay(await self._load(self._blocks), started)
+                try:
+                    span = await self._load(self._blocks)
+                except ModelError as error:
+                    if left is None:
+                        raise
+                    self._progress(f"{error}; going back to blocks {left.start}:{left.stop}")
+                    self._blocks, left = left, None
+                    continue
+                left = self._blocks
+                self._blocks = await self._stay(span, started)
+                del span  # its memory is needed for the next one
                 self._progress(f"moving to blocks {self._blocks.start}:{self._blocks.stop}, where the swarm is weaker")
                 started = _nobody_waits
         finally:
@@ -214,13 +226,9 @@ class Service:
         except SwarmError as error:
             log.info("no look around: %s", error)
             return None
-        return should_move(
-            records,
-            self._host.peer_id,
-            self._checkpoint.num_blocks,
-            len(self._blocks),
-            min_gain=1 - self._config.balance_quality,
-        )
+        me, min_gain = self._host.peer_id, 1 - self._config.balance_quality
+        place = should_move(records, me, self._checkpoint.num_blocks, len(self._blocks), min_gain=min_gain)
+        return place if may_leave(records, me, self._blocks) else None
 
     def _describe(self) -> ServerRecord:
         """What is true now; while loading, what will be."""

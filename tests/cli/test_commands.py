@@ -70,10 +70,17 @@ def test_a_swarm_of_processes_writes_what_one_process_writes() -> None:
         answer = json.loads(asked.stdout)
         assert [leg["blocks"] for leg in answer["route"]] == [[0, 15], [15, 30]]
         assert answer["route"][0]["peer_id"] == first["peer_id"]
+        assert [leg["blocks"] for leg in answer["expected_route"]] == [[0, 15], [15, 30]]
+        assert all(leg["network_s"] > 0 and leg["compute_s"] == 15 / 100 for leg in answer["expected_route"])
+        assert answer["skipped"] == []
         assert set(answer["seconds"]) == {"start", "prepare", "first_token", "decode"}
-        plain = run("peer", "--generate", "A cat sat on", "--max-new-tokens=12", "--initial-peers", addr)
+        plain = run(
+            "peer", "--generate", "A cat sat on", "--max-new-tokens=12", "--initial-peers", addr, "--show-route"
+        )
         assert plain.stdout == "A cat sat on" + answer["text"] + "\n"
         assert "route 0:15 via …" in plain.stderr
+        assert "Route found: 0:15 via …" in plain.stderr
+        assert "+ 150.0 compute = " in plain.stderr
         assert "tokens/s" in plain.stderr
     alone = run("peer", "--serve", "0:30", "--generate", "A cat sat on", "--max_new_tokens", "12", "--json")
     assert json.loads(alone.stdout)["token_ids"] == answer["token_ids"]
@@ -89,6 +96,12 @@ def test_the_old_spellings_and_a_fixed_address(tiny_model: str) -> None:
         assert server["addrs"] == [f"{maddr}/p2p/12D3KooWHtURmmUjrRwSiMY8FcjtDevyhTTAQAMRfBKuz8ErYeAT"]
         assert server["blocks"] == [0, 2]
         assert server["digest"] == open_checkpoint(tiny_model).digest
+
+
+def test_a_server_without_a_range_holds_what_fits(tiny_model: str) -> None:
+    words = [tiny_model, "--new_swarm", "--throughput", "100", "--cache_mb", "1", "--mean_balance_check_period", "60"]
+    with serving(*words, "--balance_quality", "0.75", module="petals.cli.run_server") as server:
+        assert server["blocks"] == [0, 4]
 
 
 def test_a_directory_peer_brings_others_together(tiny_model: str) -> None:

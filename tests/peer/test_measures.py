@@ -7,11 +7,45 @@ import trio
 from trio.testing import MockClock
 
 from petals.dht.records import ServerRecord, ServerState
+from petals.peer.round_trips import FRESH_S, RoundTrips
 from petals.peer.server.lane import QUEUE_MEMORY_S, Lane, Priority
 from petals.peer.server.neighbours import MAX_NEIGHBOURS, likely_neighbours
 from petals.peer.server.placement import blocks_that_fit
 from petals.peer.server.throughput import Speedometer, Throughput
+from petals.protocols.errors import PeerUnreachable
 from petals.protocols.types import ModelId, PeerId
+
+A, B = PeerId("a"), PeerId("b")
+
+
+class FakeHost:
+    peer_id = PeerId("me")
+
+    def __init__(self) -> None:
+        self.seconds = {A: 0.1, B: 0.2}
+        self.pings = 0
+
+    async def ping(self, peer_id: PeerId) -> float:
+        self.pings += 1
+        await trio.sleep(self.seconds[peer_id])
+        if self.seconds[peer_id] > 1:
+            raise PeerUnreachable("gone", peer_id)
+        return self.seconds[peer_id]
+
+
+async def test_round_trips_are_renewed_when_due_and_forgotten_with_their_peer(autojump_clock: MockClock) -> None:
+    host = FakeHost()
+    trips = RoundTrips(host)  # type: ignore[arg-type]
+    await trips.refresh([A, B, host.peer_id])
+    await trips.refresh([A, B])
+    assert (dict(trips.seconds), host.pings) == ({A: 0.1, B: 0.2}, 2)
+    await trio.sleep(FRESH_S)
+    host.seconds = {A: 0.3, B: 1.5}
+    await trips.refresh([A, B])
+    assert dict(trips.seconds) == {A: pytest.approx(0.2)}
+    host.seconds[B] = 0.4
+    await trips.refresh([B])
+    assert (dict(trips.seconds), host.pings) == ({B: 0.4}, 5)
 
 
 def test_speeds_follow_the_work() -> None:

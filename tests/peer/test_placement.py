@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.server.placement import choose_blocks, should_move, supply
+from petals.peer.server.placement import choose_blocks, may_leave, should_move, supply
 from petals.protocols.types import ModelId, PeerId
 
 MODEL = ModelId("tiny", "ab" * 32)
@@ -43,6 +43,20 @@ def test_who_leaves_is_not_counted_on() -> None:
 def test_nobody_leaves_blocks_that_nobody_else_holds() -> None:
     swarm = [record("only", range(4), rps=1000.0), record("weak", range(4, 8), rps=1.0)]
     assert should_move(swarm, PeerId("only"), 8, 4) is None
+
+
+def test_who_still_loads_counts_as_an_average_server() -> None:
+    swarm = [record("a", range(8), rps=80.0), record("b", range(4), rps=0.0, state=ServerState.JOINING)]
+    assert supply(swarm, 8) == [30.0] * 4 + [10.0] * 4
+    assert choose_blocks(swarm, 8, 4, 80.0) == range(4, 8)
+
+
+def test_only_blocks_that_others_answer_for_may_be_left() -> None:
+    me = record("me", range(4))
+    for state in ServerState:
+        swarm = [me, record("a", range(2)), record("b", range(2, 6), state=state)]
+        assert may_leave(swarm, me.peer_id, me.blocks) == (state is ServerState.ONLINE)
+    assert not may_leave([me], me.peer_id, me.blocks)
 
 
 def test_a_clear_gain_is_taken_and_a_small_one_left() -> None:
@@ -137,6 +151,5 @@ def test_a_swarm_under_churn_comes_to_rest_near_the_optimum(seed: int) -> None:
             rounds += 1
             assert rounds < 10, "oscillates"
         reached.append(simulation.speed() / simulation.optimum())
-    assert sum(reached) / len(reached) >= 0.9
-    assert min(reached) >= 0.85
+    assert min(reached) >= 0.9
     assert simulation.moves < 4 * len(simulation.swarm) / 2  # less than half of the servers move after a storm

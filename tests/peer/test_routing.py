@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.client.routing import UNKNOWN_ROUND_TRIP_S, UNKNOWN_RPS, Route, find_route
+from petals.peer.client.routing import UNKNOWN_ROUND_TRIP_S, UNKNOWN_RPS, Route, find_route, why_not
 from petals.peer.client.view import Offer, SwarmView
 from petals.protocols.errors import MissingBlocks
 from petals.protocols.types import ModelId, PeerId
@@ -196,4 +197,40 @@ def test_throughput_spreads_load_in_proportion_to_speed() -> None:
 
 def test_a_route_describes_itself() -> None:
     swarm = view(offer("12D3KooWabcdef", range(2), round_trip_s=0.002, inference_rps=2000.0))
-    assert find_route(swarm, range(2)).describe() == "0:2 via …abcdef (3.0 ms)"
+    assert find_route(swarm, range(2)).describe() == "0:2 via …abcdef (2.0 network + 0.0 queue + 1.0 compute = 3.0 ms)"
+
+
+def test_everybody_who_was_not_chosen_has_a_reason() -> None:
+    swarm = view(
+        offer("used", ALL),
+        offer("slow", range(2, 9), inference_rps=10.0, queue_s=0.02),
+        offer("banned", ALL, ban_left_s=12.0),
+        offer("full", ALL, cache_tokens_left=3),
+        offer("refused", ALL),
+        offer("blocked", ALL),
+        offer("plain", ALL, adapters=()),
+        offer("int8", ALL, quant_type="int8"),
+        offer("bf16", ALL, dtype="bfloat16"),
+        offer("elsewhere", range(5, 9)),
+    )
+    hosting = [replace(each, record=replace(each.record, adapters=("lora",))) for each in swarm.offers]
+    hosting[6] = swarm.offers[6]
+    leaving = replace(hosting[0].record, peer_id=PeerId("leaving"), state=ServerState.DRAINING)
+    swarm = SwarmView(MODEL, tuple(hosting), (Offer(leaving, None),))
+    wanted: dict[str, Any] = {"cache_tokens": 10, "adapter": "lora", "require_dtype": "float32"}
+    route = find_route(swarm, ALL, blocked=frozenset({PeerId("blocked"), PeerId("refused")}), **wanted)
+    skipped = why_not(
+        swarm, ALL, route, blocked=frozenset({PeerId("blocked")}), refused=frozenset({PeerId("refused")}), **wanted
+    )
+    assert {each.hop.peer_id: each.reason for each in skipped} == {
+        "slow": "slower: 330.0 ms",
+        "banned": "banned for 12 s",
+        "full": "full: room for 3 tokens",
+        "refused": "refused just now",
+        "blocked": "blocked",
+        "plain": "does not host adapter lora",
+        "int8": "quantised to int8",
+        "bf16": "computes in bfloat16",
+        "leaving": "draining",
+    }
+    assert next(each for each in skipped if each.hop.peer_id == "slow").describe() == "2:5 via …slow: slower: 330.0 ms"

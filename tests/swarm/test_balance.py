@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,16 @@ import torch
 import trio
 
 from petals.dht.records import ServerRecord, ServerState
+from petals.models.block import BlockSpan
 from petals.models.causal_lm import load_causal_lm
+from petals.models.checkpoint import Checkpoint
+from petals.models.errors import ModelError
 from petals.peer.config import ServeConfig
 from petals.peer.node import Peer
+from petals.peer.server import service
 from petals.peer.server.capacity import capacity_of
 from petals.protocols.errors import UserError
+from petals.protocols.types import ModelId
 from tests.swarm.conftest import Swarm, Truth
 
 MakeSwarm = Callable[..., Swarm]
@@ -86,6 +93,75 @@ async def test_two_that_could_go_do_not_go_both(make_swarm: MakeSwarm, tiny_trut
     await until(bootstrap, lambda records: online(records, range(2)) == online(records, range(2, 4)) == 1)
 
 
+async def always_whole(observer: Peer, model: ModelId) -> None:
+    """Look around without pause; every look must find every block with somebody who answers."""
+    while True:
+        records = await observer.directory.lookup(model)
+        held = {block for record in records if record.state is ServerState.ONLINE for block in record.blocks}
+        assert held == set(range(4)), records
+
+
+async def test_a_lopsided_swarm_heals_and_is_whole_all_the_time(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
+    swarm = make_swarm(tiny_truth.directory)
+    bootstrap = await swarm.add()
+    strong = await swarm.add(range(2, 4), throughput=800.0)
+    movers = [await swarm.add(num_blocks=2, **OFTEN) for _ in range(3)]
+    assert [mover.server.span.blocks for mover in movers if mover.server is not None] == [range(2)] * 3
+    await swarm.add(range(2, 4), throughput=10.0)
+    model = (await bootstrap.client()).model
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(always_whole, bootstrap, model)
+        await swarm.stop(strong)
+        await until(bootstrap, lambda records: online(records, range(2)) == online(records, range(2, 4)) == 2)
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_loads_says_so_and_is_not_asked_yet(
+    make_swarm: MakeSwarm, tiny_truth: Truth, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def slow_load(*args: Any, load: Callable[..., BlockSpan] = service.load_span, **settings: Any) -> BlockSpan:
+        assert go_on.wait(30)
+        return load(*args, **settings)
+
+    monkeypatch.setattr(service, "load_span", slow_load)
+    swarm = make_swarm(tiny_truth.directory)
+    bootstrap = await swarm.add()
+    client = await bootstrap.client()
+    nursery.start_soon(partial(swarm.add, num_blocks=2))
+    await until(bootstrap, lambda records: [(r.state, r.blocks) for r in records] == [(ServerState.JOINING, range(2))])
+    assert client.watcher.view.offers == ()
+    nursery.start_soon(partial(swarm.add, num_blocks=2))
+    # The second takes what nobody is loading.
+    await until(bootstrap, lambda records: {record.blocks for record in records} == {range(2), range(2, 4)})
+    go_on.set()
+    await client.ready()
+
+
+async def test_a_place_that_can_not_be_loaded_is_given_up(
+    make_swarm: MakeSwarm, tiny_truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_swarm(tiny_truth.directory)
+    bootstrap = await swarm.add()
+    strong = await swarm.add(range(2, 4), throughput=800.0)
+    await swarm.add(range(2))
+    mover = await swarm.add(num_blocks=2, **OFTEN)
+    await swarm.add(range(2, 4), throughput=10.0)
+    load, failed = service.load_span, list[range]()
+
+    def refuse(checkpoint: Checkpoint, blocks: range, **settings: Any) -> BlockSpan:
+        if blocks == range(2, 4) and not failed:
+            failed.append(blocks)
+            raise ModelError("no room on the disk")
+        return load(checkpoint, blocks, **settings)
+
+    monkeypatch.setattr(service, "load_span", refuse)
+    await swarm.stop(strong)
+    await until(bootstrap, lambda records: bool(failed) and online(records, range(2, 4)) == 2)
+    assert mover.server is not None
+
+
 async def test_records_tell_the_way_to_who_comes_next(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
     swarm = make_swarm(tiny_truth.directory)
     bootstrap = await swarm.add()
@@ -99,7 +175,7 @@ async def test_records_tell_the_way_to_who_comes_next(make_swarm: MakeSwarm, tin
     await until(bootstrap, knows)
 
 
-def test_how_many_blocks_fit(tiny_truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_blocks_fit(tiny_truth: Truth, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def free(nbytes: int) -> Any:
         return type("Memory", (), {"available": nbytes})
 
@@ -108,6 +184,8 @@ def test_how_many_blocks_fit(tiny_truth: Truth, monkeypatch: pytest.MonkeyPatch)
     count, why = capacity_of(tiny_truth.checkpoint, config)
     assert count == 4
     assert why.endswith("so 4 of 4 blocks")
-    monkeypatch.setattr("petals.peer.server.capacity.psutil.virtual_memory", lambda: free(1 << 20))
+    (tmp_path / "memory.max").write_text("1048576\n")
+    (tmp_path / "memory.current").write_text("4096\n")
+    monkeypatch.setattr("petals.peer.server.capacity.CONTROL_GROUP", tmp_path)
     with pytest.raises(UserError, match="not one fits; lower --cache_mb"):
         capacity_of(tiny_truth.checkpoint, config)
