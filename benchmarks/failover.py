@@ -116,7 +116,9 @@ async def measure(address: str, model: Path, options: argparse.Namespace) -> Non
                         base, truth = speed, outcome.last
                     if way == "exact":
                         equal = outcome.last is not None and truth is not None and torch.equal(outcome.last, truth)
-                        said = f"{outcome.failures}, {'yes' if equal else 'no'}"
+                        said = (
+                            f"{outcome.failures}, {'yes' if equal else 'no' if outcome.last is not None else 'cut off'}"
+                        )
                     cells.append(f"{speed:.1f} ({speed / base:.2f})")
                 print(f"| {length} | {probability:g} | {' | '.join(cells)} | {said} |", flush=True)
         print("\n| history, steps | one recovery, exact, ms | fast, ms |\n|---|---|---|")

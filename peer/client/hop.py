@@ -130,6 +130,8 @@ class Hop:
     dtype: torch.dtype = torch.float32
     """Of its answers."""
     history: list[StepInput] = field(default_factory=list)
+    rebuilt: bool = False
+    """Its cache was made from history during this step: rows that a roll-back left reordered elsewhere are not here."""
     s_per_token: float = math.nan
     """Smoothed round trip per new token and row position; not a number before the first step."""
 

@@ -151,6 +151,8 @@ class RemoteSession:
             output = await self._relay(self.blocks, current, replay_order, done)
         self._position += hidden.shape[1]
         self._row_order = None
+        for hop in self.hops:
+            hop.rebuilt = False
         self._broken = False
         done.sort(key=lambda each: each[0].blocks.start)
         self.last_trace = tuple(_trace(hop, answer) for hop, answer in done)
@@ -183,9 +185,9 @@ class RemoteSession:
         while position < blocks.stop:
             hop = next(hop for hop in self.hops if hop.blocks.start == position)
             told = for_blocks(current, self.blocks, hop.blocks)
-            remembered = replace(told, hypo_ids=replay_order) if replay_order is not current.hypo_ids else None
+            remembered = replace(told, hypo_ids=replay_order) if replay_order is not current.hypo_ids else told
             try:
-                output = await hop.step(told, replayed_as=remembered)
+                output = await hop.step(remembered if hop.rebuilt else told, replayed_as=remembered)
             except RemoteError as error:
                 failures += 1
                 await self._replace(hop, error, failures)
@@ -232,6 +234,8 @@ class RemoteSession:
                 raise
             index = self.hops.index(lost)
             self.hops[index : index + 1] = hops
+            for hop in hops:
+                hop.rebuilt = True
             return
 
     async def _rebuild(self, hops: list[Hop], lost: Hop) -> None:

@@ -1,0 +1,181 @@
+"""Storms: servers killed and frozen at random moments, and not a bit of any answer changes, not a byte stays leased.
+
+Hundreds of schedules run in memory, under a clock that jumps, each from its seed; one storm runs over real hosts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+import trio
+
+from petals.models.checkpoint import open_checkpoint
+from petals.models.loading import load_span
+from petals.models.local import LocalChain
+from petals.peer.client.session import RemoteSession
+from tests.fakes.memory_swarm import MemorySwarm, run_in_memory, storm
+from tests.models.tiny import CASES, save_tiny
+from tests.swarm.conftest import Swarm, Truth, all_leases_returned
+
+GROUPS, SCHEDULES = 10, 40
+BATCH, LENGTH = 2, 24
+
+Turn = tuple[int, torch.Tensor, torch.Tensor | None]
+"""(roll back to this position, hidden states, row order)"""
+
+
+def some_turns(dice: random.Random, size: int) -> list[Turn]:
+    """Prompts, tokens, roll-backs and reordered rows, as the dice say."""
+    generator = torch.Generator().manual_seed(dice.randrange(1 << 30))
+    turns: list[Turn] = []
+    position = 0
+    for index in range(12):
+        tokens = dice.choice((1, 1, 1, 2, 5))
+        if index and dice.random() < 0.15:
+            position = dice.randrange(position + 1)
+        if position + tokens > LENGTH:
+            break
+        order = torch.tensor([1, 0]) if index and dice.random() < 0.2 else None
+        turns.append((position, torch.randn(BATCH, tokens, size, generator=generator), order))
+        position += tokens
+    return turns
+
+
+def truth_of(chain: LocalChain, turns: list[Turn]) -> list[torch.Tensor]:
+    session = chain.open_session(batch_size=BATCH, max_length=LENGTH)
+    answers = []
+    for position, hidden, order in turns:
+        session.position = position
+        answers.append(session.step(hidden, hypo_ids=order))
+    return answers
+
+
+async def answers_of(session: RemoteSession, turns: list[Turn]) -> list[torch.Tensor]:
+    answers = []
+    for position, hidden, order in turns:
+        session.rollback(position)
+        answers.append(await session.step(hidden, hypo_ids=order))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> LocalChain:
+    """Four blocks, loaded as the servers of the storm load them: 0:1, 1:3, 3:4."""
+    directory = tmp_path_factory.mktemp("storm")
+    save_tiny(next(case for case in CASES if case.id == "llama"), directory)
+    checkpoint = open_checkpoint(str(directory))
+    return LocalChain([load_span(checkpoint, blocks) for blocks in (range(1), range(1, 3), range(3, 4))])
+
+
+async def weather(swarm: MemorySwarm, chain: LocalChain, log: list[float]) -> None:
+    """One session through one storm, compared with the same blocks at home; `log` gets what happened when."""
+    for span in chain._spans:
+        for _ in range(2):
+            swarm.add(span)
+    await swarm.watcher.changed(1.0)
+    turns = some_turns(swarm.dice, chain.hidden_size)
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def blow() -> None:
+            log.append(await storm(swarm, chain._spans, stop, mean_s=swarm.dice.choice((0.02, 0.1, 0.5))))
+
+        nursery.start_soon(blow)
+        session = await swarm.open_session(range(4), BATCH, LENGTH, push=swarm.dice.random() < 0.7)
+        got = await answers_of(session, turns)
+        stop.set()
+    await session.close()
+    log += [session.failures, trio.current_time()]
+    for index, (mine, wanted) in enumerate(zip(got, truth_of(chain, turns), strict=True)):
+        assert torch.equal(mine, wanted), f"step {index}"
+    for server in swarm.servers.values():
+        server.die()  # frozen ones have not heard that the session is over
+    with trio.fail_after(5):
+        while any(server.inbound.sessions for server in swarm.servers.values()):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    for server in swarm.servers.values():
+        assert server.inbound.budget.left_bytes == server.inbound.budget.total_bytes
+        assert not server.inbound._mailboxes
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_schedules_in_memory(chain: LocalChain, group: int) -> None:
+    failures = 0.0
+    for seed in range(group * SCHEDULES, (group + 1) * SCHEDULES):
+        log: list[float] = []
+        try:
+            run_in_memory(seed, partial(weather, chain=chain, log=log))
+        except BaseException as error:
+            error.add_note(f"schedule {seed}")
+            raise
+        failures += log[1]
+    assert failures > SCHEDULES  # the storms were storms
+
+
+def test_a_schedule_happens_again_from_its_seed(chain: LocalChain) -> None:
+    for seed in range(5):
+        logs: tuple[list[float], list[float]] = ([], [])
+        for log in logs:
+            run_in_memory(seed, partial(weather, chain=chain, log=log))
+        assert logs[0] == logs[1]
+
+
+async def test_a_storm_over_real_hosts(make_swarm: Callable[..., Swarm], tiny_truth: Truth) -> None:
+    """20 sessions, four at a time, while 200 connections and servers are cut at random; every answer is exact."""
+    swarm = make_swarm(tiny_truth.directory)
+    bootstrap = await swarm.add()
+    spans = (range(2), range(2, 4))
+    for blocks in spans * 3:
+        await swarm.add(blocks)
+    client = await bootstrap.client()
+    await client.ready()
+    local = LocalChain([load_span(tiny_truth.checkpoint, blocks) for blocks in spans])
+    dice = random.Random(3)
+    sessions: set[RemoteSession] = set()
+    cuts = 0
+
+    async def one(seed: int) -> None:
+        turns = some_turns(random.Random(seed), local.hidden_size)
+        session = await client.open_session(client.blocks, BATCH, LENGTH)
+        sessions.add(session)
+        for got, wanted in zip(await answers_of(session, turns), truth_of(local, turns), strict=True):
+            assert torch.equal(got, wanted)
+        sessions.discard(session)
+        await session.close()
+
+    async def cut() -> None:
+        """A server dies and another one comes, or the ground goes from under one hop."""
+        nonlocal cuts
+        cuts += 1
+        if dice.random() < 0.05:
+            victim = dice.choice(swarm.peers[1:])
+            assert victim.server is not None
+            blocks = victim.server.span.blocks
+            if sum(p.server is not None and p.server.span.blocks == blocks for p in swarm.peers) > 1:
+                await swarm.stop(victim)
+                await swarm.add(blocks)
+        elif hops := [hop for session in sessions for hop in session.hops]:
+            await dice.choice(hops).messages.reset()
+
+    async def worker(seeds: Iterator[int]) -> None:
+        for seed in seeds:
+            await one(seed)
+
+    with trio.fail_after(240):
+        seeds = iter(range(1000))
+        twenty = iter([next(seeds) for _ in range(20)])
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(worker, twenty)
+            for _ in range(200):
+                await cut()
+                await trio.lowlevel.checkpoint()
+    assert cuts == 200
+    for peer in swarm.peers:
+        if peer.server is not None:
+            await all_leases_returned(peer)
+            assert not peer.server.inbound._mailboxes
