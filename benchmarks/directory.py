@@ -22,6 +22,7 @@ from petals.dht.walk import walk
 from petals.peer.host import Host, HostConfig, open_host
 from petals.peer.identity import create_identity, verify
 from petals.peer.info import answer_info, fetch_record
+from petals.peer.server.announcer import Announcer
 from petals.protocols.info import INFO_V1
 from petals.protocols.stream import ByteStream
 from petals.protocols.types import ModelId, PeerId
@@ -35,7 +36,14 @@ class Node:
     directory: Directory
     scope: trio.CancelScope
     record: ServerRecord
+    own: trio.Nursery
     gone: trio.Event = field(default_factory=trio.Event)
+
+    async def keep_announced(self) -> None:
+        """As a server does: now, soon again, and every 30 s for as long as the node lives."""
+        announcer = Announcer(self.directory, lambda: self.record, every_s=30.0)
+        await announcer.enter(ServerState.ONLINE)
+        self.own.start_soon(announcer.run)
 
 
 async def run_node(join: str | None, *, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
@@ -66,10 +74,11 @@ async def run_node(join: str | None, *, task_status: trio.TaskStatus[Node] = tri
                     await answer_info(lambda _: signed, stream)
 
                 host.set_handler(INFO_V1, answer)
-                node = Node(host, directory, scope, record)
-                task_status.started(node)
                 try:
-                    await trio.sleep_forever()
+                    async with trio.open_nursery() as own:
+                        node = Node(host, directory, scope, record, own)
+                        task_status.started(node)
+                        await trio.sleep_forever()
                 finally:
                     node.gone.set()
 
@@ -92,30 +101,76 @@ async def measure(peers: int, churn: int) -> None:
             f"finds {min(complete):.0%}"
         )
         if churn:
+            for node in nodes:
+                await node.keep_announced()
             await churned(nursery, nodes, churn)
+            for _ in range(2):
+                await stormed(nursery, nodes)
         nursery.cancel_scope.cancel()
 
 
 async def churned(nursery: trio.Nursery, nodes: list[Node], events: int) -> None:
     """Peers come and go without a word, one after another; after each, somebody looks up."""
-    times, wrong = [], 0
+    looks = []
     for number in range(events):
         if number % 2:
             node = await nursery.start(run_node, random.choice(nodes).host.addrs[0])
-            await node.directory.announce(node.record)
+            await node.keep_announced()
             nodes.append(node)
         else:
             node = nodes.pop(random.randrange(len(nodes)))
             node.scope.cancel()
             await node.gone.wait()
-        reader = random.choice(nodes)
-        started = trio.current_time()
-        found = {record.peer_id for record in await reader.directory.lookup(MODEL)}
-        times.append(trio.current_time() - started)
-        wrong += len(found ^ {node.host.peer_id for node in nodes})
-    print(
-        f"{len(nodes):6} peers | {events} comings and goings: lookup {ms(times)}; {wrong} peers missing or listed dead"
-    )
+        looks.append(await look(random.choice(nodes), nodes))
+    report(f"{events} comings and goings", nodes, looks)
+
+
+async def stormed(nursery: trio.Nursery, nodes: list[Node]) -> None:
+    """Half of the peers vanish at the same moment, without a word; ten of those left look up one after another.
+    Then as many join together, and ten look up meanwhile."""
+    half = len(nodes) // 2
+    random.shuffle(nodes)
+    dead = [nodes.pop() for _ in range(half)]
+    for node in dead:
+        node.scope.cancel()
+    for node in dead:
+        await node.gone.wait()
+    times = [await look(reader, nodes) for reader in nodes[:10]]
+    report(f"{half} gone at once", nodes, times)
+
+    async def join() -> None:
+        node = await nursery.start(run_node, random.choice(nodes[:half]).host.addrs[0])
+        await node.keep_announced()
+        nodes.append(node)
+
+    staying = list(nodes)
+    joining_times = []
+    async with trio.open_nursery() as joiners:
+        for _ in range(half):
+            joiners.start_soon(join)
+        for reader in staying[:10]:
+            joining_times.append(await look(reader, staying, newcomers=True))
+    report(f"{half} joining at once", nodes, joining_times)
+    joined = trio.current_time()
+    while missing := sum([(await look(reader, nodes))[1] for reader in nodes[:5]]):
+        print(f"{len(nodes):6} peers | {missing} missing at five readers")
+        await trio.sleep(2.0)
+    print(f"{len(nodes):6} peers | five readers list all of them {trio.current_time() - joined:.1f} s later")
+    report("then", nodes, [await look(reader, nodes) for reader in nodes[:10]])
+
+
+async def look(reader: Node, nodes: list[Node], *, newcomers: bool = False) -> tuple[float, int]:
+    """Seconds of a lookup, and how many it missed or listed wrongly; `newcomers`: others may be there already."""
+    started = trio.current_time()
+    found = {record.peer_id for record in await reader.directory.lookup(MODEL)}
+    elapsed = trio.current_time() - started
+    alive = {node.host.peer_id for node in nodes}
+    return elapsed, len(alive - found if newcomers else alive ^ found)
+
+
+def report(what: str, nodes: list[Node], looks: list[tuple[float, int]]) -> None:
+    wrong = sum(wrong for _, wrong in looks)
+    print(f"{len(nodes):6} peers | {what}: lookup {ms([s for s, _ in looks])}; {wrong} missing or listed dead")
 
 
 async def timed(call: object, *arguments: object) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +18,16 @@ from petals.protocols.errors import SwarmError
 log = logging.getLogger(__name__)
 
 
+SOON_S = 2.0
+"""A newcomer knows few nodes, and few know it: its first announcement may miss most of those nearest to the key, so it
+is said again after this long, after twice this, and so on, until the usual pace is reached."""
+
+
 class Announcer:
-    """Announces what `describe` says, at every `every_s` seconds and whenever the state changes."""
+    """Announces what `describe` says, at every `every_s` seconds and whenever the state changes.
+
+    The record expires after three times that: a server that dies without a word is remembered no longer.
+    """
 
     def __init__(
         self,
@@ -26,11 +35,13 @@ class Announcer:
         describe: Callable[[], ServerRecord],
         every_s: float,
         clock: Callable[[], float] = time.time,
+        dice: Callable[[], float] = random.random,
     ) -> None:
         self._directory = directory
         self._describe = describe
         self._every_s = every_s
         self._clock = clock
+        self._dice = dice
         self._sequence = int(clock() * 1000)  # a restarted server must not be older than its own past
         self._state = ServerState.JOINING
 
@@ -56,9 +67,12 @@ class Announcer:
         await self._announce()
 
     async def run(self) -> None:
-        """Renew the record until cancelled."""
+        """Renew the record until cancelled; soon and often at first. Pauses vary by half, so that servers that came
+        together do not all speak at once for ever."""
+        pause_s = min(SOON_S, self._every_s)
         while True:
-            await trio.sleep(self._every_s)
+            await trio.sleep(pause_s * (0.5 + self._dice()))
+            pause_s = min(2 * pause_s, self._every_s)
             await self._announce()
 
     async def leave(self, within_s: float) -> None:

@@ -177,3 +177,35 @@ async def _join(net: Net, node: object) -> object:
     net.nodes.remove(node)  # type: ignore[arg-type]
     net.nodes.insert(0, node)  # type: ignore[arg-type]
     return await net.add()
+
+
+async def test_half_of_the_peers_vanish_at_once_and_nobody_dead_is_listed_or_waited_for(net: Net) -> None:
+    nodes = [await net.add() for _ in range(16)]
+    for node in nodes:
+        await node.announce()
+    staying, leaving = nodes[:8], nodes[8:]
+    for node in leaving:
+        await net.stop(node)
+    asked = [node.directory.asked for node in staying]
+    for reader in staying:
+        found = {record.peer_id for record in await reader.directory.lookup(MODEL)}
+        assert found == {node.peer_id for node in staying}
+    # Each of the dead is asked at most once by each reader, and refuses at once; then it is out of the table.
+    for reader, before in zip(staying, asked, strict=True):
+        assert reader.directory.asked - before <= 16
+        again = reader.directory.asked
+        await reader.directory.lookup(MODEL)
+        assert reader.directory.asked - again <= 8
+
+
+async def test_comings_and_goings_are_seen_by_the_next_lookup(net: Net) -> None:
+    for _ in range(4):
+        await (await net.add()).announce()
+    for turn in range(12):
+        if turn % 2:
+            await net.stop(net.nodes[1 + turn % 3])
+        else:
+            await (await net.add()).announce()
+        for reader in (net.nodes[0], net.nodes[-1]):
+            found = {record.peer_id for record in await reader.directory.lookup(MODEL)}
+            assert found == {node.peer_id for node in net.nodes}
