@@ -108,6 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          "what it is; 0: never (default: 0.95)")  # fmt: skip
     serving.add_argument("--mean_balance_check_period", metavar="S", type=float,
                          default=120.0, help="how often to look whether moving pays (default: 120 s)")  # fmt: skip
+    serving.add_argument("--favour", metavar="PEER_ID", nargs="+", default=[],
+                         help="peers whose work goes before others' of the same kind, such as your own")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
@@ -142,6 +144,7 @@ async def run(options: argparse.Namespace) -> None:
             device=options.device,
             public_name=options.public_name,
             throughput=options.throughput,
+            favoured=frozenset(options.favour),
             balance_quality=options.balance_quality,
             mean_balance_check_period=options.mean_balance_check_period,
         )

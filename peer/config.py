@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from petals.protocols.errors import UserError
+from petals.protocols.types import PeerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,11 @@ class ServeConfig:
     max_sessions_per_peer: int = 64
     max_batch_tokens: int = 16384
     """Most tokens (batch x length) of one step, forward or backward."""
+    prefill_chunk_tokens: int = 512
+    """Tokens (rows x new ones) computed in one go; others' decode steps come in between. Part of what makes answers
+    equal to the last bit: servers of one swarm should agree on it."""
+    favoured: frozenset[PeerId] = frozenset()
+    """Peers whose work goes before others' of the same kind, such as one's own."""
     max_lora_bytes: int = 64 << 20
     """Most bytes of low-rank updates that a client may send with one session or request; they count as its cache."""
     dtype: str = "auto"

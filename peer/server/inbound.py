@@ -21,7 +21,7 @@ from petals.models.cache import SpanCache
 from petals.models.errors import ModelError
 from petals.peer.config import ServeConfig
 from petals.peer.lora import decode_lora
-from petals.peer.server.lane import Lane, Priority
+from petals.peer.server.lane import Lane, Priority, Timed
 from petals.peer.server.leases import CacheBudget, Lease, NoRoom
 from petals.peer.server.mailbox import Mailbox, Pushed
 from petals.peer.server.push import Pusher
@@ -38,6 +38,8 @@ from petals.protocols.types import ModelId, PeerId
 
 log = logging.getLogger(__name__)
 
+DECODE_TOKENS = 8
+"""New tokens per row up to which a step counts as decoding: drafts that are checked, too."""
 GOODBYE_S = 5.0
 GOODBYE_READS = 4096
 """Of 64 KiB at most: as much as the largest tensor that may have been announced."""
@@ -230,8 +232,7 @@ class Inbound:
         hypo_ids = tensors.get("hypo_ids")
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
-        priority = Priority.DECODE if step.hidden.shape[1] <= 8 else Priority.PREFILL
-        done = await self.lane.submit(priority, partial(self._run_step, cache, step.position, tensors, adapter))
+        done = await self._compute(messages.remote_peer, cache, step.position, tensors, adapter)
         self._speed.note(len(cache.blocks), opening.batch_size, step.hidden.shape[1], done.compute_s)
         reply = pb.StepDone(
             step_id=step.step_id,
@@ -249,6 +250,31 @@ class Inbound:
             if step.HasField("push_to") and not step.silent:
                 nursery.start_soon(self._pusher.push, step.push_to, reply.hidden, pieces)
             await self._answer(messages, message, *pieces)
+
+    async def _compute(
+        self, peer_id: PeerId, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: Adapter
+    ) -> Timed[Tensor]:
+        """One step; a long one in pieces, between which others' steps may slip in."""
+        whole = tensors["hidden"]
+        rows, tokens = whole.shape[:2]
+        prompts = tensors.get("prompts")
+        piece = max(1, self.config.prefill_chunk_tokens // rows, 0 if prompts is None else prompts.shape[2])
+        priority = Priority.DECODE if tokens <= DECODE_TOKENS else Priority.PREFILL
+        outputs: list[Tensor] = []
+        queue_s = compute_s = 0.0
+        for begin in range(0, tokens, piece):
+            part = {"hidden": whole[:, begin : begin + piece]}
+            if "attention_mask" in tensors:
+                part["attention_mask"] = tensors["attention_mask"][:, : position + begin + part["hidden"].shape[1]]
+            if begin == 0:
+                part |= {name: tensors[name] for name in ("prompts", "hypo_ids") if name in tensors}
+            work = partial(self._run_step, cache, position + begin, part, adapter)
+            cost = rows * part["hidden"].shape[1]
+            done = await self.lane.submit(priority, work, peer_id=peer_id, cost=cost)
+            outputs.append(done.value)
+            queue_s += done.queue_s
+            compute_s += done.compute_s
+        return Timed(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), queue_s, compute_s)
 
     async def _pushed(
         self, messages: MessageStream, conversation: Conversation, mailbox: Mailbox, step: pb.Step
@@ -317,7 +343,8 @@ class Inbound:
             adapter = decode_lora(request.lora, tensors) or request.adapter or None
             run = self._run_backward if backward else self._run_forward
             priority = Priority.BACKWARD if backward else Priority.FORWARD
-            done = await self.lane.submit(priority, partial(run, blocks, tensors, adapter))
+            work = partial(run, blocks, tensors, adapter)
+            done = await self.lane.submit(priority, work, peer_id=messages.remote_peer, cost=tokens)
         reply = pb.TrainingDone(queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6))
         header, pieces = encode_tensor(done.value.hidden, request.reply_encoding)
         reply.hidden.CopyFrom(header)

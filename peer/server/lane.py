@@ -1,8 +1,12 @@
 """One priority queue in front of one compute thread.
 
-Decode steps go first, then prefill, then forward, then backward; equals in the order they came. Two rules make
-cancellation safe: a job that is cancelled while it waits never runs, and one that is running is waited for, because it
-writes into a cache that must not be leased to somebody else before it has stopped.
+Decode steps go first, then prefill, then forward, then backward. Among equals whoever is favoured goes first, and the
+others by start-time fair queueing (Goyal et al. 1996): each peer has a clock that its jobs push forward by their cost,
+and the job that started earliest by its peer's clock is next. So a peer with a hundred jobs delays one with one job
+by one of them, not by a hundred; a peer that comes back has saved nothing up.
+
+Two rules make cancellation safe: a job that is cancelled while it waits never runs, and one that is running is waited
+for, because it writes into a cache that must not be leased to somebody else before it has stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +23,12 @@ from typing import Any, Generic, TypeVar
 import outcome
 import trio
 
+from petals.protocols.types import PeerId
+
 T = TypeVar("T")
 
+NOBODY = PeerId("")
+"""The server's own jobs."""
 QUEUE_MEMORY_S = 20.0
 """How fast the smoothed queue delay forgets."""
 
@@ -54,8 +62,13 @@ class _Job:
 class Lane:
     """Runs jobs one at a time. `run()` must be running for `submit()` to return."""
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int, _Job]] = []
+    def __init__(self, favoured: frozenset[PeerId] = frozenset()) -> None:
+        """`favoured`: peers whose jobs go before others of the same priority."""
+        self._favoured = favoured
+        self._heap: list[tuple[int, bool, float, int, _Job]] = []
+        self._now = 0.0
+        """The fair queue's time: where the job that was taken last had started."""
+        self._clocks: dict[PeerId, float] = {}
         self._order = itertools.count()
         self._wake_up = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
@@ -66,7 +79,7 @@ class Lane:
 
     @property
     def queued(self) -> int:
-        return sum(not job.cancelled for _, _, job in self._heap)
+        return sum(not entry[-1].cancelled for entry in self._heap)
 
     def queue_s(self) -> float:
         """How long jobs wait for the thread, smoothed over time; an idle lane forgets."""
@@ -78,11 +91,20 @@ class Lane:
         self._delay_s = kept * self._delay_s + (1 - kept) * waited_s
         self._delay_at = now
 
-    async def submit(self, priority: Priority, work: Callable[[], T]) -> Timed[T]:
-        """Run `work()` in the compute thread when its turn comes. What it raises is raised here."""
+    async def submit(
+        self, priority: Priority, work: Callable[[], T], *, peer_id: PeerId = NOBODY, cost: float = 1.0
+    ) -> Timed[T]:
+        """Run `work()` in the compute thread when its turn comes. What it raises is raised here.
+
+        Args:
+            peer_id: for whom; cost: how much it takes of that peer's share, in tokens.
+        """
         job = _Job(work)
         asked_at = trio.current_time()
-        heapq.heappush(self._heap, (priority, next(self._order), job))
+        start = max(self._now, self._clocks.get(peer_id, 0.0))
+        self._clocks[peer_id] = start + cost
+        favour = peer_id not in self._favoured
+        heapq.heappush(self._heap, (priority, favour, start, next(self._order), job))
         self._wake_up.set()
         try:
             await job.finished.wait()
@@ -104,9 +126,12 @@ class Lane:
             while not self._heap:
                 self._wake_up = trio.Event()
                 await self._wake_up.wait()
-            job = heapq.heappop(self._heap)[2]
-            if not job.cancelled:
-                await self._execute(job)
+            _, _, start, _, job = heapq.heappop(self._heap)
+            if job.cancelled:
+                continue
+            self._now = max(self._now, start)
+            self._clocks = {peer_id: clock for peer_id, clock in self._clocks.items() if clock > self._now}
+            await self._execute(job)
 
     async def _execute(self, job: _Job) -> None:
         job.started_at = trio.current_time()

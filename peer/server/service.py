@@ -159,7 +159,7 @@ class Service:
 
     async def _stay(self, span: BlockSpan, started: Callable[[], None]) -> range:
         """Answer about `span` until another place is clearly better; returns that, once no session is left here."""
-        lane = Lane()
+        lane = Lane(self._config.favoured)
         budget = CacheBudget(self._config.cache_bytes, max_share=self._config.max_peer_share)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)

@@ -46,7 +46,7 @@ class InlineLane:
         self.frozen = False
         self._dice = dice
 
-    async def submit(self, priority: Priority, work: Callable[[], Any]) -> Timed[Any]:
+    async def submit(self, priority: Priority, work: Callable[[], Any], **_: Any) -> Timed[Any]:
         await trio.sleep(self._dice.uniform(0.0, 0.02))
         if self.frozen:
             await trio.sleep_forever()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from petals.peer.server.lane import Lane, Priority
+from petals.protocols.types import PeerId
 
 
 class Gate:
@@ -55,6 +57,23 @@ async def test_waiting_jobs_run_by_priority_then_by_age(lane: Lane) -> None:
         assert lane.queued == 6
         gate.release.set()
     assert order == ["decode 1", "decode 2", "prefill 1", "prefill 2", "forward", "backward"]
+
+
+async def test_a_crowd_of_one_peers_jobs_holds_nobody_up(nursery: trio.Nursery) -> None:
+    lane = Lane(favoured=frozenset({PeerId("mine")}))
+    nursery.start_soon(lane.run)
+    gate, order = Gate(), list[str]()
+    async with trio.open_nursery() as jobs:
+        jobs.start_soon(lane.submit, Priority.DECODE, gate)
+        await trio.to_thread.run_sync(gate.started.wait)
+        for name, cost in (("a", 1), ("a", 1), ("a", 1), ("b", 1), ("c", 3), ("c", 3), ("mine", 50), ("b", 1)):
+            work = partial(order.append, name)
+            jobs.start_soon(partial(lane.submit, Priority.DECODE, work, peer_id=PeerId(name), cost=cost))
+            await wait_all_tasks_blocked()
+        gate.release.set()
+    assert order == ["mine", "a", "b", "c", "a", "b", "a", "c"]
+    assert (await lane.submit(Priority.DECODE, lambda: 5, peer_id=PeerId("a"))).value == 5
+    assert len(lane._clocks) <= 3  # peers that owe nothing are forgotten
 
 
 async def test_a_job_cancelled_while_waiting_never_runs(lane: Lane) -> None:

@@ -28,7 +28,7 @@ class Swarm:
     scopes: dict[str, trio.CancelScope] = field(default_factory=dict)
     gone: dict[str, trio.Event] = field(default_factory=dict)
 
-    async def add(self, blocks: range | None = None, **serve: Any) -> Peer:
+    async def add(self, blocks: range | None = None, *, identity: Path | None = None, **serve: Any) -> Peer:
         """A peer that serves `blocks`, or only asks."""
         settings = None
         if blocks is not None or serve:
@@ -36,6 +36,7 @@ class Swarm:
         config = PeerConfig(
             model=self.model,
             serve=settings,
+            identity=identity,
             initial_peers=self.peers[0].addrs if self.peers else (),
             timeouts=Timeouts(route_s=8.0),
         )

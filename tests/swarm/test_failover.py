@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import trio
 
 from petals.models.causal_lm import load_causal_lm
+from petals.models.loading import load_span
+from petals.models.local import LocalChain
 from petals.peer.client.generation import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.client.session import RemoteSession
-from petals.protocols.errors import MissingBlocks
+from petals.protocols.errors import MissingBlocks, PeerUnreachable
+from petals.protocols.framing import encode_frame
+from petals.protocols.stream import MessageStream
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 MakeSwarm = Callable[..., Swarm]
@@ -124,3 +130,66 @@ async def test_gradients_are_those_of_the_unsplit_model_even_when_a_server_leave
     torch.testing.assert_close(await client.portal.run_sync(gradient, model), expected, rtol=1e-4, atol=1e-6)
     await swarm.stop(swarm.peers[1])
     torch.testing.assert_close(await client.portal.run_sync(gradient, model), expected, rtol=1e-4, atol=1e-6)
+
+
+async def test_a_server_that_restarts_under_its_name_is_used_again(
+    make_swarm: MakeSwarm, tiny_truth: Truth, tmp_path: Path
+) -> None:
+    """It is the only one that holds its blocks, and has forgotten everything."""
+    swarm = make_swarm(tiny_truth.directory)
+    bootstrap = await swarm.add()
+    await swarm.add(range(2))
+    only = await swarm.add(range(2, 4), identity=tmp_path / "only.key")
+    client = await bootstrap.client()
+    await client.ready()
+    generator = torch.Generator().manual_seed(1)
+    steps = [torch.randn(1, 2, client.checkpoint.hidden_size, generator=generator) for _ in range(4)]
+
+    async def run(between: Callable[[], Awaitable[None]] | None) -> list[torch.Tensor]:
+        session = await client.open_session(client.blocks, 1, 8)
+        outputs = []
+        for index, hidden in enumerate(steps):
+            if index == 2 and between is not None:
+                await between()
+            outputs.append(await session.step(hidden))
+        assert session.hops[-1].peer_id == only.peer_id
+        await session.close()
+        return outputs
+
+    async def restart() -> None:
+        await swarm.stop(only)
+        again = await swarm.add(range(2, 4), identity=tmp_path / "only.key")
+        assert again.peer_id == only.peer_id
+
+    expected = await run(None)
+    for got, wanted in zip(await run(restart), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+async def test_half_an_answer_is_no_answer(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
+    """A server whose stream ends in the middle of a frame is replaced; what it had said does not count."""
+    swarm = make_swarm(tiny_truth.directory)
+    bootstrap = await swarm.add()
+    await swarm.add(range(4))
+    broken = await swarm.add(range(4), throughput=1000.0)
+    client = await bootstrap.client()
+    await client.ready()
+    assert broken.server is not None
+
+    async def half(messages: MessageStream, reply: Any, *payload: memoryview) -> None:
+        frame = encode_frame(reply.SerializeToString()) + b"".join(bytes(piece) for piece in payload)
+        await messages.stream.write(frame[: len(frame) // 2])
+        await messages.stream.close()
+        raise PeerUnreachable("half said", messages.remote_peer)
+
+    session = await client.open_session(client.blocks, 1, 8)
+    assert [hop.peer_id for hop in session.hops] == [broken.peer_id]
+    hidden = torch.randn(1, 3, client.checkpoint.hidden_size)
+    await session.step(hidden)
+    object.__setattr__(broken.server.inbound, "_answer", half)
+    got = await session.step(hidden)
+    assert [hop.peer_id for hop in session.hops] == [swarm.peers[1].peer_id]
+    await session.close()
+    with LocalChain(load_span(tiny_truth.checkpoint, range(4))).open_session(batch_size=1, max_length=8) as local:
+        local.step(hidden)
+        assert torch.equal(got, local.step(hidden))

@@ -14,6 +14,8 @@ import trio
 from transformers import AutoModelForCausalLM
 
 from petals.models.causal_lm import load_causal_lm
+from petals.models.loading import load_span
+from petals.models.local import LocalChain
 from petals.peer.client.generation import GenerationOptions
 from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks, UserError
@@ -172,3 +174,30 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_sent(mak
     with pytest.raises(UserError, match="empty"):
         await client.generate("")
     assert await ask(client, PROMPTS[0], max_new_tokens=2)  # the peer is none the worse
+
+
+async def test_a_long_prompt_lets_others_steps_through(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
+    """It is computed in pieces, with the same result up to rounding: padding, deep prompts and all."""
+    swarm = make_swarm(tiny_truth.directory)
+    server = await swarm.add(range(4), prefill_chunk_tokens=8)
+    client = await (await swarm.add()).client()
+    await client.ready()
+    assert server.server is not None
+    lane, submitted = server.server.lane, list[int]()
+    submit = lane.submit
+
+    async def counted(*args: Any, **kwargs: Any) -> Any:
+        submitted.append(kwargs["cost"])
+        return await submit(*args, **kwargs)
+
+    object.__setattr__(lane, "submit", counted)
+    hidden = torch.randn(2, 14, client.checkpoint.hidden_size, generator=torch.Generator().manual_seed(1))
+    prompts = torch.randn(4, 2, 3, client.checkpoint.hidden_size, generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(2, 14, dtype=torch.bool)
+    mask[0, :5] = False
+    session = await client.open_session(client.blocks, 2, 20)
+    got = await session.step(hidden, attention_mask=mask, prompts=prompts)
+    await session.close()
+    assert submitted == [8, 8, 8, 4]
+    whole = LocalChain(load_span(tiny_truth.checkpoint, range(4))).forward(hidden, attention_mask=mask, prompts=prompts)
+    torch.testing.assert_close(got[mask], whole[mask], rtol=1e-4, atol=1e-4)

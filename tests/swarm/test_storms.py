@@ -21,7 +21,7 @@ from tests.fakes.memory_swarm import MemorySwarm, run_in_memory, storm
 from tests.models.tiny import CASES, save_tiny
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
-GROUPS, SCHEDULES = 10, 40
+GROUPS, SCHEDULES = 20, 50
 BATCH, LENGTH = 2, 24
 
 Turn = tuple[int, torch.Tensor, torch.Tensor | None]
