@@ -108,6 +108,7 @@ class Peer:
                     self.config.timeouts,
                     random.random,
                     self._progress,
+                    self._nursery,
                 )
             return self._clients[model]
 

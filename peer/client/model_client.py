@@ -54,6 +54,9 @@ class ClientOptions:
     (docs/failover.md has the figures)."""
     use_server_to_server: bool = True
     """Let servers push activations to each other; they fall back to us where they cannot reach each other."""
+    standby: bool = False
+    """Keep a second server ready for every hop, told the same a little later: a failure costs a round trip instead of a
+    replay, and all the time a second lease and the compute again."""
     request_timeout: float | None = None
     """Seconds for one step at one server, or one span of a batch; None: the peer's `Timeouts`."""
     show_route: bool = False
@@ -82,6 +85,7 @@ class ModelClient:
         timeouts: Timeouts,
         random: Callable[[], float],
         say: Callable[[str], None],
+        nursery: trio.Nursery,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
@@ -93,6 +97,7 @@ class ModelClient:
         self._timeouts = timeouts
         self._random = random
         self._say = say
+        self._nursery = nursery
 
     @property
     def blocks(self) -> range:
@@ -139,6 +144,7 @@ class ModelClient:
             max_retries=options.max_retries,
             exact_recovery=options.exact_recovery,
             push=options.use_server_to_server,
+            standby_in=self._nursery if options.standby else None,
         )
         try:
             await session.open()

@@ -20,6 +20,7 @@ from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_
 from petals.peer.client.pushing import PushedStep
 from petals.peer.client.replay import as_one_prompt
 from petals.peer.client.routing import Route, RouteChoice
+from petals.peer.client.standby import Standbys
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.concurrency import gather
 from petals.peer.config import Timeouts
@@ -55,6 +56,7 @@ class RemoteSession:
         exact_recovery: tell replacements the history with its own step boundaries, so that even logits are the same to
             the last bit; else as one prompt, which is faster and the same up to rounding.
         push: let servers send to each other (pushing.py).
+        standby_in: keep second servers ready (standby.py), fed by a task in this nursery; None: do not.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class RemoteSession:
         max_retries: int = 10,
         exact_recovery: bool = True,
         push: bool = True,
+        standby_in: trio.Nursery | None = None,
     ) -> None:
         self.blocks = blocks
         self.spec = spec
@@ -87,6 +90,8 @@ class RemoteSession:
         self._push = push and spec.encoding != pb.BLOCKWISE_INT8  # rounded twice, our copy would not be what was pushed
         self.unpushable: set[tuple[PeerId, PeerId]] = set()
         """Pairs of servers between which a push did not come."""
+        self.standbys = None if standby_in is None else Standbys(lambda: self.hops, self._open_standby)
+        self._standby_in = standby_in
         self._position = 0
         self._row_order: Tensor | None = None
         self._broken = False
@@ -104,6 +109,8 @@ class RemoteSession:
             RemoteError: nobody of those who hold a block would open a session.
         """
         self.hops = await self._open_hops(self.blocks)
+        if self.standbys is not None and self._standby_in is not None:
+            self._standby_in.start_soon(self.standbys.run)
 
     def rollback(self, position: int) -> None:
         """Forget everything from `position` on; the servers learn of it with the next step."""
@@ -111,6 +118,8 @@ class RemoteSession:
             raise ValueError(f"position {position} is not within the {self._position} tokens of this session")
         if position < self._position:
             orders = [hop.truncate(position) for hop in self.hops]
+            if self.standbys is not None:
+                self.standbys.rollback(position)
             self._row_order = _compose(self._row_order, orders[0] if orders else None)
         self._position = position
 
@@ -153,6 +162,8 @@ class RemoteSession:
         self._row_order = None
         for hop in self.hops:
             hop.rebuilt = False
+        if self.standbys is not None:
+            self.standbys.tell()
         self._broken = False
         done.sort(key=lambda each: each[0].blocks.start)
         self.last_trace = tuple(_trace(hop, answer) for hop, answer in done)
@@ -200,17 +211,22 @@ class RemoteSession:
 
     async def close(self) -> None:
         """Give every lease back; never raises, bounded."""
-        self._broken = True
+        self._end()
         hops, self.hops = self.hops, []
         with trio.CancelScope(shield=True):  # each close is bounded by itself
             await gather([hop.close for hop in hops])
 
     async def reset(self) -> None:
         """Give every lease back at once, after a cancellation."""
-        self._broken = True
+        self._end()
         hops, self.hops = self.hops, []
         with trio.CancelScope(shield=True):
             await gather([hop.reset for hop in hops])
+
+    def _end(self) -> None:
+        self._broken = True
+        if self.standbys is not None:
+            self.standbys.close()
 
     async def _replace(self, lost: Hop, error: RemoteError, failures: int) -> None:
         """Put other servers in the place of a hop and bring their caches to where it was."""
@@ -221,9 +237,14 @@ class RemoteSession:
                 raise error
             log.warning("lost blocks %d:%d: %s; looking for a replacement", lost.blocks.start, lost.blocks.stop, error)
             self.failures += 1
-            hops = await self._open_hops(lost.blocks, avoid=frozenset({lost.peer_id}))
+            hops: list[Hop] = []
             try:
-                await self._rebuild(hops, lost)
+                standby = None if self.standbys is None else await self.standbys.take(lost)
+                if standby is not None:
+                    hops = [standby]
+                else:
+                    hops = await self._open_hops(lost.blocks, avoid=frozenset({lost.peer_id}))
+                    await self._rebuild(hops, lost)
             except RemoteError as another:
                 error, failures = another, failures + 1
                 await gather([hop.reset for hop in hops])
@@ -251,6 +272,13 @@ class RemoteSession:
                     replace(step, hidden=output.to(step.hidden.dtype))
                     for step, output in zip(history, outputs, strict=True)
                 ]
+
+    async def _open_standby(self, hop: Hop, avoid: frozenset[PeerId]) -> Hop:
+        route = self._find_route(hop.blocks, avoid)
+        if len(route.hops) != 1:
+            raise RouteError(f"nobody else holds all of {hop.blocks.start}:{hop.blocks.stop}")
+        leg = route.hops[0]
+        return await Hop.open(self._host, leg.peer_id, leg.addrs, leg.blocks, self.spec, self._timeouts)
 
     async def _open_hops(self, blocks: range, avoid: frozenset[PeerId] = frozenset()) -> list[Hop]:
         """Sessions at servers that hold `blocks` together. Whoever refuses is avoided, until nobody is left."""

@@ -85,7 +85,9 @@ async def weather(swarm: MemorySwarm, chain: LocalChain, log: list[float]) -> No
             log.append(await storm(swarm, chain._spans, stop, mean_s=swarm.dice.choice((0.02, 0.1, 0.5))))
 
         nursery.start_soon(blow)
-        session = await swarm.open_session(range(4), BATCH, LENGTH, push=swarm.dice.random() < 0.7)
+        standby = swarm.nursery if swarm.dice.random() < 0.3 else None
+        push = swarm.dice.random() < 0.7
+        session = await swarm.open_session(range(4), BATCH, LENGTH, push=push, standby_in=standby)
         got = await answers_of(session, turns)
         stop.set()
     await session.close()
