@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from petals import AutoDistributedModelForCausalLM, connect
 from petals.models.checkpoint import open_checkpoint
-from petals.peer.client.model_client import ENCODINGS
-from petals.protocols.tensors import encode_tensor
+from petals.protocols.tensors import COMPRESSIONS, encode_tensor
 
 
 def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -48,7 +47,7 @@ def main() -> None:
     lines = ["| compression | bytes per token and hop, one way | logits: largest error, share of same first choices |",
              "|---|---|---|"]  # fmt: skip
     with two_servers(checkpoint.num_blocks) as address, connect(address) as peer:
-        for compression, encoding in ENCODINGS.items():
+        for compression, encoding in COMPRESSIONS.items():
             model = AutoDistributedModelForCausalLM.from_pretrained(peer=peer, compression=compression)
             contestants[f"swarm, compression {compression}"] = partial(run, model, ids)
             logits = run(model, ids)

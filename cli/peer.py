@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--seed", type=int, help="makes sampling repeatable")
     asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
     asking.add_argument("--compression", choices=("none", "float16", "int8"), default="none",
-                        help="how hidden states travel; none is exact")  # fmt: skip
+                        help="how hidden states travel, asked and answered; none is exact")  # fmt: skip
     asking.add_argument("--show_route", action="store_true",
                         help="say what each server is expected to take, and why others are not used")  # fmt: skip
     asking.add_argument("--route_timeout", metavar="S", type=float, default=20.0,
@@ -145,6 +145,7 @@ async def run(options: argparse.Namespace) -> None:
             public_name=options.public_name,
             throughput=options.throughput,
             favoured=frozenset(options.favour),
+            compression=options.compression,
             balance_quality=options.balance_quality,
             mean_balance_check_period=options.mean_balance_check_period,
         )

@@ -73,6 +73,8 @@ class ServeConfig:
     dtype: str = "auto"
     """Compute dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16."""
     quant_type: Literal["none", "int8", "nf4"] = "none"
+    compression: Literal["none", "float16", "int8"] = "none"
+    """How answers travel to those who have not asked for less than all bits."""
     device: str = "auto"
     session_idle_s: float = 1800.0
     """A session that asks nothing for this long is ended."""

@@ -41,7 +41,9 @@ FLOATS_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 """As records and command lines name them."""
 INT64 = (torch.int64,)
 BOOL = (torch.bool,)
-ENCODINGS = (pb.RAW, pb.AS_FLOAT16, pb.BLOCKWISE_INT8)
+COMPRESSIONS = {"none": pb.RAW, "float16": pb.AS_FLOAT16, "int8": pb.BLOCKWISE_INT8}
+"""How hidden states travel, as people say it. "none" is exact."""
+ENCODINGS = tuple(COMPRESSIONS.values())
 
 MAX_DIMENSIONS = 4
 MAX_TENSOR_BYTES = 256 << 20

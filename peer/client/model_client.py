@@ -26,13 +26,9 @@ from petals.peer.client.view import SwarmWatcher
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.peer.portal import Portal
-from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import UserError
-from petals.protocols.tensors import FLOATS_BY_NAME
+from petals.protocols.tensors import COMPRESSIONS, FLOATS_BY_NAME
 from petals.protocols.types import ModelId, PeerId
-
-ENCODINGS = {"none": pb.RAW, "float16": pb.AS_FLOAT16, "int8": pb.BLOCKWISE_INT8}
-"""How hidden states travel. "none" is exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +59,8 @@ class ClientOptions:
     """Say which servers a session goes through, and how long each takes."""
 
     def __post_init__(self) -> None:
-        if self.compression not in ENCODINGS:
-            raise UserError(f"unknown compression {self.compression!r}: choose {', '.join(ENCODINGS)}")
+        if self.compression not in COMPRESSIONS:
+            raise UserError(f"unknown compression {self.compression!r}: choose {', '.join(COMPRESSIONS)}")
         if self.max_retries < 0:
             raise UserError("max_retries must not be negative")
         for name in ("allowed_servers", "blocked_servers"):
@@ -125,7 +121,7 @@ class ModelClient:
             max_length=max_length,
             adapter=options.active_adapter or "",
             lora=lora,
-            encoding=ENCODINGS[options.compression],
+            encoding=COMPRESSIONS[options.compression],
         )
         last: list[tuple[Route, frozenset[PeerId]]] = []
 
@@ -176,7 +172,7 @@ class ModelClient:
             self._deadlines(options),
             partial(self._throughput_route, options),
             adapter=options.active_adapter or "",
-            encoding=ENCODINGS[options.compression],
+            encoding=COMPRESSIONS[options.compression],
             max_retries=options.max_retries,
         )
 

@@ -32,7 +32,14 @@ from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, check_mo
 from petals.protocols.lora import lora_payload
 from petals.protocols.push import push_payload
 from petals.protocols.stream import ByteStream, MessageStream
-from petals.protocols.tensors import MAX_TENSOR_BYTES, WIRE_DTYPES, check_header, decode_tensor, encode_tensor
+from petals.protocols.tensors import (
+    COMPRESSIONS,
+    MAX_TENSOR_BYTES,
+    WIRE_DTYPES,
+    check_header,
+    decode_tensor,
+    encode_tensor,
+)
 from petals.protocols.training import request_payload
 from petals.protocols.types import ModelId, PeerId
 
@@ -242,7 +249,7 @@ class Inbound:
         )
         pieces: list[memoryview] = []
         if not step.silent:
-            header, pieces = encode_tensor(done.value, opening.reply_encoding)
+            header, pieces = encode_tensor(done.value, self._encoding(opening.reply_encoding))
             reply.hidden.CopyFrom(header)
         message = pb.InferenceReply(step_done=reply)
         conversation.reply(message)
@@ -346,10 +353,11 @@ class Inbound:
             work = partial(run, blocks, tensors, adapter)
             done = await self.lane.submit(priority, work, peer_id=messages.remote_peer, cost=tokens)
         reply = pb.TrainingDone(queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6))
-        header, pieces = encode_tensor(done.value.hidden, request.reply_encoding)
+        encoding = self._encoding(request.reply_encoding)
+        header, pieces = encode_tensor(done.value.hidden, encoding)
         reply.hidden.CopyFrom(header)
         if done.value.prompts is not None:
-            header, more = encode_tensor(done.value.prompts, request.reply_encoding)
+            header, more = encode_tensor(done.value.prompts, encoding)
             reply.prompts.CopyFrom(header)
             pieces += more
         for factor in done.value.lora:
@@ -391,6 +399,10 @@ class Inbound:
             )  # a token may pass an expert by, and its factors with it
         given = len(inputs) - len(factors)
         return _Trained(gradients[0], gradients[1] if prompts is not None else None, gradients[given:])
+
+    def _encoding(self, asked: pb.Encoding) -> pb.Encoding:
+        """How an answer travels: as asked, or shorter if the operator saves bytes."""
+        return asked if asked != pb.RAW else COMPRESSIONS[self.config.compression]
 
     def _check_answer(self, tokens: int) -> None:
         """A small request in a short dtype may have an answer that is too large to travel."""

@@ -193,3 +193,30 @@ async def test_half_an_answer_is_no_answer(make_swarm: MakeSwarm, tiny_truth: Tr
     with LocalChain(load_span(tiny_truth.checkpoint, range(4))).open_session(batch_size=1, max_length=8) as local:
         local.step(hidden)
         assert torch.equal(got, local.step(hidden))
+
+
+async def test_a_closed_port_ends_no_session_and_costs_newcomers_nothing(
+    make_swarm: MakeSwarm, tiny_truth: Truth
+) -> None:
+    """As if a router forgot its rule: who is connected stays, who comes later goes to somebody else."""
+    swarm = make_swarm(tiny_truth.directory)
+    bootstrap = await swarm.add()
+    shut = await swarm.add(range(4), throughput=1000.0)
+    client = await bootstrap.client()
+    await client.ready()
+    session = await client.open_session(client.blocks, 1, 8)
+    hidden = torch.randn(1, 2, client.checkpoint.hidden_size)
+    await session.step(hidden)
+    for door in shut.host._network.listeners.values():
+        await door.close()
+    open_one = await swarm.add(range(4))
+    await session.step(hidden)
+    assert [hop.peer_id for hop in session.hops] == [shut.peer_id]
+    assert session.failures == 0
+    newcomer = await (await swarm.add()).client()
+    await newcomer.ready()
+    other = await newcomer.open_session(newcomer.blocks, 1, 8)
+    assert [hop.peer_id for hop in other.hops] == [open_one.peer_id]
+    await other.step(hidden)
+    await other.close()
+    await session.close()

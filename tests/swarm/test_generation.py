@@ -201,3 +201,25 @@ async def test_a_long_prompt_lets_others_steps_through(make_swarm: MakeSwarm, ti
     assert submitted == [8, 8, 8, 4]
     whole = LocalChain(load_span(tiny_truth.checkpoint, range(4))).forward(hidden, attention_mask=mask, prompts=prompts)
     torch.testing.assert_close(got[mask], whole[mask], rtol=1e-4, atol=1e-4)
+
+
+async def test_a_server_may_save_bytes(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
+    """Its answers are shorter than asked for, and say so; what it is told stays exact."""
+    swarm = make_swarm(tiny_truth.directory)
+    await swarm.add(range(4), compression="float16")
+    client = await (await swarm.add()).client()
+    await client.ready()
+    model = load_causal_lm(tiny_truth.checkpoint, client.chain())
+    ids = torch.tensor([[5, 17, 99, 3]])
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    exact = tiny_truth.model(ids).logits
+    got = await client.portal.run_sync(logits)
+    assert not torch.equal(got, exact)
+    torch.testing.assert_close(got, exact, rtol=2e-3, atol=2e-2)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    said = await client.portal.run_sync(partial(model.generate, ids, **settings))
+    assert torch.equal(said, tiny_truth.model.generate(ids, **settings))

@@ -63,6 +63,12 @@ async def test_a_dead_process_costs_no_token(
     expected = smollm.model.generate(**inputs, max_new_tokens=24, do_sample=False)
     assert got == expected[0, inputs["input_ids"].shape[1] :].tolist()
     assert {hop.peer_id for hop in stream.route}.isdisjoint(victims)
+    if sign == signal.SIGSTOP:  # thawed, they are as good as new: nobody else is left
+        for peer_id, process in servers.items():
+            process.send_signal(signal.SIGCONT if peer_id in victims else signal.SIGKILL)
+        again = await client.generate("A cat sat on", options=GenerationOptions(max_new_tokens=12))
+        assert [token.id async for token in again] == got[:12]
+        assert {hop.peer_id for hop in again.route} == set(victims)
     for process in servers.values():
         process.kill()
 
