@@ -273,3 +273,21 @@ async def test_gradients_in_bfloat16(make_swarm: MakeSwarm, tiny_truth: Truth) -
 
     ours, theirs = await model.run(gradients)
     assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+async def test_a_timeout_of_ones_own_and_the_route_told(
+    make_swarm: MakeSwarm, tiny_truth: Truth, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, peer = await asked(make_swarm, tiny_truth)
+    settings = {"request_timeout": 3.5, "show_route": "inference", "max_retries": 2}
+    model = await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer, **settings)
+    with caplog.at_level("INFO"):
+        async with model.ainference_session(max_length=8) as session:
+            await model.agenerate(IDS, max_new_tokens=1)
+            remote = session.cache.session.remote
+            assert (remote._timeouts.step_s, remote._max_retries) == (3.5, 2)
+    told = [record.message for record in caplog.records if record.message.startswith("Route found: 0:3 via …")]
+    assert len(told) == 1
+    assert "ms a token expected" in told[0]
+    with pytest.raises(UserError, match="unknown compression 'zip'"):
+        await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer, compression="zip")

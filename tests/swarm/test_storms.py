@@ -5,9 +5,11 @@ Hundreds of schedules run in memory, under a clock that jumps, each from its see
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from petals.peer.client.session import RemoteSession
 from tests.fakes.memory_swarm import MemorySwarm, run_in_memory, storm
 from tests.models.tiny import CASES, save_tiny
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
+from tests.swarm.test_processes import start
 
 GROUPS, SCHEDULES = 20, 50
 BATCH, LENGTH = 2, 24
@@ -181,3 +184,64 @@ async def test_a_storm_over_real_hosts(make_swarm: Callable[..., Swarm], tiny_tr
         if peer.server is not None:
             await all_leases_returned(peer)
             assert not peer.server.inbound._mailboxes
+
+
+@pytest.mark.swarm
+async def test_a_storm_of_killed_processes(
+    make_swarm: Callable[..., Swarm], tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    """Real processes killed at random, others started in their place, sessions all the while. $STORM_KILLS says how
+    many; with 200 it takes a quarter of an hour, most of it to start servers."""
+    save_tiny(next(case for case in CASES if case.id == "llama"), tmp_path)
+    kills = int(os.environ.get("STORM_KILLS", "4"))
+    client_peer = await make_swarm(tmp_path).add()
+    spans = {"0:2": range(2), "2:4": range(2, 4)}
+    local = LocalChain([load_span(open_checkpoint(str(tmp_path)), blocks) for blocks in spans.values()])
+    alive: dict[str, list[trio.Process]] = {name: [] for name in spans}
+    dice = random.Random(11)
+    answered = killed = 0
+    over = trio.Event()
+
+    async def serve(name: str) -> None:
+        words = (str(tmp_path), "--serve", name, "--cache_mb", "64", "--initial_peers", *client_peer.addrs)
+        alive[name].append((await start(nursery, *words))[0])
+
+    async with trio.open_nursery() as starting:
+        for name in [*spans, *spans, *spans]:
+            starting.start_soon(serve, name)
+    client = await client_peer.client()
+    await client.ready()
+
+    async def kill(name: str) -> None:
+        nonlocal killed
+        while killed < kills:
+            killed += 1
+            victim = alive[name].pop(dice.randrange(len(alive[name])))
+            victim.kill()
+            await victim.wait()
+            await serve(name)
+
+    async def ask(seeds: Iterator[int]) -> None:
+        nonlocal answered
+        for seed in seeds:
+            if over.is_set() and answered >= 20:
+                return
+            turns = some_turns(random.Random(seed), local.hidden_size)
+            session = await client.open_session(client.blocks, BATCH, LENGTH)
+            for got, wanted in zip(await answers_of(session, turns), truth_of(local, turns), strict=True):
+                assert torch.equal(got, wanted), f"session {seed}"
+            await session.close()
+            answered += 1
+
+    seeds = iter(range(1_000_000))
+    async with trio.open_nursery() as asking:
+        for _ in range(3):
+            asking.start_soon(ask, seeds)
+        async with trio.open_nursery() as killing:
+            for name in spans:
+                killing.start_soon(kill, name)
+        over.set()
+    assert killed == kills
+    for processes in alive.values():
+        for process in processes:
+            process.kill()
