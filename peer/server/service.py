@@ -164,7 +164,7 @@ class Service:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)
             speed = await self._speed(lane, span)
-            inbound = Inbound(self.model, span, lane, budget, self._config, speed, Pusher(self._host))
+            inbound = Inbound(self.model, span, lane, budget, self._config, speed=speed, pusher=Pusher(self._host))
             self.server = server = Server(self.model, span, inbound, budget, lane, speed)
             handlers: dict[str, Handler] = {
                 INFERENCE_V1: inbound.answer_inference,

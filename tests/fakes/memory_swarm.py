@@ -129,7 +129,7 @@ class MemorySwarm:
         lane: Any = InlineLane(self.dice)
         speed = Speedometer(Throughput(100.0, 100.0), fixed=True)
         host: Any = MemoryHost(self, peer_id)
-        inbound = Inbound(MODEL, span, lane, CacheBudget(64 << 20), ServeConfig(), speed, Pusher(host))
+        inbound = Inbound(MODEL, span, lane, CacheBudget(64 << 20), ServeConfig(), speed=speed, pusher=Pusher(host))
         self.servers[peer_id] = server = MemoryServer(peer_id, inbound, lane)
         return server
 

@@ -152,6 +152,15 @@ async def test_one_peer_can_not_have_all_sessions(stage: Stage) -> None:
         await each.reset()
 
 
+async def test_the_id_of_an_open_session_is_taken(stage: Stage) -> None:
+    """Else a stranger who learns it could take the pushes that are meant for it."""
+    known = stage.session.hops[0].session_id
+    messages = await stage.stream()
+    await messages.write_message(stage.opening(session_id=known).SerializeToString())
+    assert (await stage.reply(messages)).error.code == pb.MALFORMED
+    await stage.is_unmoved()
+
+
 async def test_half_a_payload_and_silence_holds_nobody_up(stage: Stage) -> None:
     messages = await stage.opened()
     message, payload = step(torch.zeros(1, 8, stage.hidden.shape[-1]))

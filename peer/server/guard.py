@@ -1,0 +1,198 @@
+"""What every stream of a server goes through: counted, bounded in time and bytes, and told what was wrong with it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import trio
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from petals.models.adapters import Lora
+from petals.models.block import BlockSpan
+from petals.models.errors import ModelError
+from petals.peer.config import ServeConfig
+from petals.peer.server.lane import Lane
+from petals.peer.server.leases import CacheBudget, Lease, NoRoom
+from petals.protocols import messages_pb2 as pb
+from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteProtocolError, SwarmError
+from petals.protocols.inference import MAX_MESSAGE_BYTES
+from petals.protocols.stream import ByteStream, MessageStream
+from petals.protocols.tensors import COMPRESSIONS, MAX_TENSOR_BYTES, decode_tensor
+from petals.protocols.types import ModelId, PeerId
+
+log = logging.getLogger(__name__)
+
+GOODBYE_S = 5.0
+GOODBYE_READS = 4096
+"""Of 64 KiB at most: as much as the largest tensor that may have been announced."""
+
+Adapter = str | Lora | None
+"""A hosted one by its name, or one that the client sent."""
+Plan = Sequence[tuple[str, pb.Tensor, int]]
+Reply = pb.InferenceReply | pb.TrainingReply
+Request = TypeVar("Request", pb.InferenceRequest, pb.TrainingRequest, pb.Push)
+
+
+class Refused(SwarmError):
+    """What we answer an asker whose request can not be served; ends the stream, and nothing else."""
+
+    def __init__(self, code: pb.ErrorCode, message: str, retry_after_s: float = 0.0) -> None:
+        self.code = code
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    def as_message(self) -> pb.Error:
+        return pb.Error(code=self.code, message=str(self)[:1000], retry_after_ms=int(self.retry_after_s * 1000))
+
+
+class Guard:
+    """The part of answering that all protocols about one loaded span share."""
+
+    def __init__(self, model: ModelId, span: BlockSpan, lane: Lane, budget: CacheBudget, config: ServeConfig) -> None:
+        self.model = model
+        self.span = span
+        self.lane = lane
+        self.budget = budget
+        self.config = config
+        self.leaving = False
+        self._sessions: Counter[PeerId] = Counter()
+        self._scopes: set[trio.CancelScope] = set()
+        self._went = trio.Event()
+
+    @property
+    def sessions(self) -> int:
+        """Inference sessions that are open now."""
+        return self._sessions.total()
+
+    async def until_idle(self) -> None:
+        """Return when nobody is being served."""
+        while self._scopes:
+            self._went = trio.Event()
+            await self._went.wait()
+
+    async def cut(self) -> None:
+        """End whatever is being served, saying that we leave; its clients go on elsewhere."""
+        for scope in self._scopes:
+            scope.cancel()
+        await self.until_idle()
+
+    async def _guarded(
+        self, stream: ByteStream, serve: Callable[[MessageStream], Awaitable[None]], reply: Callable[[pb.Error], Reply]
+    ) -> None:
+        """Serve one stream; what goes wrong by the asker's doing is told to it, and ends this stream only."""
+        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
+        try:
+            with self._count(stream.remote_peer) as scope:
+                await serve(messages)
+            if not scope.cancelled_caught:
+                return
+            error = pb.Error(code=pb.LEAVING, message="this server is moving to other blocks")
+        except Refused as refusal:
+            error = refusal.as_message()
+        except ModelError as unsupported:  # a mask or prompt that does not fit what the blocks can do
+            error = pb.Error(code=pb.UNSUPPORTED, message=str(unsupported)[:1000])
+        except (RemoteProtocolError, ProtocolViolation) as violation:
+            log.info("…%s broke the rules: %s", stream.remote_peer[-6:], violation)
+            error = _blame(violation)
+        await self._say_goodbye(messages, reply(error))
+
+    async def _lease(self, peer_id: PeerId, nbytes: int, wait_s: float) -> Lease:
+        try:
+            return await self.budget.acquire(peer_id, nbytes, min(wait_s, self.config.max_wait_s))
+        except NoRoom as no_room:
+            code = pb.QUOTA if no_room.for_ever else pb.BUSY
+            raise Refused(code, str(no_room), 0.0 if no_room.for_ever else 1.0) from None
+
+    def _lora_bytes(self, factors: Plan) -> int:
+        nbytes = sum(size for _, _, size in factors)
+        if nbytes > self.config.max_lora_bytes:
+            raise Refused(pb.QUOTA, f"{nbytes} bytes of low-rank updates, at most {self.config.max_lora_bytes}")
+        return nbytes
+
+    def _encoding(self, asked: pb.Encoding) -> pb.Encoding:
+        """How an answer travels: as asked, or shorter if the operator saves bytes."""
+        return asked if asked != pb.RAW else COMPRESSIONS[self.config.compression]
+
+    def _check_answer(self, tokens: int) -> None:
+        """A small request in a short dtype may have an answer that is too large to travel."""
+        if tokens * self.span.hidden_size * self.span.dtype.itemsize > MAX_TENSOR_BYTES:
+            raise Refused(pb.TOO_LONG, f"the answer to {tokens} tokens would be over {MAX_TENSOR_BYTES} bytes")
+
+    def _check_servable(self, asked: pb.Open | pb.TrainingRequest) -> range:
+        if self.leaving:
+            raise Refused(pb.LEAVING, "this server is shutting down")
+        if asked.model_digest != self.model.digest:
+            raise Refused(pb.UNKNOWN_MODEL, f"this server holds {self.model.name} ({self.model.digest[:12]})")
+        held, start, end, adapter = self.span.blocks, asked.start_block, asked.end_block, asked.adapter
+        if start < held.start or end > held.stop:
+            raise Refused(pb.BLOCKS_NOT_HELD, f"blocks {start}:{end} asked, {held.start}:{held.stop} are held")
+        if adapter and adapter not in self.span.adapters:
+            raise Refused(pb.UNSUPPORTED, f"adapter {adapter[:100]!r} is not hosted here")
+        if adapter and asked.lora:
+            raise Refused(pb.UNSUPPORTED, "a hosted adapter and updates of the client's own do not go together")
+        return range(start, end)
+
+    async def _answer(self, messages: MessageStream, reply: Reply, *payload: memoryview) -> None:
+        """Send an answer; a peer that does not take it in time loses its stream, and with it its lease."""
+        with trio.move_on_after(self.config.payload_s) as scope:
+            await messages.write_message(reply.SerializeToString(), *payload)
+        if scope.cancelled_caught:
+            raise PeerUnreachable("the answer was not taken", messages.remote_peer)
+
+    async def _read_payload(self, messages: MessageStream, plan: Plan) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        with self._deadline(self.config.payload_s):
+            for name, header, nbytes in plan:
+                tensors[name] = decode_tensor(header, await messages.read_payload(nbytes))
+        return tensors
+
+    @contextmanager
+    def _deadline(self, seconds: float) -> Iterator[None]:
+        with trio.move_on_after(seconds) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise Refused(pb.OUT_OF_ORDER, f"nothing came for {seconds:.0f} s")
+
+    @contextmanager
+    def _count(self, peer_id: PeerId) -> Iterator[trio.CancelScope]:
+        if self._sessions[peer_id] >= self.config.max_sessions_per_peer:
+            limit = self.config.max_sessions_per_peer
+            raise Refused(pb.QUOTA, f"one peer may have {limit} sessions and requests here", retry_after_s=5.0)
+        self._sessions[peer_id] += 1
+        try:
+            with trio.CancelScope() as scope:
+                self._scopes.add(scope)
+                yield scope
+        finally:
+            self._scopes.discard(scope)
+            self._sessions[peer_id] -= 1
+            self._sessions += Counter()  # drops peers that have none
+            self._went.set()
+
+    async def _say_goodbye(self, messages: MessageStream, reply: Reply) -> None:
+        """Say what was wrong and end the stream. What the peer is still sending is read and dropped for a while: a
+        reset in answer to it would overtake our words."""
+        with trio.move_on_after(GOODBYE_S):
+            await messages.write_message(reply.SerializeToString())
+            await messages.close_write()
+            for _ in range(GOODBYE_READS):
+                if not await messages.stream.read(64 << 10):
+                    return
+
+
+def _blame(error: RemoteProtocolError | ProtocolViolation) -> pb.Error:
+    late = isinstance(error, ProtocolViolation) and error.out_of_order
+    return pb.Error(code=pb.OUT_OF_ORDER if late else pb.MALFORMED, message=str(error)[:1000])
+
+
+def parse(message: Request, data: bytes) -> Request:
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise RemoteProtocolError("a message that does not decode") from None
+    return message

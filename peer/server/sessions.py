@@ -1,0 +1,241 @@
+"""Inference sessions: one accepted stream each; bytes -> protocol events -> lane -> bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import trio
+from torch import Tensor
+
+from petals.models.adapters import check_lora
+from petals.models.block import BlockSpan
+from petals.models.cache import SpanCache
+from petals.peer.config import ServeConfig
+from petals.peer.lora import decode_lora
+from petals.peer.server.guard import Adapter, Guard, Plan, Refused, parse
+from petals.peer.server.lane import Lane, Priority, Timed
+from petals.peer.server.leases import CacheBudget
+from petals.peer.server.mailbox import Mailbox, Pushed
+from petals.peer.server.push import Pusher
+from petals.peer.server.throughput import Speedometer
+from petals.protocols import messages_pb2 as pb
+from petals.protocols.errors import RemoteProtocolError, SwarmError
+from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, step_payload
+from petals.protocols.lora import lora_payload
+from petals.protocols.push import push_payload
+from petals.protocols.stream import ByteStream, MessageStream
+from petals.protocols.tensors import WIRE_DTYPES, check_header, decode_tensor, encode_tensor
+from petals.protocols.types import ModelId, PeerId
+
+DECODE_TOKENS = 8
+"""New tokens per row up to which a step counts as decoding: drafts that are checked, too."""
+
+
+class Sessions(Guard):
+    """Answers `/petals/inference` and takes `/petals/push`."""
+
+    def __init__(
+        self,
+        model: ModelId,
+        span: BlockSpan,
+        lane: Lane,
+        budget: CacheBudget,
+        config: ServeConfig,
+        *,
+        speed: Speedometer,
+        pusher: Pusher,
+    ) -> None:
+        super().__init__(model, span, lane, budget, config)
+        self._speed = speed
+        self._pusher = pusher
+        self._mailboxes: dict[bytes, Mailbox] = {}
+
+    async def answer_inference(self, stream: ByteStream) -> None:
+        """Serve one inference session until the client closes it, breaks a rule, or vanishes."""
+        await self._guarded(stream, self._session, lambda error: pb.InferenceReply(error=error))
+
+    async def answer_push(self, stream: ByteStream) -> None:
+        """Take one push into the mailbox of its session. One that fits nowhere costs its sender the stream."""
+        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
+        with self._count(stream.remote_peer), self._deadline(self.config.payload_s):
+            data = await messages.read_message()
+            push = parse(pb.Push(), data or b"")
+            mailbox = self._mailboxes.get(push.session_id)
+            if mailbox is None:
+                await messages.reset()
+                return
+            size = push_payload(push, mailbox.opening.batch_size, mailbox.opening.max_length, self.span.hidden_size)
+            mailbox.put(Pushed(stream.remote_peer, push, await messages.read_payload(size)))
+
+    async def _session(self, messages: MessageStream) -> None:
+        conversation = Conversation()
+        request = await self._next_request(messages)
+        if request is None:
+            return
+        if conversation.request(request) == "close":
+            return
+        opening = request.open
+        blocks = self._check_servable(opening)
+        factors = lora_payload(opening.lora, blocks)
+        nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length) + self._lora_bytes(factors)
+        with await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000), self._mailbox(opening) as mailbox:
+            adapter = await self._read_adapter(messages, opening, factors)
+            cache = self.span.new_cache(blocks, opening.batch_size, opening.max_length)
+            reply = pb.InferenceReply(
+                opened=pb.Opened(dtype=WIRE_DTYPES[self.span.dtype], cache_bytes=nbytes),
+            )
+            conversation.reply(reply)
+            await self._answer(messages, reply)
+            while (request := await self._next_request(messages)) is not None:
+                match conversation.request(request):
+                    case "close":
+                        return
+                    case "supply":  # the push was faster
+                        await self._read_payload(messages, [_hidden_of(request.supply)])
+                    case _:
+                        await self._step(messages, conversation, cache, adapter, mailbox, request.step)
+
+    async def _read_adapter(self, messages: MessageStream, opening: pb.Open, factors: Plan) -> Adapter:
+        lora = decode_lora(opening.lora, await self._read_payload(messages, factors))
+        if lora is not None:
+            check_lora(lora, self.span)
+        return lora or opening.adapter or None
+
+    async def _step(
+        self,
+        messages: MessageStream,
+        conversation: Conversation,
+        cache: SpanCache,
+        adapter: Adapter,
+        mailbox: Mailbox,
+        step: pb.Step,
+    ) -> None:
+        assert conversation.opening is not None
+        opening = conversation.opening
+        tokens = step.hidden.shape[1] * opening.batch_size
+        if tokens > self.config.max_batch_tokens:
+            raise Refused(pb.TOO_LONG, f"{tokens} tokens in one step, at most {self.config.max_batch_tokens}")
+        self._check_answer(tokens)
+        tensors = await self._read_payload(messages, step_payload(step, opening, self.span.hidden_size))
+        supplied = False
+        if step.pushed_by:
+            hidden, supplied = await self._pushed(messages, conversation, mailbox, step)
+            if hidden is None:
+                return
+            tensors["hidden"] = hidden
+        hypo_ids = tensors.get("hypo_ids")
+        if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
+            raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
+        done = await self._compute(messages.remote_peer, cache, step.position, tensors, adapter)
+        self._speed.note(len(cache.blocks), opening.batch_size, step.hidden.shape[1], done.compute_s)
+        reply = pb.StepDone(
+            step_id=step.step_id,
+            queue_us=int(done.queue_s * 1e6),
+            compute_us=int(done.compute_s * 1e6),
+            supplied=supplied,
+        )
+        pieces: list[memoryview] = []
+        if not step.silent:
+            header, pieces = encode_tensor(done.value, self._encoding(opening.reply_encoding))
+            reply.hidden.CopyFrom(header)
+        message = pb.InferenceReply(step_done=reply)
+        conversation.reply(message)
+        async with trio.open_nursery() as nursery:
+            if step.HasField("push_to") and not step.silent:
+                nursery.start_soon(self._pusher.push, step.push_to, reply.hidden, pieces)
+            await self._answer(messages, message, *pieces)
+
+    async def _compute(
+        self, peer_id: PeerId, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: Adapter
+    ) -> Timed[Tensor]:
+        """One step; a long one in pieces, between which others' steps may slip in."""
+        whole = tensors["hidden"]
+        rows, tokens = whole.shape[:2]
+        prompts = tensors.get("prompts")
+        piece = max(1, self.config.prefill_chunk_tokens // rows, 0 if prompts is None else prompts.shape[2])
+        priority = Priority.DECODE if tokens <= DECODE_TOKENS else Priority.PREFILL
+        outputs: list[Tensor] = []
+        queue_s = compute_s = 0.0
+        for begin in range(0, tokens, piece):
+            part = {"hidden": whole[:, begin : begin + piece]}
+            if "attention_mask" in tensors:
+                part["attention_mask"] = tensors["attention_mask"][:, : position + begin + part["hidden"].shape[1]]
+            if begin == 0:
+                part |= {name: tensors[name] for name in ("prompts", "hypo_ids") if name in tensors}
+            work = partial(self._run_step, cache, position + begin, part, adapter)
+            cost = rows * part["hidden"].shape[1]
+            done = await self.lane.submit(priority, work, peer_id=peer_id, cost=cost)
+            outputs.append(done.value)
+            queue_s += done.queue_s
+            compute_s += done.compute_s
+        return Timed(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), queue_s, compute_s)
+
+    async def _pushed(
+        self, messages: MessageStream, conversation: Conversation, mailbox: Mailbox, step: pb.Step
+    ) -> tuple[Tensor | None, bool]:
+        """The input of a pushed step, and whether the client supplied it. None: the client has ended."""
+        found: Tensor | None = None
+        supplying = False
+        refused: list[SwarmError] = []
+
+        async def from_client() -> None:
+            nonlocal found, supplying
+            try:
+                request = await self._next_request(messages)
+                supplying = request is not None and conversation.request(request) == "supply"
+                if request is not None and supplying:
+                    found = (await self._read_payload(messages, [_hidden_of(request.supply)]))["hidden"]
+            except SwarmError as error:
+                refused.append(error)
+            nursery.cancel_scope.cancel()
+
+        async def from_server() -> None:
+            nonlocal found
+            pushed = await mailbox.take(step)
+            if not supplying:  # a payload that is being read must be read to its end
+                found = decode_tensor(pushed.push.hidden, pushed.payload)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(from_client)
+            nursery.start_soon(from_server)
+        if refused and found is None:
+            raise refused[0]
+        return found, supplying
+
+    def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: Adapter) -> Tensor:
+        """In the compute thread."""
+        if position < cache.position:
+            cache.rollback(position)
+        hidden = tensors["hidden"].to(self.span.dtype)
+        return self.span.step(
+            hidden,
+            cache,
+            attention_mask=tensors.get("attention_mask"),
+            prompts=tensors.get("prompts"),
+            hypo_ids=tensors.get("hypo_ids"),
+            adapter=adapter,
+        )
+
+    async def _next_request(self, messages: MessageStream) -> pb.InferenceRequest | None:
+        with self._deadline(self.config.session_idle_s):
+            data = await messages.read_message()
+        return None if data is None else parse(pb.InferenceRequest(), data)
+
+    @contextmanager
+    def _mailbox(self, opening: pb.Open) -> Iterator[Mailbox]:
+        if opening.session_id in self._mailboxes:
+            raise Refused(pb.MALFORMED, "there is a session of this id")
+        mailbox = self._mailboxes[opening.session_id] = Mailbox(opening)
+        try:
+            yield mailbox
+        finally:
+            del self._mailboxes[opening.session_id]
+
+
+def _hidden_of(supply: pb.Supply) -> tuple[str, pb.Tensor, int]:
+    """The payload of a supply, whose shape its conversation has checked."""
+    return "hidden", supply.hidden, check_header(supply.hidden, name="hidden", shape=tuple(supply.hidden.shape))
