@@ -228,11 +228,18 @@ class Hop:
         await self._send_step(step, silent=False, pushed_by=pushed_by, push_to=push_to)
 
     async def supply(self, hidden: Tensor) -> None:
-        """Send the input of the announced step after all. Not cut short: half a message would end the session."""
+        """Send the input of the announced step after all. Not cut short by the answer: half a message would end the
+        session.
+
+        Raises:
+            PeerUnreachable: it does not read.
+        """
         header, payload = encode_tensor(hidden, self.spec.encoding)
         supply = pb.Supply(step_id=self.conversation.next_step_id - 1, hidden=header)
-        with shielded_for(self.timeouts.step_s):
+        with shielded_for(self.deadline_s(hidden.shape[1])) as scope:
             await self._send(pb.InferenceRequest(supply=supply), *payload)
+        if scope.cancelled_caught:
+            raise PeerUnreachable(f"peer …{self.peer_id[-6:]} does not take what it is sent", self.peer_id)
 
     async def answer(self, step: StepInput) -> StepOutput:
         """The answer to an announced step; the caller minds the time."""
