@@ -24,7 +24,7 @@ from tests.models.tiny import CASES, save_tiny
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 from tests.swarm.test_processes import start
 
-GROUPS, SCHEDULES = 20, 50
+GROUPS, SCHEDULES = 12, 50
 BATCH, LENGTH = 2, 24
 
 Turn = tuple[int, torch.Tensor, torch.Tensor | None]
