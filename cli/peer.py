@@ -108,6 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          "what it is; 0: never (default: 0.95)")  # fmt: skip
     serving.add_argument("--mean_balance_check_period", metavar="S", type=float,
                          default=120.0, help="how often to look whether moving pays (default: 120 s)")  # fmt: skip
+    serving.add_argument("--deterministic", action="store_true",
+                         help="compute everybody's steps alone, so that answers are the same to the last bit whoever "
+                         "else asks; many users at once then wait for one another")  # fmt: skip
     serving.add_argument("--favour", metavar="PEER_ID", nargs="+", default=[],
                          help="peers whose work goes before others' of the same kind, such as your own")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
@@ -145,6 +148,7 @@ async def run(options: argparse.Namespace) -> None:
             public_name=options.public_name,
             throughput=options.throughput,
             favoured=frozenset(options.favour),
+            deterministic=options.deterministic,
             compression=options.compression,
             balance_quality=options.balance_quality,
             mean_balance_check_period=options.mean_balance_check_period,

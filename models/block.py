@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from petals.models.adapters import Lora, LoraHook, check_lora, linear_features, linear_layers
 from petals.models.cache import LayerShape, SpanCache, cache_bytes
 from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
+from petals.models.lean import Lean, lean_path
 
 
 class BlockSpan:
@@ -51,6 +52,35 @@ class BlockSpan:
         for index, layer in zip(blocks, self._layers, strict=True):
             layer.register_forward_pre_hook(_PromptHook(self._active, index), with_kwargs=True)
         self._shapes: list[LayerShape] = []
+        self._lean: Lean | None = None
+
+    @property
+    def lean(self) -> bool:
+        """Whether steps of few rows go the lean way (lean.py)."""
+        return self._lean is not None
+
+    def find_lean_path(self, *, measured: bool) -> None:
+        """Go the lean way from now on, if there is one for these blocks. Before the first session."""
+        if not self._stateful_rope:
+            self._lean = lean_path(self._model, self._path, self._layers, self.blocks, measured=measured)
+
+    def calibrate(self) -> None:
+        """Measure what is chosen by measurement; about a second."""
+        if self._lean is not None:
+            self._lean.calibrate()
+
+    @contextmanager
+    def library_path(self) -> Iterator[None]:
+        """While open, steps go the library's way. For comparison: no other thread may run."""
+        lean, self._lean = self._lean, None
+        try:
+            yield
+        finally:
+            self._lean = lean
+
+    def drop_lean_path(self) -> None:
+        """Go the library's way for good."""
+        self._lean = None
 
     @property
     def device(self) -> torch.device:
@@ -146,11 +176,8 @@ class BlockSpan:
         Raises: StepError when a tensor does not fit (nothing changed), CacheFull when there is no room. Should the
         computation itself fail, the position is as before, but rows may have been reordered: end the session.
         """
-        self._check_hidden(hidden)
+        self._check_step(hidden, cache)
         lora = self._find_lora(adapter)
-        if hidden.shape[0] != cache.batch_size:
-            raise StepError(f"hidden has {hidden.shape[0]} rows, the session {cache.batch_size}")
-        cache.check_room(hidden.shape[1])
         mask = self._checked_mask(attention_mask, hidden.shape[0], cache.position + hidden.shape[1])
         if prompts is not None:
             self._check_prompts(prompts, cache.blocks, hidden)
@@ -159,6 +186,8 @@ class BlockSpan:
         if hypo_ids is not None:
             cache.reorder(hypo_ids)
         assert isinstance(cache.view, PreTrainedModel)
+        if mask is None and prompts is None and lora is None and self.can_join(hidden, cache):
+            return self._run_lean([hidden], [cache])[0]
         position = cache.position
         try:
             with self._applying(lora, prompts, cache.blocks):
@@ -166,6 +195,37 @@ class BlockSpan:
         except BaseException:  # blocks before the failing one have already appended their keys and values
             cache.truncate(position)
             raise
+
+    def can_join(self, hidden: Tensor, cache: SpanCache) -> bool:
+        """Whether a step of just these tokens, nothing hidden or added, may be part of `step_together`."""
+        return self._lean is not None and self._lean.takes(hidden.shape[0], hidden.shape[1], cache.position)
+
+    @torch.inference_mode()
+    def step_together(self, hidden: Sequence[Tensor], caches: Sequence[SpanCache]) -> list[Tensor]:
+        """`step` for several sessions in one pass; each must be one that `can_join` allows, and all different.
+
+        Raises: StepError, CacheFull, as `step`; nothing has changed then.
+        """
+        for rows, cache in zip(hidden, caches, strict=True):
+            self._check_step(rows, cache)
+        return self._run_lean(hidden, caches)
+
+    def _run_lean(self, hidden: Sequence[Tensor], caches: Sequence[SpanCache]) -> list[Tensor]:
+        assert self._lean is not None
+        positions = [cache.position for cache in caches]
+        try:
+            outputs = self._lean.run([rows.to(device=self.device, dtype=self.dtype) for rows in hidden], caches)
+        except BaseException:  # as in `step`
+            for cache, position in zip(caches, positions, strict=True):
+                cache.truncate(position)
+            raise
+        return [out.to(device=rows.device, dtype=rows.dtype) for out, rows in zip(outputs, hidden, strict=True)]
+
+    def _check_step(self, hidden: Tensor, cache: SpanCache) -> None:
+        self._check_hidden(hidden)
+        if hidden.shape[0] != cache.batch_size:
+            raise StepError(f"hidden has {hidden.shape[0]} rows, the session {cache.batch_size}")
+        cache.check_room(hidden.shape[1])
 
     def forward(
         self,

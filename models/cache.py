@@ -36,8 +36,12 @@ class LayerShape:
         return (self.key_heads * self.key_dim + self.value_heads * self.value_dim) * self.dtype.itemsize
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one block: (batch, heads, max_length, head_dim), the first `length` tokens are real."""
+class LayerCache(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keys and values of one block: (batch, heads, max_length, head_dim), the first `length` tokens are real.
+
+    Where both have the same shape, as in all families but a few, they are the halves of `pair`,
+    (2, batch, heads, max_length, head_dim).
+    """
 
     is_sliding = False
     is_croppable = True
@@ -45,12 +49,14 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, shape: LayerShape, batch_size: int, max_length: int, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
-        self.keys = torch.empty(
-            batch_size, shape.key_heads, max_length, shape.key_dim, dtype=shape.dtype, device=device
-        )
-        self.values = torch.empty(
-            batch_size, shape.value_heads, max_length, shape.value_dim, dtype=shape.dtype, device=device
-        )
+        keys, values = (shape.key_heads, max_length, shape.key_dim), (shape.value_heads, max_length, shape.value_dim)
+        self.pair: Tensor | None = None
+        if keys == values:
+            self.pair = torch.empty(2, batch_size, *keys, dtype=shape.dtype, device=device)
+            self.keys, self.values = self.pair.unbind(0)
+        else:
+            self.keys = torch.empty(batch_size, *keys, dtype=shape.dtype, device=device)
+            self.values = torch.empty(batch_size, *values, dtype=shape.dtype, device=device)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -86,7 +92,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class _BlockCache(Cache):
     """What the library sees: layers under their absolute index, and one length for all of them."""
 
-    def __init__(self, layers: list[_Layer], first_block: int) -> None:
+    def __init__(self, layers: list[LayerCache], first_block: int) -> None:
         super().__init__(layers=list(layers))
         self._own_layers = layers
         self.first_block = first_block
@@ -99,7 +105,7 @@ class _BlockCache(Cache):
             raise StepError(f"block {layer_idx} is outside this session's blocks")
         return self._own_layers[layer].update(key_states, value_states)
 
-    def _own(self, layer_idx: int) -> _Layer:
+    def _own(self, layer_idx: int) -> LayerCache:
         """The layer meant by an index which may be absolute, or 0 for "any"."""
         layer = layer_idx - self.first_block
         return self._own_layers[layer if 0 <= layer < len(self._own_layers) else 0]
@@ -130,7 +136,7 @@ class SpanCache:
         self.view: object | None = None
         """The span's private copy of what this session must not share with others (see block.py)."""
         with torch.inference_mode():
-            layers = [_Layer(shape, batch_size, max_length, device) for shape in shapes]
+            layers = [LayerCache(shape, batch_size, max_length, device) for shape in shapes]
         self.library_cache = _BlockCache(layers, blocks.start)
         self._layers = layers
 
@@ -138,6 +144,10 @@ class SpanCache:
     def position(self) -> int:
         """Tokens per row in the cache."""
         return self._layers[0].length
+
+    def layer(self, block: int) -> LayerCache:
+        """Keys and values of one block."""
+        return self._layers[block - self.blocks.start]
 
     def rollback(self, position: int) -> None:
         """Forget everything from `position` on. Raises StepError if the cache is not that long."""

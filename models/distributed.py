@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -33,6 +33,7 @@ from petals.models.errors import CheckpointError, StepError, UnsupportedModel
 from petals.models.families import base_class_of
 from petals.models.generation import ChainCache, InferenceSession, active_session
 from petals.models.loading import find_layers, quiet_library
+from petals.models.products import FewRowsLinear
 from petals.models.remote_sequential import Call, RemoteSequential
 from petals.models.trained import load_trained, save_trained
 from petals.models.tuning import Tuning, add_tuning, get_prompt, lora_of, prompt_length
@@ -148,6 +149,9 @@ def load_model(
     model.eval()
     _probe_convention(model.base_model, model.blocks)
     model.requires_grad_(False)
+    output = model.get_output_embeddings()
+    if type(output) is nn.Linear:
+        output.__class__ = FewRowsLinear  # the same weights, one row a time as fast as the machine reads them
     add_tuning(model.base_model, tuning or Tuning(), checkpoint.config, checkpoint.num_blocks)
     if head == "sequence_classification":
         model.score.float().requires_grad_(True)  # float32 like all that is trained, whatever the model computes in

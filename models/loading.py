@@ -31,7 +31,9 @@ from petals.models.checkpoint import Checkpoint, Progress
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
 from petals.models.quantize import check_quant_type, quantize_block
-from petals.models.selftest import check_span
+from petals.models.selftest import check_span, lean_agrees
+
+log = logging.getLogger(__name__)
 
 _STRANGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 """What model code that was not written for this may raise."""
@@ -45,6 +47,7 @@ def load_span(
     device: torch.device | str = "cpu",
     quant_type: str = "none",
     self_test: bool = True,
+    deterministic: bool = False,
     progress: Progress | None = None,
 ) -> BlockSpan:
     """Load `blocks` of a checkpoint, and nothing else of it.
@@ -53,6 +56,7 @@ def load_span(
         dtype: what the blocks compute in; None: the checkpoint's own.
         quant_type: "none", "int8" or "nf4" (quantize.py).
         self_test: compare with the model's own layer before returning.
+        deterministic: choose no product by measurement: every process on such a machine rounds alike.
     Raises: BlockRangeError, CheckpointError, UnsupportedModel.
     """
     check_range(checkpoint, blocks)
@@ -60,11 +64,11 @@ def load_span(
     config = prepare_config(checkpoint.config)
     model, path = _load_quantized(checkpoint, config, blocks, dtype, torch.device(device), quant_type, progress)
     span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
-    _prepare(span, checkpoint, self_test)
+    _prepare(span, checkpoint, self_test, deterministic)
     return span
 
 
-def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool) -> None:
+def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool, deterministic: bool) -> None:
     """Let the span learn its caches' shapes and prove itself. Raises UnsupportedModel."""
     family = family_of(checkpoint.config)
     title = f"{checkpoint.name} ({family.title})"
@@ -72,6 +76,10 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool) -> None:
         span.measure_shapes()
         if self_test:
             check_span(span, title=title, thorough=not family.verified)
+        span.find_lean_path(measured=not deterministic)
+        if span.lean and not lean_agrees(span):
+            span.drop_lean_path()
+            log.warning("%s: the lean path differs from transformers' own, so that one is used; it is slower", title)
     except UnsupportedModel as error:
         raise error if title in str(error) else UnsupportedModel(f"{title} cannot be served: {error}") from None
     except _STRANGE as error:

@@ -83,6 +83,35 @@ def _check_block(span: BlockSpan, block: int, hidden: Tensor, other: Tensor, tit
     _expect(_close(span, behind, ours), title, f"block {block} looks at padding")
 
 
+def lean_agrees(span: BlockSpan) -> bool:
+    """Whether the lean way (lean.py) gives what the library's gives: two sessions of different lengths through all
+    blocks, token by token, several at once, and both together."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(3, _TOKENS, span.hidden_size, generator=generator).to(device=span.device, dtype=span.dtype)
+    with torch.inference_mode():
+        ours = _steps(span, hidden)
+        with span.library_path():
+            theirs = _steps(span, hidden)
+    return _close(span, ours, theirs)
+
+
+def _steps(span: BlockSpan, hidden: Tensor) -> Tensor:
+    """Two rows in one session and one in another, (3, tokens, hidden_size), together where the span can."""
+    two, one = (span.new_cache(span.blocks, batch, _TOKENS) for batch in (2, 1))
+    outputs = [[span.step(hidden[:2, :1], two)], [span.step(hidden[2:, :3], one)]]
+    outputs[0].append(span.step(hidden[:2, 1:4], two))
+    pairs = [(hidden[:2, 4:5], two), (hidden[2:, 3:5], one)], [(hidden[:2, 5:], two), (hidden[2:, 5:], one)]
+    for pair in pairs:
+        rows, caches = zip(*pair, strict=True)
+        if all(span.can_join(*step) for step in pair):
+            new = span.step_together(rows, caches)
+        else:
+            new = [span.step(*step) for step in pair]
+        for output, part in zip(outputs, new, strict=True):
+            output.append(part)
+    return torch.cat([torch.cat(output, 1) for output in outputs])
+
+
 def _check_chain(span: BlockSpan, hidden: Tensor, title: str) -> None:
     """All blocks in one go, and one after another: every block's input is the last one's output."""
     alone = hidden

@@ -64,8 +64,12 @@ class ServeConfig:
     max_batch_tokens: int = 16384
     """Most tokens (batch x length) of one step, forward or backward."""
     prefill_chunk_tokens: int = 512
-    """Tokens (rows x new ones) computed in one go; others' decode steps come in between. Part of what makes answers
-    equal to the last bit: servers of one swarm should agree on it."""
+    """Tokens (rows x new ones) computed in one go while nobody else decodes; smaller pieces then travel with others'
+    decode steps."""
+    deterministic: bool = False
+    """Compute every step alone, every prompt in pieces of `prefill_chunk_tokens`, and by no product that was chosen by
+    measurement, so that answers do not depend, not even by rounding, on who else asks. Servers of one swarm should
+    agree on it and on the pieces."""
     favoured: frozenset[PeerId] = frozenset()
     """Peers whose work goes before others' of the same kind, such as one's own."""
     max_lora_bytes: int = 64 << 20

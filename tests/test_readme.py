@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+README = (ROOT / "README.md").read_text().replace("/tcp/31337", f"/tcp/{31337 + WORKER}")
+"""Each of the workers that run tests side by side takes a port of its own."""
 CLIENT = (ROOT / "docs" / "client.md").read_text()
 ADDR = re.search(r'ADDR = "(.*)"', README)[1]  # type: ignore[index]
 PETALS = [sys.executable, "-m", "petals.cli.main"]

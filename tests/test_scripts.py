@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -15,17 +16,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_demonstration_writes_text_and_leaves_nothing_behind() -> None:
-    before = {process.pid for process in psutil.process_iter()}
+    sign = uuid4().hex  # in the environment of the demonstration and of all that it starts
     result = subprocess.run(
-        [sys.executable, "scripts/demo.py", "The", "sky", "is"],
+        [sys.executable, "scripts/demo.py", "The", "sky", "is"], env=os.environ | {"PETALS_TEST": sign},
         cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("The sky is")
     assert "petals: route 0:15 via …" in result.stderr
     assert "Traceback" not in result.stderr
-    left = [process for process in psutil.process_iter(["cmdline"]) if process.pid not in before]
-    assert not [process for process in left if "petals.cli.main" in (process.info["cmdline"] or ())]
+    processes = list(psutil.process_iter(["environ"]))
+    assert any((process.info["environ"] or {}).get("PATH") for process in processes)  # environments can be read here
+    assert not [process for process in processes if (process.info["environ"] or {}).get("PETALS_TEST") == sign]
 
 
 @pytest.mark.parametrize(("compiler", "advice"), [("no-such-compiler", "C compiler"), ("false", "libgmp-dev")])

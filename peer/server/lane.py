@@ -5,6 +5,11 @@ others by start-time fair queueing (Goyal et al. 1996): each peer has a clock th
 and the job that started earliest by its peer's clock is next. So a peer with a hundred jobs delays one with one job
 by one of them, not by a hundred; a peer that comes back has saved nothing up.
 
+Work that can share a pass does: when the thread is free, the first job takes along all others of its kind that are
+waiting. Reading the weights is most of a step, so 16 sessions cost little more than two. A session that decodes comes
+back a moment after its last step; if it usually comes soon, the next pass waits for it, because two sessions that take
+turns would each wait for the other's whole pass.
+
 Two rules make cancellation safe: a job that is cancelled while it waits never runs, and one that is running is waited
 for, because it writes into a cache that must not be leased to somebody else before it has stopped.
 """
@@ -15,10 +20,10 @@ import enum
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import outcome
 import trio
@@ -31,6 +36,14 @@ NOBODY = PeerId("")
 """The server's own jobs."""
 QUEUE_MEMORY_S = 20.0
 """How fast the smoothed queue delay forgets."""
+
+
+GATHER_SHARE = 0.25
+"""Part of a pass that may be spent waiting for those who are about to come back."""
+DECODING_S = 2.0
+"""Who had a decode step this recently is decoding."""
+PIECE_ROWS = 4
+"""Rows of a long prompt that travel with others' decode steps, to begin with."""
 
 
 class Priority(enum.IntEnum):
@@ -49,9 +62,44 @@ class Timed(Generic[T]):
     compute_s: float
 
 
+class SharedWork(ABC):
+    """Work that can be done together with more of its class, in one pass."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How large a part of a pass it takes."""
+
+    @abstractmethod
+    def __call__(self) -> Any:
+        """Do it alone."""
+
+    @classmethod
+    @abstractmethod
+    def together(cls, works: Sequence[Self]) -> list[outcome.Outcome[Any]]:
+        """Do all of it; each has its own result or error."""
+
+
+@dataclass(eq=False)
+class Visitor:
+    """Somebody who comes with one job at a time, again and again: a session."""
+
+    waiting: bool = False
+    left_at: float = -math.inf
+    gap_s: float = math.inf
+    """How long it usually stays away between two decode steps."""
+
+    def comes(self, now: float) -> None:
+        gap = now - self.left_at
+        self.gap_s = gap if math.isinf(self.gap_s) else 0.7 * self.gap_s + 0.3 * gap
+        self.waiting = True
+
+
 @dataclass(eq=False)
 class _Job:
     work: Callable[[], Any]
+    priority: Priority
+    visitor: Visitor | None
     finished: trio.Event = field(default_factory=trio.Event)
     outcome: outcome.Outcome[Any] | None = None
     started_at: float | None = None
@@ -60,11 +108,22 @@ class _Job:
 
 
 class Lane:
-    """Runs jobs one at a time. `run()` must be running for `submit()` to return."""
+    """Runs jobs one pass at a time. `run()` must be running for `submit()` to return."""
 
-    def __init__(self, favoured: frozenset[PeerId] = frozenset()) -> None:
-        """`favoured`: peers whose jobs go before others of the same priority."""
+    def __init__(self, favoured: frozenset[PeerId] = frozenset(), *, pass_rows: int = 0) -> None:
+        """
+        Args:
+            favoured: peers whose jobs go before others of the same priority.
+            pass_rows: the most rows of one pass that work shares; 0: nothing is shared.
+        """
         self._favoured = favoured
+        self._pass_rows = pass_rows
+        self._visitors: set[Visitor] = set()
+        """Who had a decode step lately."""
+        self._pass_s = self._decode_s = 0.0
+        """Smoothed duration of all passes, and of those that only decode."""
+        self._ended_at = -math.inf
+        self._piece_rows = PIECE_ROWS
         self._heap: list[tuple[int, bool, float, int, _Job]] = []
         self._now = 0.0
         """The fair queue's time: where the job that was taken last had started."""
@@ -91,16 +150,38 @@ class Lane:
         self._delay_s = kept * self._delay_s + (1 - kept) * waited_s
         self._delay_at = now
 
+    def piece_rows(self, visitor: Visitor, most: int) -> int:
+        """How many rows of a long prompt `visitor` should bring next: all it may while nobody else decodes."""
+        if not self._pass_rows or not self._decoding(trio.current_time()) - {visitor}:
+            return most
+        return min(most, self._piece_rows)
+
+    def _decoding(self, now: float) -> set[Visitor]:
+        self._visitors = {
+            visitor for visitor in self._visitors if visitor.waiting or now - visitor.left_at < DECODING_S
+        }
+        return self._visitors
+
     async def submit(
-        self, priority: Priority, work: Callable[[], T], *, peer_id: PeerId = NOBODY, cost: float = 1.0
+        self,
+        priority: Priority,
+        work: Callable[[], T],
+        *,
+        peer_id: PeerId = NOBODY,
+        cost: float = 1.0,
+        visitor: Visitor | None = None,
     ) -> Timed[T]:
         """Run `work()` in the compute thread when its turn comes. What it raises is raised here.
 
         Args:
+            work: a SharedWork may be done together with others.
             peer_id: for whom; cost: how much it takes of that peer's share, in tokens.
+            visitor: who will come again.
         """
-        job = _Job(work)
+        job = _Job(work, priority, visitor)
         asked_at = trio.current_time()
+        if visitor is not None:
+            visitor.comes(asked_at)
         start = max(self._now, self._clocks.get(peer_id, 0.0))
         self._clocks[peer_id] = start + cost
         favour = peer_id not in self._favoured
@@ -113,6 +194,8 @@ class Lane:
             if job.started_at is not None:
                 with trio.CancelScope(shield=True):
                     await job.finished.wait()
+            if visitor is not None:
+                visitor.waiting = False
             raise
         if job.outcome is None or job.started_at is None:
             raise trio.ClosedResourceError("the compute lane has stopped")
@@ -121,24 +204,120 @@ class Lane:
         return Timed(value, job.started_at - asked_at, job.ended_at - job.started_at)
 
     async def run(self) -> None:
-        """Serve the queue until cancelled; returns only once the running job has ended."""
+        """Serve the queue until cancelled; returns only once the running pass has ended."""
         while True:
             while not self._heap:
-                self._wake_up = trio.Event()
-                await self._wake_up.wait()
-            _, _, start, _, job = heapq.heappop(self._heap)
+                await self._woken()
+            await self._gather()
+            jobs = self._take()
+            if jobs:
+                await self._execute(jobs)
+
+    async def _woken(self) -> None:
+        self._wake_up = trio.Event()
+        await self._wake_up.wait()
+
+    async def _gather(self) -> None:
+        """Wait for those who are about to come back from the last pass."""
+        if not self._pass_rows:
+            return
+        while True:
+            now = trio.current_time()
+            until = back_by(self._decoding(now), self._ended_at, self._pass_s)
+            if until <= now:
+                return
+            with trio.move_on_at(until):
+                await self._woken()
+
+    def _take(self) -> list[_Job]:
+        """The next job, and those that share its pass. Empty when all were cancelled."""
+        jobs: list[_Job] = []
+        left: list[tuple[int, bool, float, int, _Job]] = []
+        rows = 0
+        while self._heap:
+            entry = heapq.heappop(self._heap)
+            _, _, start, _, job = entry
             if job.cancelled:
                 continue
+            takes = job.work.rows if isinstance(job.work, SharedWork) else self._pass_rows + 1
+            if jobs and (rows + takes > self._pass_rows or type(job.work) is not type(jobs[0].work)):
+                left.append(entry)
+                continue
+            jobs.append(job)
+            rows += takes
             self._now = max(self._now, start)
-            self._clocks = {peer_id: clock for peer_id, clock in self._clocks.items() if clock > self._now}
-            await self._execute(job)
+            if rows >= self._pass_rows:
+                break
+        for entry in left:
+            heapq.heappush(self._heap, entry)
+        self._clocks = {peer_id: clock for peer_id, clock in self._clocks.items() if clock > self._now}
+        return jobs
 
-    async def _execute(self, job: _Job) -> None:
-        job.started_at = trio.current_time()
+    async def _execute(self, jobs: list[_Job]) -> None:
+        started_at = trio.current_time()
+        for job in jobs:
+            job.started_at = started_at
         try:
             # Captured in the thread: an error belongs to whoever asked, not to the lane.
-            job.outcome = await trio.to_thread.run_sync(partial(outcome.capture, job.work), limiter=self._limiter)
+            outcomes = await trio.to_thread.run_sync(_run_all, [job.work for job in jobs], limiter=self._limiter)
+            for job, result in zip(jobs, outcomes, strict=True):
+                job.outcome = result
         finally:
-            job.ended_at = trio.current_time()
-            self.busy_s += job.ended_at - job.started_at
-            job.finished.set()
+            ended_at = trio.current_time()
+            self.busy_s += ended_at - started_at
+            self._learn(jobs, ended_at - started_at, ended_at)
+            for job in jobs:
+                job.ended_at = ended_at
+                job.finished.set()
+
+    def _learn(self, jobs: list[_Job], took_s: float, now: float) -> None:
+        """What a pass says about the next ones."""
+        self._ended_at = now
+        for job in jobs:
+            if job.visitor is not None:
+                job.visitor.waiting = False
+                job.visitor.left_at = now
+                if job.priority == Priority.DECODE:
+                    self._visitors.add(job.visitor)
+        if not all(isinstance(job.work, SharedWork) for job in jobs):
+            return
+        self._pass_s = _smoothed(self._pass_s, took_s)
+        if all(job.priority == Priority.DECODE for job in jobs):
+            self._decode_s = min(took_s, _smoothed(self._decode_s, took_s))  # one that was held up says little
+        elif any(job.priority == Priority.DECODE for job in jobs) and self._decode_s:
+            self._piece_rows = next_piece(self._piece_rows, took_s, self._decode_s)
+
+
+def back_by(visitors: Iterable[Visitor], ended_at: float, pass_s: float) -> float:
+    """Until when to wait for visitors that usually are back soon after a pass; -inf: for nobody.
+
+    Args:
+        ended_at: when the last pass ended; pass_s: how long passes take.
+    """
+    window = GATHER_SHARE * pass_s
+    absent = (visitor for visitor in visitors if not visitor.waiting and visitor.gap_s <= window)
+    latest = max((visitor.left_at + 2 * visitor.gap_s for visitor in absent), default=-math.inf)
+    return min(latest, ended_at + window)
+
+
+def next_piece(rows: int, mixed_s: float, decode_s: float) -> int:
+    """How many rows of a prompt to put into passes with decode steps, so that these take at most twice their time.
+
+    Args:
+        rows: how many there were; mixed_s: how long such a pass took; decode_s: one without them.
+    """
+    if mixed_s > 1.9 * decode_s:
+        return max(2, rows // 2)
+    return min(64, rows * 2) if mixed_s < 1.25 * decode_s else rows
+
+
+def _smoothed(old: float, new: float) -> float:
+    return 0.8 * old + 0.2 * new if old else new
+
+
+def _run_all(works: Sequence[Callable[[], Any]]) -> list[outcome.Outcome[Any]]:
+    """In the compute thread."""
+    shared = [work for work in works if isinstance(work, SharedWork)]
+    if len(shared) < 2:
+        return [outcome.capture(work) for work in works]
+    return type(shared[0]).together(shared)

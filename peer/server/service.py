@@ -19,6 +19,7 @@ from petals.models.adapters import load_lora
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint
 from petals.models.errors import ModelError
+from petals.models.lean import LEAN_ROWS
 from petals.models.loading import load_span
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
@@ -150,16 +151,15 @@ class Service:
         dtype, device = compute_dtype(config, checkpoint), device_of(config)
         name = str(dtype).removeprefix("torch.")
         self._progress(f"loading blocks {blocks.start}:{blocks.stop} of {checkpoint.name} ({name})")
-        span = await trio.to_thread.run_sync(
-            partial(load_span, checkpoint, blocks, dtype=dtype, device=str(device), quant_type=config.quant_type)
-        )
+        load = partial(load_span, quant_type=config.quant_type, deterministic=config.deterministic)
+        span = await trio.to_thread.run_sync(partial(load, checkpoint, blocks, dtype=dtype, device=str(device)))
         for adapter in config.adapters:
             span.add_adapter(await trio.to_thread.run_sync(load_lora, adapter, span))
         return span
 
     async def _stay(self, span: BlockSpan, started: Callable[[], None]) -> range:
         """Answer about `span` until another place is clearly better; returns that, once no session is left here."""
-        lane = Lane(self._config.favoured)
+        lane = Lane(self._config.favoured, pass_rows=0 if self._config.deterministic else LEAN_ROWS)
         budget = CacheBudget(self._config.cache_bytes, max_share=self._config.max_peer_share)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 
-import torch
 import trio
 from torch import Tensor
 
@@ -16,10 +15,11 @@ from petals.models.cache import SpanCache
 from petals.peer.config import ServeConfig
 from petals.peer.lora import decode_lora
 from petals.peer.server.guard import Adapter, Guard, Plan, Refused, parse
-from petals.peer.server.lane import Lane, Priority, Timed
+from petals.peer.server.lane import Lane, Priority, Timed, Visitor
 from petals.peer.server.leases import CacheBudget
 from petals.peer.server.mailbox import Mailbox, Pushed
 from petals.peer.server.push import Pusher
+from petals.peer.server.steps import StepWork, whole
 from petals.peer.server.throughput import Speedometer
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import RemoteProtocolError, SwarmError
@@ -32,6 +32,14 @@ from petals.protocols.types import ModelId, PeerId
 
 DECODE_TOKENS = 8
 """New tokens per row up to which a step counts as decoding: drafts that are checked, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    cache: SpanCache
+    adapter: Adapter
+    mailbox: Mailbox
+    visitor: Visitor
 
 
 class Sessions(Guard):
@@ -84,6 +92,7 @@ class Sessions(Guard):
         with await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000), self._mailbox(opening) as mailbox:
             adapter = await self._read_adapter(messages, opening, factors)
             cache = self.span.new_cache(blocks, opening.batch_size, opening.max_length)
+            session = _Session(cache, adapter, mailbox, Visitor())
             reply = pb.InferenceReply(
                 opened=pb.Opened(dtype=WIRE_DTYPES[self.span.dtype], cache_bytes=nbytes),
             )
@@ -96,7 +105,7 @@ class Sessions(Guard):
                     case "supply":  # the push was faster
                         await self._read_payload(messages, [_hidden_of(request.supply)])
                     case _:
-                        await self._step(messages, conversation, cache, adapter, mailbox, request.step)
+                        await self._step(messages, conversation, session, request.step)
 
     async def _read_adapter(self, messages: MessageStream, opening: pb.Open, factors: Plan) -> Adapter:
         lora = decode_lora(opening.lora, await self._read_payload(messages, factors))
@@ -108,9 +117,7 @@ class Sessions(Guard):
         self,
         messages: MessageStream,
         conversation: Conversation,
-        cache: SpanCache,
-        adapter: Adapter,
-        mailbox: Mailbox,
+        session: _Session,
         step: pb.Step,
     ) -> None:
         assert conversation.opening is not None
@@ -122,15 +129,17 @@ class Sessions(Guard):
         tensors = await self._read_payload(messages, step_payload(step, opening, self.span.hidden_size))
         supplied = False
         if step.pushed_by:
-            hidden, supplied = await self._pushed(messages, conversation, mailbox, step)
+            hidden, supplied = await self._pushed(messages, conversation, session.mailbox, step)
             if hidden is None:
                 return
             tensors["hidden"] = hidden
         hypo_ids = tensors.get("hypo_ids")
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
-        done = await self._compute(messages.remote_peer, cache, step.position, tensors, adapter)
-        self._speed.note(len(cache.blocks), opening.batch_size, step.hidden.shape[1], done.compute_s)
+        done = await self._compute(
+            messages.remote_peer, session.visitor, session.cache, step.position, tensors, session.adapter
+        )
+        self._speed.note(len(session.cache.blocks), opening.batch_size, step.hidden.shape[1], done.compute_s)
         reply = pb.StepDone(
             step_id=step.step_id,
             queue_us=int(done.queue_s * 1e6),
@@ -149,29 +158,42 @@ class Sessions(Guard):
             await self._answer(messages, message, *pieces)
 
     async def _compute(
-        self, peer_id: PeerId, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: Adapter
+        self,
+        peer_id: PeerId,
+        visitor: Visitor,
+        cache: SpanCache,
+        position: int,
+        tensors: dict[str, Tensor],
+        adapter: Adapter,
     ) -> Timed[Tensor]:
         """One step; a long one in pieces, between which others' steps may slip in."""
-        whole = tensors["hidden"]
-        rows, tokens = whole.shape[:2]
+        hidden = tensors["hidden"]
+        rows, tokens = hidden.shape[:2]
         prompts = tensors.get("prompts")
-        piece = max(1, self.config.prefill_chunk_tokens // rows, 0 if prompts is None else prompts.shape[2])
+        longest = max(1, self.config.prefill_chunk_tokens // rows)
         priority = Priority.DECODE if tokens <= DECODE_TOKENS else Priority.PREFILL
         outputs: list[Tensor] = []
         queue_s = compute_s = 0.0
-        for begin in range(0, tokens, piece):
-            part = {"hidden": whole[:, begin : begin + piece]}
+        begin = 0
+        while begin < tokens:
+            piece = longest
+            if priority == Priority.PREFILL:
+                piece = max(1, self.lane.piece_rows(visitor, longest * rows) // rows)
+            if begin == 0 and prompts is not None:
+                piece = max(piece, prompts.shape[2])
+            part = {"hidden": hidden[:, begin : begin + piece]}
             if "attention_mask" in tensors:
                 part["attention_mask"] = tensors["attention_mask"][:, : position + begin + part["hidden"].shape[1]]
             if begin == 0:
                 part |= {name: tensors[name] for name in ("prompts", "hypo_ids") if name in tensors}
-            work = partial(self._run_step, cache, position + begin, part, adapter)
-            cost = rows * part["hidden"].shape[1]
-            done = await self.lane.submit(priority, work, peer_id=peer_id, cost=cost)
+            step = StepWork(self.span, cache, position + begin, part, adapter)
+            work = step if step.can_join else step.alone
+            done = await self.lane.submit(priority, work, peer_id=peer_id, cost=step.rows, visitor=visitor)
             outputs.append(done.value)
             queue_s += done.queue_s
             compute_s += done.compute_s
-        return Timed(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), queue_s, compute_s)
+            begin += piece
+        return Timed(whole(outputs), queue_s, compute_s)
 
     async def _pushed(
         self, messages: MessageStream, conversation: Conversation, mailbox: Mailbox, step: pb.Step
@@ -205,20 +227,6 @@ class Sessions(Guard):
         if refused and found is None:
             raise refused[0]
         return found, supplying
-
-    def _run_step(self, cache: SpanCache, position: int, tensors: dict[str, Tensor], adapter: Adapter) -> Tensor:
-        """In the compute thread."""
-        if position < cache.position:
-            cache.rollback(position)
-        hidden = tensors["hidden"].to(self.span.dtype)
-        return self.span.step(
-            hidden,
-            cache,
-            attention_mask=tensors.get("attention_mask"),
-            prompts=tensors.get("prompts"),
-            hypo_ids=tensors.get("hypo_ids"),
-            adapter=adapter,
-        )
 
     async def _next_request(self, messages: MessageStream) -> pb.InferenceRequest | None:
         with self._deadline(self.config.session_idle_s):

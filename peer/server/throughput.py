@@ -54,6 +54,7 @@ def measure_throughput(
     span: BlockSpan, *, decode_steps: int = 6, prefill_tokens: int = 128, clock: Callable[[], float] = time.perf_counter
 ) -> Throughput:
     """Median decode step after one warm-up, and one prefill, both over the whole span."""
+    span.calibrate()
     cache = span.new_cache(span.blocks, 1, decode_steps + 1 + prefill_tokens)
     token = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype)
     prompt = torch.zeros(1, prefill_tokens, span.hidden_size, dtype=span.dtype)

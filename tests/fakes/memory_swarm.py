@@ -46,6 +46,9 @@ class InlineLane:
         self.frozen = False
         self._dice = dice
 
+    def piece_rows(self, visitor: object, most: int) -> int:
+        return most
+
     async def submit(self, priority: Priority, work: Callable[[], Any], **_: Any) -> Timed[Any]:
         await trio.sleep(self._dice.uniform(0.0, 0.02))
         if self.frozen:

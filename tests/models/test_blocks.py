@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
 from petals.models.checkpoint import open_checkpoint
 from petals.models.errors import BlockRangeError, CacheFull, StepError, UnsupportedModel
@@ -75,9 +78,16 @@ def test_rolling_back_to_where_nothing_is(position: int, llama: Tiny) -> None:
     assert cache.position == 3
 
 
-def test_a_block_that_fails_half_way_leaves_no_trace(llama: Tiny) -> None:
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "library"])
+def test_a_block_that_fails_half_way_leaves_no_trace(lean: bool, llama: Tiny) -> None:
     """Blocks before it have appended their keys and values already."""
     span = llama.whole
+    with nullcontext() if lean else span.library_path():
+        assert span.lean == lean
+        fail_half_way(span)
+
+
+def fail_half_way(span: BlockSpan) -> None:
     cache = span.new_cache(range(BLOCKS), 1, 8)
     hidden = noise(1, 6, HIDDEN)
     span.step(hidden[:, :3], cache)
@@ -85,7 +95,8 @@ def test_a_block_that_fails_half_way_leaves_no_trace(llama: Tiny) -> None:
     def fail(module: object, args: object) -> None:
         raise MemoryError
 
-    handle = span.layers()[2].register_forward_pre_hook(fail)
+    mlp: Any = span.layers()[2].mlp
+    handle = mlp.act_fn.register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
         span.step(hidden[:, 3:], cache)
     handle.remove()

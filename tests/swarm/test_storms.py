@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import trio
+from torch.testing import assert_close
 
 from petals.models.checkpoint import open_checkpoint
 from petals.models.loading import load_span
@@ -129,16 +130,21 @@ def test_a_schedule_happens_again_from_its_seed(chain: LocalChain) -> None:
         assert logs[0] == logs[1]
 
 
-async def test_a_storm_over_real_hosts(make_swarm: Callable[..., Swarm], tiny_truth: Truth) -> None:
-    """20 sessions, four at a time, while 200 connections and servers are cut at random; every answer is exact."""
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "together"])
+async def test_a_storm_over_real_hosts(
+    make_swarm: Callable[..., Swarm], tiny_truth: Truth, deterministic: bool
+) -> None:
+    """20 sessions, four at a time, while 200 connections and servers are cut at random; every answer is exact, to the
+    last bit where nobody's step shares a pass."""
+    tolerance = {"rtol": 0.0, "atol": 0.0} if deterministic else {"rtol": 1e-4, "atol": 1e-4}
     swarm = make_swarm(tiny_truth.directory)
     bootstrap = await swarm.add()
     spans = (range(2), range(2, 4))
     for blocks in spans * 3:
-        await swarm.add(blocks)
+        await swarm.add(blocks, deterministic=deterministic)
     client = await bootstrap.client()
     await client.ready()
-    local = LocalChain([load_span(tiny_truth.checkpoint, blocks) for blocks in spans])
+    local = LocalChain([load_span(tiny_truth.checkpoint, blocks, deterministic=deterministic) for blocks in spans])
     dice = random.Random(3)
     sessions: set[RemoteSession] = set()
     cuts = 0
@@ -148,7 +154,7 @@ async def test_a_storm_over_real_hosts(make_swarm: Callable[..., Swarm], tiny_tr
         session = await client.open_session(client.blocks, BATCH, LENGTH)
         sessions.add(session)
         for got, wanted in zip(await answers_of(session, turns), truth_of(local, turns), strict=True):
-            assert torch.equal(got, wanted)
+            assert_close(got, wanted, **tolerance)
         sessions.discard(session)
         await session.close()
 
@@ -162,7 +168,7 @@ async def test_a_storm_over_real_hosts(make_swarm: Callable[..., Swarm], tiny_tr
             blocks = victim.server.span.blocks
             if sum(p.server is not None and p.server.span.blocks == blocks for p in swarm.peers) > 1:
                 await swarm.stop(victim)
-                await swarm.add(blocks)
+                await swarm.add(blocks, deterministic=deterministic)
         elif hops := [hop for session in sessions for hop in session.hops]:
             await dice.choice(hops).messages.reset()
 
@@ -196,14 +202,24 @@ async def test_a_storm_of_killed_processes(
     kills = int(os.environ.get("STORM_KILLS", "4"))
     client_peer = await make_swarm(tmp_path).add()
     spans = {"0:2": range(2), "2:4": range(2, 4)}
-    local = LocalChain([load_span(open_checkpoint(str(tmp_path)), blocks) for blocks in spans.values()])
+    checkpoint = open_checkpoint(str(tmp_path))
+    local = LocalChain([load_span(checkpoint, blocks, deterministic=True) for blocks in spans.values()])
     alive: dict[str, list[trio.Process]] = {name: [] for name in spans}
     dice = random.Random(11)
     answered = killed = 0
     over = trio.Event()
 
     async def serve(name: str) -> None:
-        words = (str(tmp_path), "--serve", name, "--cache_mb", "64", "--initial_peers", *client_peer.addrs)
+        words = (
+            str(tmp_path),
+            "--serve",
+            name,
+            "--cache_mb",
+            "64",
+            "--deterministic",
+            "--initial_peers",
+            *client_peer.addrs,
+        )
         alive[name].append((await start(nursery, *words))[0])
 
     async with trio.open_nursery() as starting:

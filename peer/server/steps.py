@@ -1,0 +1,88 @@
+"""One step of one session as work for the lane, alone or together with others' steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import outcome
+import torch
+from torch import Tensor
+
+from petals.models.block import BlockSpan
+from petals.models.cache import SpanCache
+from petals.peer.server.guard import Adapter
+from petals.peer.server.lane import SharedWork
+
+
+class StepWork(SharedWork):
+    """New tokens of one session; runs in the compute thread."""
+
+    def __init__(
+        self, span: BlockSpan, cache: SpanCache, position: int, tensors: Mapping[str, Tensor], adapter: Adapter
+    ) -> None:
+        """
+        Args:
+            position: where the tokens go; what the cache holds from there on is forgotten.
+            tensors: "hidden" (batch, tokens, hidden_size), and where they are used "attention_mask", "prompts" and
+                "hypo_ids", as `BlockSpan.step` takes them.
+        """
+        self._span = span
+        self._cache = cache
+        self._position = position
+        self._tensors = tensors
+        self._adapter = adapter
+        self._hidden = tensors["hidden"].to(span.dtype)
+
+    @property
+    def rows(self) -> int:
+        return self._hidden.shape[0] * self._hidden.shape[1]
+
+    @property
+    def can_join(self) -> bool:
+        """Whether nothing about it is special."""
+        mask = self._tensors.get("attention_mask")
+        plain = self._adapter is None and "prompts" not in self._tensors and (mask is None or bool(mask.all()))
+        return plain and self._span.can_join(self._hidden, self._cache)
+
+    def __call__(self) -> Tensor:
+        return self.alone()
+
+    def alone(self) -> Tensor:
+        """The step by itself, which takes everything."""
+        self._rollback()
+        others = ("attention_mask", "prompts", "hypo_ids")
+        extras: dict[str, Any] = {name: self._tensors[name] for name in others if name in self._tensors}
+        return self._span.step(self._hidden, self._cache, adapter=self._adapter, **extras)
+
+    @classmethod
+    def together(cls, works: Sequence[Self]) -> list[outcome.Outcome[Any]]:
+        ready = [outcome.capture(work._get_ready) for work in works]
+        fit = [work for work, result in zip(works, ready, strict=True) if isinstance(result, outcome.Value)]
+        span = works[0]._span
+        try:
+            done = iter(
+                span.step_together([work._hidden for work in fit], [work._cache for work in fit]) if fit else ()
+            )
+        except Exception:  # whose fault it is shows when each is alone
+            return [outcome.capture(work) for work in works]
+        return [outcome.Value(next(done)) if isinstance(result, outcome.Value) else result for result in ready]
+
+    def _get_ready(self) -> None:
+        """All that may fail for this session alone. It may be done twice."""
+        self._rollback()
+        self._cache.check_room(self._hidden.shape[1])
+        hypo_ids = self._tensors.get("hypo_ids")
+        if hypo_ids is not None:
+            self._cache.reorder(hypo_ids)
+            self._tensors = {name: tensor for name, tensor in self._tensors.items() if name != "hypo_ids"}
+
+    def _rollback(self) -> None:
+        if self._position < self._cache.position:
+            self._cache.rollback(self._position)
+
+
+@torch.inference_mode()
+def whole(outputs: Sequence[Tensor]) -> Tensor:
+    """The pieces of one step, put together."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(tuple(outputs), dim=1)

@@ -1,0 +1,169 @@
+"""The lean way through blocks gives what the library's gives, whoever shares the pass."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from petals.models import lean, products
+from petals.models.block import BlockSpan
+from petals.models.lean import LEAN_ROWS
+from petals.models.loading import load_span
+from tests.models.conftest import Tiny
+from tests.models.tiny import BLOCKS, CASES, HIDDEN, Case
+
+LEAN = {"bloom", "llama", "llama3-rope", "mistral", "qwen2", "qwen3"}
+MakeTiny = Callable[[Case], Tiny]
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=sorted(LEAN))
+def lean_tiny(request: pytest.FixtureRequest, make_tiny: MakeTiny) -> Tiny:
+    return make_tiny(next(case for case in CASES if case.id == request.param))
+
+
+def test_which_families_have_it(tiny: Tiny) -> None:
+    assert tiny.whole.lean == (tiny.case.id in LEAN)
+
+
+def play(span: BlockSpan, seed: int, *, together: bool) -> list[Tensor]:
+    """Sessions of different ranges, batches and lengths step in random company; all that they answered."""
+    dice = random.Random(seed)
+    ranges = [range(BLOCKS), range(1, BLOCKS), range(2), range(1, 3)]
+    sessions = [(span.new_cache(dice.choice(ranges), dice.choice((1, 1, 2, 3)), 24), list[Tensor]()) for _ in range(5)]
+    for turn in range(12):
+        steps = []
+        for index, (cache, answers) in enumerate(sessions):
+            if dice.random() < 0.3:
+                continue
+            if cache.position > 4 and dice.random() < 0.2:
+                cache.rollback(cache.position - dice.randrange(1, 4))
+            tokens = min(dice.choice((1, 1, 1, 2, 5)), cache.max_length - cache.position)
+            if tokens:
+                steps.append((0.5 * noise(100 * turn + index, cache.batch_size, tokens, HIDDEN), cache, answers))
+        if together:
+            joint = [step for step in steps if span.can_join(step[0], step[1])]
+            outputs = span.step_together([step[0] for step in joint], [step[1] for step in joint])
+            for (_, _, answers), output in zip(joint, outputs, strict=True):
+                answers.append(output)
+            steps = [step for step in steps if not any(step is one for one in joint)]
+        for hidden, cache, answers in steps:
+            answers.append(span.step(hidden, cache))
+    return [answer for _, answers in sessions for answer in answers]
+
+
+def assert_near(ours: list[Tensor], truth: list[Tensor], share: float) -> None:
+    """No difference is more than `share` of the largest value."""
+    for mine, wanted in zip(ours, truth, strict=True):
+        assert_close(mine, wanted, rtol=0, atol=share * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sessions_in_company(lean_tiny: Tiny, seed: int) -> None:
+    span = lean_tiny.whole
+    with span.library_path():
+        truth = play(span, seed, together=False)
+    assert_near(play(span, seed, together=True), truth, 1e-4)
+    assert_near(play(span, seed, together=False), truth, 1e-4)
+
+
+def test_int8(make_tiny: MakeTiny, llama: Tiny) -> None:
+    """Integer products do not know their neighbours: the same bits in any company."""
+    span = load_span(llama.checkpoint, range(BLOCKS), quant_type="int8")
+    assert span.lean
+    with span.library_path():
+        truth = play(span, 3, together=False)
+    assert_near(play(span, 3, together=True), truth, 2e-2)
+    span_cache, other = span.new_cache(range(BLOCKS), 1, 8), span.new_cache(range(BLOCKS), 1, 8)
+    hidden = noise(5, 2, 1, HIDDEN)
+    alone = span.step(hidden[:1], span_cache)
+    span_cache.rollback(0)
+    assert torch.equal(span.step_together([hidden[:1], hidden[1:]], [span_cache, other])[0], alone)
+
+
+def test_half_precision_rounds_where_the_library_rounds(lean_tiny: Tiny) -> None:
+    span = load_span(lean_tiny.checkpoint, range(BLOCKS), dtype=torch.bfloat16)
+    assert span.lean
+    with span.library_path():
+        truth = play(span, 4, together=False)
+    assert_near(play(span, 4, together=False), truth, 3e-2)
+
+
+def test_a_large_step_or_one_beyond_the_window_goes_the_librarys_way(make_tiny: MakeTiny, llama: Tiny) -> None:
+    span = llama.whole
+    cache = span.new_cache(range(BLOCKS), 2, LEAN_ROWS)
+    assert span.can_join(noise(0, 2, LEAN_ROWS // 2, HIDDEN), cache)
+    assert not span.can_join(noise(0, 2, LEAN_ROWS // 2 + 1, HIDDEN), cache)
+    mistral = make_tiny(next(case for case in CASES if case.id == "mistral")).whole
+    cache = mistral.new_cache(range(BLOCKS), 1, 9)
+    mistral.step(noise(0, 1, 4, HIDDEN), cache)
+    assert mistral.can_join(noise(0, 1, 1, HIDDEN), cache)
+    assert not mistral.can_join(noise(0, 1, 2, HIDDEN), cache)
+
+
+def test_stacked_weights_take_no_more_memory(llama: Tiny) -> None:
+    attention: Any = llama.whole.layers()[0].self_attn
+    q, k, v = (getattr(attention, name).weight for name in ("q_proj", "k_proj", "v_proj"))
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert q.untyped_storage().nbytes() == q.nbytes + k.nbytes + v.nbytes
+
+
+def test_a_path_that_differs_is_not_taken(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lean, "_rotated", lambda x, cos, sin: x)
+    span = load_span(llama.checkpoint, range(BLOCKS))
+    assert not span.lean
+    assert "lean path differs" in caplog.text
+    hidden = noise(1, 1, 3, HIDDEN)
+    cache = span.new_cache(range(BLOCKS), 1, 3)
+    assert_close(span.step(hidden, cache), llama.whole.forward(hidden, range(BLOCKS)), rtol=1e-4, atol=1e-4)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 17, 64, 65])
+@pytest.mark.parametrize(("features", "biased"), [((48, 64), True), ((33, 65), False)])
+def test_every_way_multiplies(
+    rows: int, features: tuple[int, int], biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = noise(1, features[1], features[0]), noise(2, rows, features[0])
+    bias = noise(3, features[1]) if biased else None
+    expected = F.linear(x, weight, bias)
+    ways = [products._other_way_round, *([products._in_parts] if features[1] % 2 == 0 else [])]
+    with threads(2):
+        assert_close(products.dense_product(x, weight, bias), expected)
+        for way in ways:
+            monkeypatch.setattr(products, "_FASTEST", {})
+            monkeypatch.setattr(products, "_fastest", lambda *_, way=way: way)
+            assert_close(products.dense_product(x, weight, bias), expected)
+
+
+def test_a_head_for_few_rows() -> None:
+    linear = nn.Linear(16, 33)
+    linear.__class__ = products.FewRowsLinear
+    hidden = noise(1, 2, 3, 16)
+    expected = F.linear(hidden, linear.weight, linear.bias)
+    with torch.no_grad():
+        assert_close(linear(hidden), expected)
+    (gradient,) = torch.autograd.grad(linear(hidden.requires_grad_()).sum(), hidden)
+    assert_close(gradient, linear.weight.sum(0).expand_as(hidden))
