@@ -22,12 +22,15 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 import outcome
 import trio
 
+from petals.peer.server.compute import ComputeThread
 from petals.protocols.types import PeerId
 
 T = TypeVar("T")
@@ -110,9 +113,12 @@ class _Job:
 class Lane:
     """Runs jobs one pass at a time. `run()` must be running for `submit()` to return."""
 
-    def __init__(self, favoured: frozenset[PeerId] = frozenset(), *, pass_rows: int = 0) -> None:
+    def __init__(
+        self, favoured: frozenset[PeerId] = frozenset(), *, pass_rows: int = 0, thread: ComputeThread | None = None
+    ) -> None:
         """
         Args:
+            thread: a running one to compute in; None: one of the lane's own.
             favoured: peers whose jobs go before others of the same priority.
             pass_rows: the most rows of one pass that work shares; 0: nothing is shared.
         """
@@ -130,7 +136,8 @@ class Lane:
         self._clocks: dict[PeerId, float] = {}
         self._order = itertools.count()
         self._wake_up = trio.Event()
-        self._limiter = trio.CapacityLimiter(1)
+        self._own_thread = thread is None
+        self._thread = thread or ComputeThread()
         self.busy_s = 0.0
         """Seconds of compute so far."""
         self._delay_s = 0.0
@@ -205,13 +212,14 @@ class Lane:
 
     async def run(self) -> None:
         """Serve the queue until cancelled; returns only once the running pass has ended."""
-        while True:
-            while not self._heap:
-                await self._woken()
-            await self._gather()
-            jobs = self._take()
-            if jobs:
-                await self._execute(jobs)
+        async with self._thread.running() if self._own_thread else nullcontext():
+            while True:
+                while not self._heap:
+                    await self._woken()
+                await self._gather()
+                jobs = self._take()
+                if jobs:
+                    await self._execute(jobs)
 
     async def _woken(self) -> None:
         self._wake_up = trio.Event()
@@ -259,7 +267,7 @@ class Lane:
             job.started_at = started_at
         try:
             # Captured in the thread: an error belongs to whoever asked, not to the lane.
-            outcomes = await trio.to_thread.run_sync(_run_all, [job.work for job in jobs], limiter=self._limiter)
+            outcomes = await self._thread.run(partial(_run_all, [job.work for job in jobs]))
             for job, result in zip(jobs, outcomes, strict=True):
                 job.outcome = result
         finally:

@@ -24,6 +24,7 @@ from petals.models.loading import load_span
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
 from petals.peer.server.announcer import Announcer
+from petals.peer.server.compute import ComputeThread
 from petals.peer.server.inbound import Inbound
 from petals.peer.server.lane import Lane, Priority
 from petals.peer.server.leases import CacheBudget
@@ -119,14 +120,18 @@ class Service:
         self._progress = progress
         self._dice = dice
         self._blocks = range(0)
+        self._thread = ComputeThread()
         self._neighbours = Neighbours(host, directory, model, lambda: self._blocks, config.announce_s)
 
     async def run(self, blocks: range, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve `blocks`, and others later if the configuration leaves the choice to us. Started: streams are answered,
         and only then the swarm is told ONLINE."""
         self._blocks = blocks
+        async with self._thread.running():
+            await self._serve(task_status.started)
+
+    async def _serve(self, started: Callable[[], None]) -> None:
         left: range | None = None
-        started: Callable[[], None] = task_status.started
         try:
             while True:
                 await self.announcer.enter(ServerState.JOINING)
@@ -152,14 +157,16 @@ class Service:
         name = str(dtype).removeprefix("torch.")
         self._progress(f"loading blocks {blocks.start}:{blocks.stop} of {checkpoint.name} ({name})")
         load = partial(load_span, quant_type=config.quant_type, deterministic=config.deterministic)
-        span = await trio.to_thread.run_sync(partial(load, checkpoint, blocks, dtype=dtype, device=str(device)))
+        span = await self._thread.run(partial(load, checkpoint, blocks, dtype=dtype, device=str(device)))
         for adapter in config.adapters:
-            span.add_adapter(await trio.to_thread.run_sync(load_lora, adapter, span))
+            span.add_adapter(await self._thread.run(partial(load_lora, adapter, span)))
         return span
 
     async def _stay(self, span: BlockSpan, started: Callable[[], None]) -> range:
         """Answer about `span` until another place is clearly better; returns that, once no session is left here."""
-        lane = Lane(self._config.favoured, pass_rows=0 if self._config.deterministic else LEAN_ROWS)
+        lane = Lane(
+            self._config.favoured, pass_rows=0 if self._config.deterministic else LEAN_ROWS, thread=self._thread
+        )
         budget = CacheBudget(self._config.cache_bytes, max_share=self._config.max_peer_share)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)
