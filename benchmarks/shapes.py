@@ -39,9 +39,9 @@ def gigaflops(hidden: int, rows: int = 512) -> float:
     return 2 * rows * hidden * 4 * hidden / _best(torch.randn(rows, hidden), torch.randn(4 * hidden, hidden)) / 1e9
 
 
-def gigabytes(hidden: int, copies: int = 16) -> float:
-    """Of weights read per second by one row's product with matrices that no cache holds: the limit of one user."""
-    weights = [torch.randn(4 * hidden, hidden) for _ in range(copies)]
+def gigabytes(hidden: int, total: int = 512 << 20) -> float:
+    """Of weights read per second by one row's products with more than caches hold: the limit of one user."""
+    weights = [torch.full((4 * hidden, hidden), 0.1) for _ in range(total // (16 * hidden * hidden))]
     return weights[0].nbytes / _best(torch.randn(1, hidden), *weights) / 1e9
 
 

@@ -45,7 +45,7 @@ GATHER_SHARE = 0.25
 """Part of a pass that may be spent waiting for those who are about to come back."""
 DECODING_S = 2.0
 """Who had a decode step this recently is decoding."""
-PIECE_ROWS = 4
+PIECE_ROWS = 2
 """Rows of a long prompt that travel with others' decode steps, to begin with."""
 
 
