@@ -318,12 +318,13 @@ class _Bloom:
     def around(self, x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
         """What is added to the scores of each session's new tokens: (heads, tokens, end)."""
         longest = max(part.end for part in parts)
-        if self._alibi.shape[-1] < longest or self._alibi.dtype != x.dtype:
+        alibi = self._alibi  # sessions in other threads may replace it meanwhile
+        if alibi.shape[-1] < longest or alibi.dtype != x.dtype:
             ones = torch.ones(1, max(256, 2 * longest), device=x.device)
-            self._alibi = self._build_alibi(ones, self._heads, x.dtype)
+            alibi = self._alibi = self._build_alibi(ones, self._heads, x.dtype)
         biases = []
         for part in parts:
-            bias = self._alibi[..., : part.end]
+            bias = alibi[..., : part.end]
             biases.append(bias if part.tokens == 1 else bias + _causal(part, x))
         return biases
 

@@ -3,7 +3,7 @@
 On CUDA both are bitsandbytes'. On a CPU bitsandbytes works too, but one row of int8 takes 20-40 times as long as with
 torch's own weight-only kernel; so int8 is ours there, and nf4, which torch has no kernel for, is theirs.
 
-int8: each output row of a weight matrix is divided by its largest absolute value / 127 and rounded. Up to `INT8_ROWS`
+int8: each output row of a weight matrix is divided by its largest absolute value / 127 and rounded. Up to `_MAX_ROWS`
 rows go through `torch._weight_int8pack_mm`, which wants bfloat16 rows; above that, dequantising once and multiplying in
 the rows' own dtype is faster (measured on AVX2, 2026: break-even near 32 rows). Scales are rounded to bfloat16 before
 the integers are chosen, so that both ways multiply by exactly the same weights.
@@ -23,7 +23,7 @@ from petals.models.errors import UnsupportedModel
 
 QUANT_TYPES = ("none", "int8", "nf4")
 
-INT8_ROWS = 32
+_MAX_ROWS = 32
 
 
 def check_quant_type(quant_type: str) -> str:
@@ -139,7 +139,7 @@ def dequantize_rows(integers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
 
 def int8_product(rows: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
     """rows (rows, in) times the weights (out, in) that `integers` and `scale` stand for, transposed."""
-    if rows.shape[0] <= INT8_ROWS:
+    if rows.shape[0] <= _MAX_ROWS:
         return torch._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, scale).to(rows.dtype)
     return _wide_product(rows, dequantize_rows(integers, scale, torch.float32).t())
 
