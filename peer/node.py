@@ -14,7 +14,7 @@ import trio
 from petals.dht.directory import Directory
 from petals.dht.records import ServerState, sign_record
 from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.peer.client.generation import GenerationOptions, TokenStream, run_generation
+from petals.peer.client.generation import GenerationOptions, Prompt, TokenStream, run_generation
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.config import PeerConfig, ServeConfig
@@ -144,13 +144,14 @@ class Peer:
 
     async def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         model: str | None = None,
         options: GenerationOptions | None = None,
         client: ClientOptions | None = None,
     ) -> TokenStream:
-        """Ask the swarm to go on with `prompt`; iterate over the result for text as it comes.
+        """Ask the swarm to go on with `prompt` (text, token ids or a `Chat`); iterate over the result for text as it
+        comes.
 
         Cancelling the iteration, or leaving its context, gives all caches back at once.
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import outcome
 import torch
 import trio
+from jinja2 import TemplateError
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from petals.models.checkpoint import Checkpoint
 from petals.models.generation import ChainCache, InferenceSession
 from petals.peer.client.chain import RemoteChainSession
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.routing import RouteChoice
+from petals.peer.client.sampling import ChanceRecorder, Chances, Enough, Penalties, SeededDice
 from petals.peer.client.session import HopTrace
+from petals.peer.client.text import Decoder, StopStrings
 from petals.peer.client.twins import Streamer
 from petals.protocols.errors import UserError
 
@@ -29,6 +34,25 @@ LOOKAHEAD = 4
 """Tokens generated before the first of them is taken; then the generation waits for its reader."""
 
 
+MAX_STOP_CHARACTERS = 1000
+
+
+class PromptTooLong(UserError):
+    """Prompt and answer are more than the model can look back on, or than the session was given room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, written down as the model's own chat template wants it, with the assistant to speak next."""
+
+    messages: Sequence[Mapping[str, str]]
+    """Each with "role" (system, user, assistant) and "content"."""
+
+
+Prompt = str | Sequence[int] | Chat
+"""Text, token ids, or a conversation."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
     """What `transformers.generate` is asked for. Without temperature, top_k, top_p or seed the likeliest token wins."""
@@ -36,10 +60,21 @@ class GenerationOptions:
     max_new_tokens: int = 64
     temperature: float | None = None
     top_k: int | None = None
+    """0: among all tokens; None: what the model's `generation_config.json` says."""
     top_p: float | None = None
     seed: int | None = None
     max_length: int | None = None
     """Room of the session in tokens, prompt included; None: just what is needed."""
+    fit: bool = False
+    """Rather fewer than `max_new_tokens` than a refusal, where the model can not look back on all of it."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these; they may span tokens."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of every token that was generated before; from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """The same for each time it was generated."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell with each token; 0: only the one chosen; None: nothing."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -48,16 +83,25 @@ class GenerationOptions:
             raise UserError("temperature must be above 0; leave it out to take the likeliest token")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError("top_p must be above 0 and at most 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError("top_k must be at least 1")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError("top_k must be at least 1, or 0 for all tokens")
+        if not all(self.stop) or sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
+            raise UserError(
+                f"stop strings must not be empty, nor longer than {MAX_STOP_CHARACTERS} characters together"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} must be from -2 to 2")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UserError("logprobs must not be negative")
 
     @property
     def samples(self) -> bool:
         return any(each is not None for each in (self.temperature, self.top_k, self.top_p, self.seed))
 
     def as_arguments(self) -> dict[str, Any]:
-        """For `transformers.generate`."""
-        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.samples}
+        """For `transformers.generate`; how many tokens is the caller's to add."""
+        arguments: dict[str, Any] = {"do_sample": self.samples}
         if self.samples:  # else the library warns about settings that have no effect
             asked = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
             arguments |= {name: value for name, value in asked.items() if value is not None}
@@ -66,10 +110,15 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One step of a generation: its id, and what text it completes (empty in the middle of a character)."""
+    """One step of a generation: its id, and what text it completes.
+
+    The text is empty in the middle of a character, and where a stop string may have begun.
+    """
 
     id: int
     text: str
+    chances: Chances | None = None
+    """What the model thought of it; where `GenerationOptions.logprobs` asked."""
 
 
 @dataclass(slots=True)
@@ -97,6 +146,8 @@ class TokenStream:
     """The servers of the last step and where its time went."""
     choice: RouteChoice | None = None
     """Why the session was opened with the route it was."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """Why it ended: the model's own end or a stop string, or `max_new_tokens`; None: it has not, or was cut off."""
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _ended: trio.Event = field(default_factory=trio.Event)
     _error: BaseException | None = None
@@ -140,55 +191,9 @@ class TokenStream:
             self._scope.cancel()
 
 
-class _Decoder:
-    """Text of a growing list of tokens; holds back what is not yet a whole character."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._emitted = ""
-
-    def add(self, token: int) -> str:
-        self._ids.append(token)
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if text.endswith("\ufffd"):
-            return ""
-        fresh, self._emitted = text[len(self._emitted) :], text
-        if text.endswith("\n"):  # a safe place to forget the past: decoding is quadratic otherwise
-            self._ids, self._emitted = [token], str(self._tokenizer.decode([token], skip_special_tokens=True))
-        return fresh
-
-
-class _SeededDice(LogitsProcessor):
-    """Gives one generation dice of its own.
-
-    The library draws from torch's global generator, which all threads share. Between the last logits processor and
-    the streamer's call nothing but that draw happens: for so long, and no longer, the global state is ours.
-    """
-
-    _lock = threading.Lock()
-
-    def __init__(self, seed: int) -> None:
-        self._state = torch.Generator().manual_seed(seed).get_state()
-        self._others: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._lock.acquire()
-        self._others = torch.get_rng_state()
-        torch.set_rng_state(self._state)
-        return scores
-
-    def put_back(self) -> None:
-        if self._others is not None:
-            self._state = torch.get_rng_state()
-            torch.set_rng_state(self._others)
-            self._others = None
-            self._lock.release()
-
-
 async def run_generation(
     client: ModelClient,
-    prompt: str,
+    prompt: Prompt,
     options: GenerationOptions,
     wanted: ClientOptions,
     *,
@@ -199,30 +204,18 @@ async def run_generation(
     Errors go to whoever iterates, not to the nursery this runs in.
 
     Raises:
-        UserError: the prompt is empty or does not fit the session; before `started`.
+        UserError: the prompt is empty, not for this model, or does not fit the session; before `started`.
     """
     began = time.perf_counter()
     model, tokenizer = await client.language_model()
-    inputs = tokenizer(prompt, return_tensors="pt")
-    prompt_ids: Tensor = inputs["input_ids"]
-    length = prompt_ids.shape[1]
-    needed = length + options.max_new_tokens
-    room = options.max_length or needed
-    if length == 0:
-        raise UserError("the prompt is empty")
-    if needed > room:
-        raise UserError(f"a prompt of {length} tokens and {options.max_new_tokens} new ones do not fit into {room}")
-    limit = getattr(client.checkpoint.config, "max_position_embeddings", None)
-    if limit is not None and needed > limit:
-        raise UserError(
-            f"a prompt of {length} tokens and {options.max_new_tokens} new ones are more than the {limit} "
-            f"that {client.checkpoint.name} can look back on; shorten the prompt or lower max_new_tokens"
-        )
-    stream = TokenStream(prompt_ids[0].tolist())
+    prompt_ids = await trio.to_thread.run_sync(partial(_tokenise, tokenizer, prompt, client.checkpoint))
+    new_tokens = _room_for(len(prompt_ids), options, client.checkpoint)
+    room = options.max_length or len(prompt_ids) + new_tokens
+    stream = TokenStream(prompt_ids)
     stream.seconds.prepare = time.perf_counter() - began
     scope, ended = stream._scope, stream._ended
     session = InferenceSession(ChainCache(client.chain(wanted), room), room)
-    work = _Work(model, tokenizer, inputs, options, session, stream)
+    work = _Work(model, tokenizer, prompt, new_tokens, options, session, stream)
     task_status.started(stream)
     del stream, task_status  # whoever iterates holds the last reference: dropping it ends us
     try:
@@ -233,6 +226,56 @@ async def run_generation(
         ended.set()
 
 
+def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, checkpoint: Checkpoint) -> list[int]:
+    """In a worker thread: a long text takes its time."""
+    if isinstance(prompt, Chat):
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(f"{checkpoint.name} has no chat template; ask it to go on with a plain text")
+        messages = [dict(message) for message in prompt.messages]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # templates refuse what their model has not learned, such as two users in a row
+            raise UserError(f"the chat template of {checkpoint.name} refuses this conversation: {error}") from None
+        ids: list[int] = tokenizer(str(text), add_special_tokens=False)["input_ids"]  # the template has written them
+    elif isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids, vocabulary = list(prompt), checkpoint.config.get_text_config().vocab_size
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise UserError(f"{checkpoint.name} has tokens 0 to {vocabulary - 1}; the prompt names others")
+    if not ids:
+        raise UserError("the prompt is empty")
+    return ids
+
+
+def _room_for(length: int, options: GenerationOptions, checkpoint: Checkpoint) -> int:
+    """How many tokens to generate after a prompt of `length`."""
+    limit = getattr(checkpoint.config, "max_position_embeddings", None)
+    allowed = min((each for each in (options.max_length, limit) if each is not None), default=None)
+    if allowed is None or length + options.max_new_tokens <= allowed:
+        return options.max_new_tokens
+    if options.fit and length < allowed:
+        return int(allowed) - length
+    if options.max_length == allowed:
+        raise PromptTooLong(
+            f"a prompt of {length} tokens and {options.max_new_tokens} new ones do not fit into {options.max_length}"
+        )
+    raise PromptTooLong(
+        f"a prompt of {length} tokens and {options.max_new_tokens} new ones are more than the {limit} "
+        f"that {checkpoint.name} can look back on; shorten the prompt or lower max_new_tokens"
+    )
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """What ends an answer: the model's own ends, and in a conversation also the tokenizer's, which chat models name
+    there when their base model's `generation_config.json` does not."""
+    named = model.generation_config.eos_token_id
+    ends = {named} if isinstance(named, int) else set(named or ())
+    if isinstance(prompt, Chat) and isinstance(tokenizer.eos_token_id, int):
+        ends.add(tokenizer.eos_token_id)
+    return sorted(ends)
+
+
 class _Work:
     """One generation: its thread half and the bookkeeping around it."""
 
@@ -240,17 +283,24 @@ class _Work:
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        inputs: Any,
+        prompt: Prompt,
+        new_tokens: int,
         options: GenerationOptions,
         session: InferenceSession,
         stream: TokenStream,
     ) -> None:
         self.result: outcome.Outcome[None] | None = None
         self._model = model
-        self._inputs = inputs
+        self._prompt_ids = stream.prompt_ids
+        self._new_tokens = new_tokens
         self._options = options
         self._session = session
-        self._decoder = _Decoder(tokenizer)
+        self._ends = _end_tokens(model, tokenizer, prompt)
+        self._decoder = Decoder(tokenizer)
+        self._stop = StopStrings(options.stop)
+        self._enough = Enough()
+        self._dice = SeededDice(options.seed) if options.seed is not None else None
+        self._recorder = ChanceRecorder(options.logprobs, tokenizer) if options.logprobs is not None else None
         self._stream = weakref.ref(stream)
         self._send = stream._send
         self._seconds = stream.seconds
@@ -258,33 +308,54 @@ class _Work:
 
     def run(self, portal: Any) -> None:
         """In the worker thread."""
-        dice = _SeededDice(self._options.seed) if self._options.seed is not None else None
 
         def on_token(tokens: Tensor) -> None:
-            if dice is not None:
-                dice.put_back()
-            portal.run(self._deliver, int(tokens.reshape(-1)[-1]))
+            if self._dice is not None:
+                self._dice.put_back()
+            token = int(tokens.reshape(-1)[-1])
+            portal.run(self._deliver, token, None if self._recorder is None else self._recorder.of(token))
 
+        prompt = torch.tensor([self._prompt_ids])
+        settings = self._options.as_arguments()
+        if self._ends:
+            settings["eos_token_id"] = self._ends
         try:
             self._model.generate(
-                self._inputs["input_ids"],
-                attention_mask=self._inputs.get("attention_mask"),
+                prompt,
+                attention_mask=torch.ones_like(prompt),
                 session=self._session,
                 streamer=Streamer(on_token),
-                logits_processor=LogitsProcessorList(() if dice is None else (dice,)),
-                **self._options.as_arguments(),
+                logits_processor=LogitsProcessorList(self._processors()),
+                stopping_criteria=StoppingCriteriaList([self._enough] if self._options.stop else []),
+                max_new_tokens=self._new_tokens,
+                **settings,
             )
         finally:
-            if dice is not None:
-                dice.put_back()
+            if self._dice is not None:
+                self._dice.put_back()
 
-    async def _deliver(self, token: int) -> None:
+    def _processors(self) -> list[LogitsProcessor]:
+        """In this order: the recorder sees what the model said, the dice are the last to touch the scores."""
+        presence, frequency = self._options.presence_penalty, self._options.frequency_penalty
+        penalties = None
+        if presence or frequency:
+            penalties = Penalties(len(self._prompt_ids), presence=presence, frequency=frequency)
+        return [each for each in (self._recorder, penalties, self._dice) if each is not None]
+
+    async def _deliver(self, token: int, chances: Chances | None) -> None:
         now = time.perf_counter()
-        text = self._decoder.add(token)
         stream = self._stream()
         if stream is None:  # our scope is being cancelled
             await trio.lowlevel.checkpoint()
             raise UserError("nobody is listening any more")
+        ended = token in self._ends
+        last = ended or len(stream.token_ids) + 1 == self._new_tokens
+        text = self._stop.add(self._decoder.add(token, last=last), last=last)
+        self._enough.reached = self._stop.found
+        if ended or self._stop.found:
+            stream.finish_reason = "stop"
+        elif last:
+            stream.finish_reason = "length"
         if not stream.token_ids:
             self._seconds.first_token = now - self._began
         else:
@@ -296,7 +367,7 @@ class _Work:
             stream.route = remote.trace
             stream.choice = remote.remote.choice
         del stream
-        await self._send.send(Token(token, text))
+        await self._send.send(Token(token, text, chances))
 
     async def finish(self) -> None:
         """Give the caches back and tell whoever iterates."""
