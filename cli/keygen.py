@@ -10,16 +10,23 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "keygen",
-        help="make a key file for --identity",
+        help="make a key file for --identity, or an API key",
         description="Write a new private key (libp2p's protobuf form, mode 0600) and print the peer ID that it gives.",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="where to write; an existing file is never overwritten")
+    parser.add_argument("--api", action="store_true", help="make an API key instead, and add its hash to FILE")
+    parser.add_argument("--name", default="", help="whom the API key is for; stands beside its hash")
     parser.add_argument("--type", choices=("ed25519", "rsa"), default="ed25519", help="kind of key (default: ed25519)")
     parser.set_defaults(run=run, synchronous=True, verbose=False)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the key and print its peer ID."""
+    """Write the key and print its peer ID; or make an API key and print that."""
+    if options.api:
+        from petals.gateway.keys import create_key
+
+        print(create_key(options.file, options.name))
+        return
     from petals.peer.identity import create_identity
 
     identity = create_identity(options.file, key_type=options.type)

@@ -23,6 +23,7 @@ examples:
   petals peer --serve 15:30 --initial_peers ADDR          hold the other half; ADDR is what the first peer printed
   petals peer --generate "A cat sat on" --initial_peers ADDR
   petals peer --serve 0:30 --generate "A cat sat on"      everything in one process
+  petals peer --http --initial_peers ADDR                 a chat page and OpenAI's API on http://127.0.0.1:8000
   petals peer --bootstrap --listen /ip4/0.0.0.0/tcp/31337 only keep the directory (starts without torch)
 """
 
@@ -64,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "where the swarm is weakest, and others when that changes")  # fmt: skip
     roles.add_argument("--num_blocks", metavar="N", type=int, help="hold N blocks where the swarm is weakest")
     roles.add_argument("--generate", metavar="PROMPT", help="ask the swarm to go on with PROMPT")
+    roles.add_argument("--http", metavar="HOST:PORT", nargs="?", const="127.0.0.1:8000",
+                       help="chat page and OpenAI-compatible API (default: 127.0.0.1:8000)")  # fmt: skip
     roles.add_argument("--bootstrap", action="store_true", help="only keep the directory of the swarm")
 
     network = parser.add_argument_group("network")
@@ -95,6 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="say what each server is expected to take, and why others are not used")  # fmt: skip
     asking.add_argument("--route_timeout", metavar="S", type=float, default=20.0,
                         help="how long to look for peers that hold missing blocks (default: 20 s)")  # fmt: skip
+
+    door = parser.add_argument_group("with --http")
+    door.add_argument("--api_keys", metavar="FILE", type=Path, help="ask for a key; `petals keygen --api` makes one")
+    door.add_argument("--cors", metavar="ORIGIN", nargs="+", default=[], help="web pages that may ask from a browser")
+    door.add_argument("--http_models", metavar="MODEL", nargs="+", default=[], help="offer these models, too")
 
     serving = parser.add_argument_group("serving")
     serving.add_argument("--dtype", "--torch_dtype", default="auto", help="auto, float32, bfloat16 or float16")
@@ -170,6 +178,8 @@ async def run(options: argparse.Namespace) -> None:
             _print_server(peer, as_json=options.json and options.generate is None)
         if options.generate is not None:
             await _generate(peer, options, time.perf_counter() - started)
+        elif options.http is not None:
+            await _keep_door(peer, options)
         else:
             import trio
 
@@ -182,16 +192,38 @@ def _check(options: argparse.Namespace) -> None:
     serves = options.serve is not None or options.num_blocks is not None
     if options.serve and options.num_blocks is not None:
         raise UserError("--serve says which blocks, --num_blocks lets the peer choose: give one of them")
+    if options.http is None and (options.api_keys or options.cors or options.http_models):
+        raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
     if options.bootstrap:
-        if serves or options.generate is not None:
-            raise UserError("--bootstrap only keeps the directory: leave it out to serve or generate")
+        if serves or options.generate is not None or options.http is not None:
+            raise UserError("--bootstrap only keeps the directory: leave it out to serve, ask or open a door")
         return
-    if not serves and options.generate is None:
-        raise UserError('nothing to do: give --serve A:B to hold blocks, --generate "..." to ask, or both')
+    if options.http is not None and options.generate is not None:
+        raise UserError("--generate asks once and ends, --http stays open: give one of them")
+    if not serves and options.generate is None and options.http is None:
+        raise UserError('nothing to do: give --serve A:B to hold blocks, --generate "..." to ask, or --http')
     if not serves and not options.initial_peers:
         raise UserError("nobody to ask: give --initial_peers ADDR, or hold the blocks here with --serve")
     if options.max_new_tokens < 1:
         raise UserError("--max_new_tokens must be at least 1")
+
+
+async def _keep_door(peer: Peer, options: argparse.Namespace) -> None:
+    import trio
+
+    from petals.gateway.config import HttpConfig
+    from petals.gateway.serve import open_gateway
+
+    config = HttpConfig(
+        bind=options.http, api_keys=options.api_keys, cors=tuple(options.cors), models=tuple(options.http_models)
+    )
+    if not config.is_loopback and config.api_keys is None:
+        _say(f"whoever reaches {config.bind} may ask here; --api_keys FILE lets only those in who have a key")
+    async with open_gateway(peer, config) as url:
+        if options.json:
+            print(json.dumps({"http": url}), flush=True)
+        _say(f"open {url} in a browser; OpenAI's clients take base_url={url}/v1")
+        await trio.sleep_forever()
 
 
 async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> None:

@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("cli", "dht", "models", "peer", "protocols")
+ROOMS = ("cli", "dht", "gateway", "models", "peer", "protocols")
 MAY_IMPORT = {
-    "cli": {"cli", "peer", "dht", "models", "protocols"},
+    "cli": {"cli", "gateway", "peer", "dht", "models", "protocols"},
+    "gateway": {"gateway", "peer", "dht", "models", "protocols"},
     "peer": {"peer", "dht", "models", "protocols"},
     "dht": {"dht", "protocols"},
     "models": {"models"},
     "protocols": {"protocols"},
 }
 LIBP2P_LIVES_IN = ("peer/host.py", "peer/identity.py", "peer/transport/", "dht/directory.py")
-TRIO_LIVES_IN = ("peer/", "dht/", "protocols/stream.py", "cli/main.py", "cli/peer.py", "cli/run_dht.py")
+TRIO_LIVES_IN = ("peer/", "gateway/", "dht/", "protocols/stream.py", "cli/main.py", "cli/peer.py", "cli/run_dht.py")
 TORCH_LIVES_IN = (
     "models/",
     "protocols/tensors.py",
@@ -93,7 +94,12 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     )
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names} == {"petals", "petals_libp2p-0.1.0.dist-info"}
-    for expected in ("petals/py.typed", "petals/protocols/SPEC.md", "petals/peer/transport/__init__.py"):
+    for expected in (
+        "petals/py.typed",
+        "petals/protocols/SPEC.md",
+        "petals/peer/transport/__init__.py",
+        "petals/gateway/static/chat.html",
+    ):
         assert expected in names
     assert not [name for name in names if name.endswith(".key") or "/tests/" in name]
 

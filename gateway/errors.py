@@ -1,0 +1,83 @@
+"""What goes wrong, in OpenAI's shape: a status, and {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from petals.models.errors import ModelError
+from petals.peer.client.generation import PromptTooLong
+from petals.protocols.errors import MissingBlocks, PeerBusy, SwarmError, UserError
+
+log = logging.getLogger(__name__)
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+RETRY_AFTER_S = 5.0
+"""When to ask again what the swarm can not do now, if it did not say."""
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        param: the field that is wrong.
+        code: for programs; the message is for people.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's clients read it."""
+        kind = TYPES.get(self.status, "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        headers = {"retry-after": str(math.ceil(self.retry_after_s))} if self.retry_after_s is not None else {}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the peer raised, as an answer. What nobody expected is logged, and not told to strangers."""
+    message = " ".join(str(error).split())
+    match error:
+        case ApiError():
+            return error
+        case PromptTooLong():
+            return ApiError(400, message, code="context_length_exceeded")
+        case UserError():
+            return ApiError(400, message)
+        case MissingBlocks():
+            return ApiError(503, message, code="missing_blocks", retry_after_s=RETRY_AFTER_S)
+        case PeerBusy():
+            return ApiError(503, message, code="swarm_busy", retry_after_s=error.retry_after_s or RETRY_AFTER_S)
+        case SwarmError():
+            return ApiError(503, message, code="swarm_error", retry_after_s=RETRY_AFTER_S)
+        case ModelError():
+            return ApiError(500, message, code="model_error")
+        case _:
+            log.error("an answer failed", exc_info=error)
+            return ApiError(500, "the peer made a mistake; its log says more", code="internal_error")

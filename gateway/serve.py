@@ -1,0 +1,74 @@
+"""The server under the door: Starlette on hypercorn's trio worker, in a nursery of the peer's program."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import hypercorn
+import trio
+from hypercorn.trio import serve
+
+from petals.gateway.app import Gateway, open_models
+from petals.gateway.config import HttpConfig
+from petals.peer.node import Peer
+from petals.protocols.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 128
+IDLE_S = 15.0
+"""How long a connection may ask nothing; a request's head must have arrived by then, too."""
+GOODBYE_S = 3.0
+
+
+@asynccontextmanager
+async def open_gateway(peer: Peer, config: HttpConfig) -> AsyncIterator[str]:
+    """Answer HTTP while the context is open; yields the URL. Answers still running when it is left are cut off.
+
+    Raises:
+        UserError: the address can not be listened on, or the API keys can not be read.
+        ModelError: a model that can not be opened.
+    """
+    app = Gateway(peer, config, await open_models(peer, config)).app()
+    listener = listen(config)
+    host, port = listener.getsockname()[:2]
+    settings = hypercorn.Config()
+    settings.bind = [f"fd://{listener.detach()}"]  # hypercorn listens on it, and closes it
+    settings.errorlog = log
+    settings.include_server_header = False
+    settings.keep_alive_timeout = IDLE_S
+    settings.graceful_timeout = GOODBYE_S
+    settings.backlog = BACKLOG
+    application: Any = app
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve, application, settings)
+        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        nursery.cancel_scope.cancel()
+
+
+def listen(config: HttpConfig) -> socket.socket:
+    """A bound socket. A client that stops reading would hold its answer, and caches at every server, for ever: the
+    system is told to give such connections up.
+
+    Raises:
+        UserError: the address is not ours, or somebody else listens there.
+    """
+    host, port = config.address
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * config.stalled_s))
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UserError(f"can not listen on {config.bind}: {error.strerror or error}") from None
+    return listener

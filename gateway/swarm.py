@@ -1,0 +1,75 @@
+"""What the swarm looks like from here: who holds what, where it is weakest, and how it is, in a word. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from petals.dht.records import ServerState
+from petals.peer.client.view import Offer, SwarmView
+
+
+def describe(view: SwarmView, num_blocks: int) -> dict[str, Any]:
+    """One model's swarm as JSON."""
+    copies = [sum(block in offer.record.blocks for offer in view.offers) for block in range(num_blocks)]
+    supply = [
+        sum(offer.record.inference_rps / len(offer.record.blocks) for offer in view.offers if b in offer.record.blocks)
+        for b in range(num_blocks)
+    ]
+    weakest = _weakest(copies)
+    state, words = _health(copies, weakest)
+    return {
+        "model": view.model.name,
+        "digest": view.model.digest,
+        "num_blocks": num_blocks,
+        "health": state,
+        "words": words,
+        "copies": copies,
+        "blocks_per_s": supply,
+        "weakest": [weakest.start, weakest.stop],
+        "peers": [_peer(offer) for offer in (*view.offers, *view.away)],
+    }
+
+
+def _weakest(copies: list[int]) -> range:
+    """The first stretch of blocks with the fewest copies."""
+    least = min(copies)
+    start = copies.index(least)
+    stop = start
+    while stop < len(copies) and copies[stop] == least:
+        stop += 1
+    return range(start, stop)
+
+
+def _health(copies: list[int], weakest: range) -> tuple[str, str]:
+    where = f"blocks {weakest.start}:{weakest.stop}"
+    if len(weakest) == len(copies):
+        where = "all blocks"
+    match copies[weakest.start]:
+        case 0:
+            return "broken", f"nobody holds {where}"
+        case 1:
+            return "degraded", f"only one peer holds {where}; if it leaves, nobody can ask"
+        case n:
+            return "healthy", f"every block is held by {n} peers or more"
+
+
+def _peer(offer: Offer) -> dict[str, Any]:
+    record = offer.record
+    return {
+        "peer_id": record.peer_id,
+        "name": record.public_name,
+        "state": ServerState(record.state).name.lower(),
+        "blocks": [record.blocks.start, record.blocks.stop],
+        "version": record.version,
+        "dtype": record.dtype,
+        "quant_type": record.quant_type,
+        "adapters": list(record.adapters),
+        "decode_blocks_per_s": record.inference_rps,
+        "prefill_blocks_per_s": record.forward_rps,
+        "queue_s": record.queue_s,
+        "cache_tokens_left": record.cache_tokens_left,
+        "round_trip_s": offer.round_trip_s,
+        "round_trips_s": {str(peer): seconds for peer, seconds in record.round_trips_s.items()},
+        "relayed": record.using_relay,
+        "banned_s": offer.ban_left_s,
+    }
