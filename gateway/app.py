@@ -55,7 +55,7 @@ class Gateway:
             Route("/api/swarm", self._counted(self._swarm)),
             Route("/metrics", self._metrics),
             Route("/health", self._health),
-            *(Route(path, page) for path, page in load_pages().items()),
+            *(Route(path, page.answer) for path, page in load_pages().items()),
         ]
         middleware = [Middleware(Doorkeeper, config=self._config, hashes=hashes)]
         if self._config.cors:

@@ -45,7 +45,7 @@ class Page:
             "content-security-policy": CONTENT_POLICY,
         }
 
-    async def __call__(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         if request.headers.get("if-none-match") == self._tag:
             return Response(status_code=304, headers=self._headers)
         return Response(self._content, headers=self._headers)
