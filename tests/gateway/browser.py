@@ -105,7 +105,8 @@ class Page:
     async def click(self, selector: str) -> None:
         """As a mouse does: at the middle of what is there, whatever lies on top."""
         x, y = await self.js(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'nearest'});"
             " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
@@ -124,7 +125,7 @@ class Page:
 
     async def shoot(self, path: Path) -> None:
         shot = await self.call("Page.captureScreenshot", format="png")
-        path.write_bytes(base64.b64decode(shot["data"]))
+        await trio.Path(path).write_bytes(base64.b64decode(shot["data"]))
 
     async def prepare(self) -> Self:
         for domain in ("Page", "Runtime", "Log"):

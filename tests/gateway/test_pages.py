@@ -1,0 +1,203 @@
+"""The pages in a real browser: what people do, and what must not happen."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from petals.gateway.config import HttpConfig
+from petals.gateway.serve import open_gateway
+from petals.peer.client.generation import Chat, GenerationOptions
+from tests.gateway.browser import CHROMIUM, Page, open_page
+from tests.gateway.conftest import NAME, OpenDoor
+from tests.swarm.conftest import Swarm, all_leases_returned
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed")
+
+ANSWER = "document.querySelector('#messages .assistant:last-child .body')"
+IDLE = "!document.querySelector('#send').hidden"
+HOSTILE = """# <b>Title</b>
+<img src=x onerror="document.title='owned'"><script>document.title='owned'</script>
+[click](javascript:document.title='owned') [fine](https://example.org/a) **bold** and `<i>code</i>`
+```html
+<script>document.title='owned'</script>
+```
+| <u>a</u> | b |
+|---|---|
+| <svg onload="document.title='owned'"> | 2 |
+- one
+  - two
+"""
+
+
+@asynccontextmanager
+async def visiting(url: str, profile: Path) -> AsyncIterator[Page]:
+    """The chat page, ready to be asked. Nothing on it may complain, not even the content policy."""
+    async with open_page(profile) as page:
+        await page.look()
+        await page.go(url)
+        await page.until("document.querySelector('#model').value")
+        yield page
+        assert page.complaints == []
+
+
+async def settle(page: Page, **settings: str) -> None:
+    """Greedy answers of a length that is known."""
+    chosen = {"temperature": "0", "frequency_penalty": "0", "top_p": "1", **settings}
+    await page.js(f"localStorage.setItem('petals.settings', {json.dumps(json.dumps(chosen))})")
+
+
+async def test_a_conversation(open_door: OpenDoor, tmp_path: Path) -> None:
+    async with open_door() as door, visiting(door.url, tmp_path) as page:
+        await settle(page, max_tokens="24")
+        await page.go(door.url)
+        await page.until("document.querySelector('#model').value")
+        assert await page.js("document.activeElement.id") == "prompt"
+
+        await page.type("Name three colours.")
+        await page.press("Enter")
+        await page.until(f"{ANSWER} && {ANSWER}.textContent.length > 3")
+        assert await page.js("!document.querySelector('#stop').hidden"), "it streams: text is there before the end"
+        await page.until(IDLE)
+        body = {"model": NAME, "messages": [{"role": "user", "content": "Name three colours."}], "max_tokens": 24}
+        expected = (await door.post("/v1/chat/completions", body)).json()["choices"][0]["message"]["content"]
+        kept = "JSON.parse(localStorage['petals.chats']).chats[0].messages"
+        assert (await page.js(kept))[1]["content"] == expected
+        assert "tokens/s" in await page.js("document.querySelector('#speed').textContent")
+        assert door.server.peer_id[-6:] in await page.js("document.querySelector('#route').textContent")
+        assert "Answer:" in await page.js("document.querySelector('#announce').textContent")
+
+        await page.go(door.url)  # a reload keeps the history
+        assert "Name three colours." in await page.js("document.querySelector('#messages').textContent")
+        assert await page.js("document.querySelector('#chats .name').textContent") == "Name three colours."
+        await page.until("document.querySelector('#model').value")
+
+        before = await page.js("document.querySelector('#messages .told').textContent")
+        await page.js("[...document.querySelectorAll('.assistant .acts button')].at(-1).click()")
+        await page.until(f"{IDLE} && document.querySelector('#messages .told').textContent !== {json.dumps(before)}")
+        assert (await page.js(kept))[1]["content"] == expected, "greedy says the same again"
+
+        await page.js("document.querySelector('.user .acts button').click()")
+        await page.js("document.querySelector('.edit textarea').value = 'Name three animals.'")
+        await page.press("Enter")
+        await page.until(f"{IDLE} && {ANSWER} && {ANSWER}.textContent")
+        told = await page.js(kept)
+        assert [each["content"] for each in told][0] == "Name three animals."
+        assert len(told) == 2
+
+        await page.click("#new")
+        await page.until("!document.querySelector('#welcome').hidden")
+        assert len(await page.js("JSON.parse(localStorage['petals.chats']).chats")) == 1
+
+
+async def test_stop_ends_the_answer_at_the_servers(open_door: OpenDoor, tmp_path: Path) -> None:
+    async with open_door() as door, visiting(door.url, tmp_path) as page:
+        await settle(page, max_tokens="1000")
+        await page.go(door.url)
+        await page.until("document.querySelector('#model').value")
+        await page.type("Tell me a long story.")
+        await page.click("#send")
+        await page.until(f"{ANSWER} && {ANSWER}.textContent.length > 10")
+        assert door.server.server.inbound.sessions == 1
+        await page.click("#stop")
+        await page.until(IDLE)
+        await all_leases_returned(door.server)
+        assert "stopped" in await page.js("document.querySelector('#messages .told').textContent")
+        assert len(await page.js(f"{ANSWER}.textContent")) > 10, "what was said stays"
+
+
+async def test_what_a_model_says_stays_text(open_door: OpenDoor, tmp_path: Path) -> None:
+    async with open_door() as door, visiting(door.url, tmp_path) as page:
+        chat = {
+            "now": "a",
+            "chats": [
+                {"id": "a", "title": "<b>x</b>", "touched": 1, "messages": [{"role": "user", "content": HOSTILE}]}
+            ],
+        }
+        chat["chats"][0]["messages"].append({"role": "assistant", "content": HOSTILE})  # type: ignore[index]
+        await page.js(f"localStorage.setItem('petals.chats', {json.dumps(json.dumps(chat))})")
+        await page.go(door.url)
+        await page.until(f"{ANSWER}.textContent.includes('onerror')")
+        made = await page.js(
+            f"[...new Set([...{ANSWER}.querySelectorAll('*')].map(e => e.tagName.toLowerCase()))].sort()"
+        )
+        assert set(made) <= set(["a", "br", "button", "code", "div", "h3", "li", "p", "pre", "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"])
+        assert await page.js(f"[...{ANSWER}.querySelectorAll('a')].map(e => e.href)") == ["https://example.org/a"]
+        assert await page.js(f"{ANSWER}.querySelector('pre').textContent") == "<script>document.title='owned'</script>"
+        assert await page.js("document.querySelectorAll('#messages img, #messages script, #side b').length") == 0
+        assert await page.js("document.title") == "<b>x</b> · Petals"
+
+
+async def test_a_server_killed_in_the_middle(make_swarm: Callable[..., Swarm], tmp_path: Path) -> None:
+    """The route moves to the other holder, and the answer is the one that would have been given."""
+    swarm = make_swarm()
+    asker = await swarm.add(range(15))
+    first, second = [_serving(asker.addrs[0]) for _ in range(2)]
+    try:
+        addresses = [await trio.to_thread.run_sync(_first_line, each) for each in (first, second)]
+        servers = {told["peer_id"]: process for told, process in zip(addresses, (first, second), strict=True)}
+        client = await asker.client()
+        with trio.fail_after(60):
+            while len(client.watcher.view.offers) < 3:
+                await client.watcher.changed(1.0)
+        async with open_gateway(asker, HttpConfig(bind="127.0.0.1:0")) as url, visiting(url, tmp_path) as page:
+            await settle(page, max_tokens="60")
+            await page.go(url)
+            await page.until("document.querySelector('#model').value")
+            await page.type("Name three colours.")
+            await page.press("Enter")
+            hops = "[...document.querySelectorAll('#route .hop[title]')].map(e => e.title)"
+            await page.until(f"{hops}.length === 2 && {ANSWER}.textContent.length > 10")
+            lost = (await page.js(hops))[1]
+            servers[lost].send_signal(signal.SIGKILL)
+            await page.until("document.querySelector('#route .moved')")
+            await page.until(IDLE)
+            assert await page.js("document.querySelector('#messages .error')") is None
+            now = (await page.js(hops))[1]
+            assert {lost, now} == set(servers)
+            said = await page.js("JSON.parse(localStorage['petals.chats']).chats[0].messages[1].content")
+            question = Chat([{"role": "user", "content": "Name three colours."}])
+            undisturbed = await asker.generate(question, options=GenerationOptions(max_new_tokens=60))
+            assert said == "".join([token.text async for token in undisturbed])
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+
+
+def _serving(addr: str) -> subprocess.Popen[str]:
+    words = ["peer", "--serve", "15:30", "--initial_peers", addr, "--throughput", "100", "--json"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "petals.cli.main", *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _first_line(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    return json.loads(process.stdout.readline())  # type: ignore[no-any-return]
+
+
+async def test_the_swarm_page_names_the_weakest_stretch(open_door: OpenDoor, tmp_path: Path) -> None:
+    async with open_door(range(10)) as door, visiting(door.url, tmp_path) as page:
+        await page.go(f"{door.url}/swarm")
+        await page.until("document.querySelector('.health')")
+        assert await page.js("document.querySelector('.health').textContent") == "broken"
+        assert "nobody holds blocks 10:30" in await page.js("document.querySelector('.words').textContent")
+        assert await page.js("document.querySelectorAll('.map .c0').length") == 20
+        assert door.server.peer_id[-8:] in await page.js("document.querySelector('td.peer').textContent")
