@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome 
 
 ANSWER = "document.querySelector('#messages .assistant:last-child .body')"
 IDLE = "!document.querySelector('#send').hidden"
+HARMLESS = set("a br button code div h3 li p pre span strong table tbody td th thead tr ul".split())  # noqa: SIM905
 HOSTILE = """# <b>Title</b>
 <img src=x onerror="document.title='owned'"><script>document.title='owned'</script>
 [click](javascript:document.title='owned') [fine](https://example.org/a) **bold** and `<i>code</i>`
@@ -93,7 +94,7 @@ async def test_a_conversation(open_door: OpenDoor, tmp_path: Path) -> None:
         await page.press("Enter")
         await page.until(f"{IDLE} && {ANSWER} && {ANSWER}.textContent")
         told = await page.js(kept)
-        assert [each["content"] for each in told][0] == "Name three animals."
+        assert told[0]["content"] == "Name three animals."
         assert len(told) == 2
 
         await page.click("#new")
@@ -129,10 +130,8 @@ async def test_what_a_model_says_stays_text(open_door: OpenDoor, tmp_path: Path)
         await page.js(f"localStorage.setItem('petals.chats', {json.dumps(json.dumps(chat))})")
         await page.go(door.url)
         await page.until(f"{ANSWER}.textContent.includes('onerror')")
-        made = await page.js(
-            f"[...new Set([...{ANSWER}.querySelectorAll('*')].map(e => e.tagName.toLowerCase()))].sort()"
-        )
-        assert set(made) <= set(["a", "br", "button", "code", "div", "h3", "li", "p", "pre", "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"])
+        made = await page.js(f"[...{ANSWER}.querySelectorAll('*')].map(e => e.tagName.toLowerCase())")
+        assert set(made) <= HARMLESS
         assert await page.js(f"[...{ANSWER}.querySelectorAll('a')].map(e => e.href)") == ["https://example.org/a"]
         assert await page.js(f"{ANSWER}.querySelector('pre').textContent") == "<script>document.title='owned'</script>"
         assert await page.js("document.querySelectorAll('#messages img, #messages script, #side b').length") == 0
