@@ -159,7 +159,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    shown = request.url.path.encode(errors="replace").decode()[:200]
+    shown = request.scope["path"].encode(errors="replace").decode()[:200]
     words = {404: f"there is nothing at {shown}", 405: f"{shown} does not take {request.method}"}
     known = ApiError(error.status_code, words.get(error.status_code, error.detail), code="unknown_url")
     return JSONResponse(known.body(), known.status, {**(error.headers or {}), **NO_STORE})
