@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import outcome
@@ -14,13 +15,14 @@ import trio
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from petals.models.generation import ChainCache, InferenceSession
-from petals.peer.client.chain import RemoteChainSession
-from petals.peer.client.model_client import ClientOptions, ModelClient
+from petals.models.generation import ChainCache, InferenceSession, first_block_inputs
+from petals.peer.client.chain import RemoteChain, RemoteChainSession
+from petals.peer.client.model_client import ClientOptions, ModelClient, Prefix
 from petals.peer.client.routing import RouteChoice
 from petals.peer.client.session import HopTrace
 from petals.peer.client.twins import Streamer
 from petals.protocols.errors import UserError
+from petals.protocols.prefixes import PREFIX_TOKENS, prefix_names
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus
@@ -95,6 +97,8 @@ class TokenStream:
     seconds: Seconds = field(default_factory=Seconds)
     route: tuple[HopTrace, ...] = ()
     """The servers of the last step and where its time went."""
+    reused_tokens: int = 0
+    """Of the prompt; the servers had kept them from an earlier generation."""
     choice: RouteChoice | None = None
     """Why the session was opened with the route it was."""
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -221,8 +225,9 @@ async def run_generation(
     stream = TokenStream(prompt_ids[0].tolist())
     stream.seconds.prepare = time.perf_counter() - began
     scope, ended = stream._scope, stream._ended
-    session = InferenceSession(ChainCache(client.chain(wanted), room), room)
-    work = _Work(model, tokenizer, inputs, options, session, stream)
+    chain = client.chain(wanted)
+    session = InferenceSession(ChainCache(chain, room), room)
+    work = _Work(client, model, tokenizer, inputs, options, session, stream, chain if wanted.prefix_cache else None)
     task_status.started(stream)
     del stream, task_status  # whoever iterates holds the last reference: dropping it ends us
     try:
@@ -238,14 +243,21 @@ class _Work:
 
     def __init__(
         self,
+        client: ModelClient,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         inputs: Any,
         options: GenerationOptions,
         session: InferenceSession,
         stream: TokenStream,
+        reused: RemoteChain | None,
     ) -> None:
+        """
+        Args:
+            reused: the chain, whose servers may still have some of the prompt; None: they are not asked.
+        """
         self.result: outcome.Outcome[None] | None = None
+        self._client = client
         self._model = model
         self._inputs = inputs
         self._options = options
@@ -255,6 +267,10 @@ class _Work:
         self._send = stream._send
         self._seconds = stream.seconds
         self._began = time.perf_counter()
+        self._reused = reused
+        self._reused_tokens = 0
+        self._token_ids: list[int] = inputs["input_ids"][0].tolist()
+        """Of the whole sequence."""
 
     def run(self, portal: Any) -> None:
         """In the worker thread."""
@@ -266,6 +282,8 @@ class _Work:
             portal.run(self._deliver, int(tokens.reshape(-1)[-1]))
 
         try:
+            if self._reused is not None:
+                self._session.cache.session = self._begin_with_kept(self._reused)
             self._model.generate(
                 self._inputs["input_ids"],
                 attention_mask=self._inputs.get("attention_mask"),
@@ -278,9 +296,20 @@ class _Work:
             if dice is not None:
                 dice.put_back()
 
+    def _begin_with_kept(self, chain: RemoteChain) -> RemoteChainSession:
+        """A session that begins with what the servers have kept of the prompt; its last token is computed anyway."""
+        ids: Tensor = self._inputs["input_ids"]
+        names = tuple(prefix_names(self._token_ids[:-1]))
+        inputs = partial(first_block_inputs, self._model, ids[:, : len(names) * PREFIX_TOKENS])
+        prefix = Prefix(names, lambda: inputs().cpu())
+        session = chain.open_session(batch_size=1, max_length=self._session.max_length, prefix=prefix)
+        self._reused_tokens = session.position
+        return session
+
     async def _deliver(self, token: int) -> None:
         now = time.perf_counter()
         text = self._decoder.add(token)
+        self._token_ids.append(token)
         stream = self._stream()
         if stream is None:  # our scope is being cancelled
             await trio.lowlevel.checkpoint()
@@ -291,6 +320,7 @@ class _Work:
             self._seconds.decode = now - self._began - self._seconds.first_token
         stream.token_ids.append(token)
         stream.text += text
+        stream.reused_tokens = self._reused_tokens
         remote = self._session.cache.session
         if isinstance(remote, RemoteChainSession):
             stream.route = remote.trace
@@ -303,7 +333,11 @@ class _Work:
         remote = self._session.cache.session
         if isinstance(remote, RemoteChainSession):
             cut = isinstance(self.result, outcome.Error) or self.result is None
-            await (remote.remote.reset() if cut else remote.remote.close())
+            if cut:
+                await remote.remote.reset()
+            else:
+                known = self._token_ids[: remote.position] if self._reused is not None else []
+                await self._client.leave(remote.remote, prefix_names(known))
         stream = self._stream()
         if stream is not None and isinstance(self.result, outcome.Error):
             stream._error = self.result.error

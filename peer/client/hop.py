@@ -71,6 +71,8 @@ class SessionSpec:
     lora: Lora | None = None
     """Low-rank updates of the client's own, sent with the opening."""
     encoding: pb.Encoding = pb.RAW
+    prefixes: tuple[bytes, ...] = ()
+    """Names of the beginning of the sequence (protocols/prefixes.py), whose cache a server may still have."""
 
 
 def error_of(reply: pb.Error, peer_id: PeerId) -> RemoteError | LocalProtocolError:
@@ -165,6 +167,7 @@ class Hop:
                         adapter=spec.adapter,
                         reply_encoding=spec.encoding,
                         lora=lora,
+                        prefixes=spec.prefixes,
                     )
                 )
                 await hop._send(request, *payload)
@@ -265,11 +268,18 @@ class Hop:
         self.history.extend(history)
         return outputs
 
-    async def close(self) -> None:
-        """Give the lease back politely; never raises, bounded."""
+    async def close(self, prefixes: Sequence[bytes] = ()) -> None:
+        """Give the lease back politely; never raises, bounded.
+
+        Args:
+            prefixes: names of what the cache holds, which the server may keep; waits until it has.
+        """
         with shielded_for(self.timeouts.reset_s) as scope:
             try:
-                await self._send(pb.InferenceRequest(close=pb.Close()))
+                await self._send(pb.InferenceRequest(close=pb.Close(prefixes=prefixes)))
+                if prefixes:
+                    await self.messages.close_write()
+                    await self.messages.read_message()
                 await self.messages.close()
             except (RemoteError, LocalProtocolError):
                 await self.messages.reset()
