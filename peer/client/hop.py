@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -267,6 +267,39 @@ class Hop:
             outputs = await together(send_all, receive_all)
         self.history.extend(history)
         return outputs
+
+    async def pipe(
+        self,
+        indices: trio.MemoryReceiveChannel[int],
+        find: Callable[[int], tuple[StepInput, StepInput]],
+        take: Callable[[StepOutput], None],
+    ) -> None:
+        """Steps as their inputs come, without waiting for one answer before the next is sent.
+
+        Args:
+            find: index -> what the server is told, and what another one would have to be told instead.
+            take: called with the answers, in order.
+        """
+        sent_in, sent = trio.open_memory_channel[tuple[StepInput, StepInput, float]](math.inf)
+
+        async def send_all() -> None:
+            with sent_in:
+                async for index in indices:
+                    told, remembered = find(index)
+                    with answer_within(self.timeouts.step_s, self.peer_id):
+                        await self._send_step(told, silent=False)
+                    sent_in.send_nowait((told, remembered, trio.current_time()))
+
+        async def receive_all() -> None:
+            answered_at = -math.inf
+            async for told, remembered, sent_at in sent:
+                with answer_within(self.deadline_s(told.hidden.shape[1]), self.peer_id):
+                    output = await self._receive_step(told, max(sent_at, answered_at))
+                answered_at = trio.current_time()
+                self.remember(remembered, output.round_trip_s)
+                take(output)
+
+        await together(send_all, receive_all)
 
     async def close(self, prefixes: Sequence[bytes] = ()) -> None:
         """Give the lease back politely; never raises, bounded.

@@ -17,6 +17,7 @@ import trio
 from torch import Tensor
 
 from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_blocks
+from petals.peer.client.pipeline import PIECE_TOKENS, PipelinedStep, is_long
 from petals.peer.client.pushing import PushedStep
 from petals.peer.client.replay import as_one_prompt, in_chunks
 from petals.peer.client.routing import Route, RouteChoice
@@ -56,6 +57,8 @@ class RemoteSession:
         exact_recovery: tell replacements the history with its own step boundaries, so that even logits are the same to
             the last bit; else as one prompt, which is faster and the same up to rounding.
         push: let servers send to each other (pushing.py).
+        piece_tokens: a step of more than twice as many, all rows together, flows through several hops in pieces of that
+            size (pipeline.py); 0: goes as a whole.
         prefix_inputs: (block, tokens) -> the hidden states of the first tokens of the sequence that enter a block;
             needed when a hop is lost whose cache began with what an earlier session left there (`spec.prefixes`).
         standby_in: keep second servers ready (standby.py), fed by a task in this nursery; None: do not.
@@ -73,6 +76,7 @@ class RemoteSession:
         max_retries: int = 10,
         exact_recovery: bool = True,
         push: bool = True,
+        piece_tokens: int = PIECE_TOKENS,
         prefix_inputs: Callable[[int, int], Awaitable[Tensor]] | None = None,
         standby_in: trio.Nursery | None = None,
     ) -> None:
@@ -95,6 +99,7 @@ class RemoteSession:
         """Pairs of servers between which a push did not come."""
         self.standbys = None if standby_in is None else Standbys(lambda: self.hops, self._open_standby)
         self._standby_in = standby_in
+        self._piece_tokens = piece_tokens
         self._position = 0
         self._prefix_inputs = prefix_inputs
         self._adopted = 0
@@ -116,6 +121,8 @@ class RemoteSession:
         """
         self.hops = await self._open_hops(self.blocks)
         self._position = self._adopted = min(hop.conversation.position for hop in self.hops)
+        if len(self.hops) == 1:
+            self._piece_tokens = 0  # for good, so that boundaries do not depend on later failures
         if self.standbys is not None and self._standby_in is not None:
             self._standby_in.start_soon(self.standbys.run)
 
@@ -161,7 +168,11 @@ class RemoteSession:
             hypo_ids=hypo_ids,
         )
         replay_order = _compose(self._row_order, hypo_ids)
-        if self._push and len(self.hops) > 1:
+        if self._piece_tokens and is_long(current, self._piece_tokens):
+            pipelined = PipelinedStep(self, current, replay_order, self._piece_tokens)
+            output = await pipelined.run()
+            done = pipelined.done
+        elif self._push and len(self.hops) > 1:
             pushed = PushedStep(self, current, replay_order)
             output, done = await pushed.run(), pushed.done
         else:
@@ -189,7 +200,7 @@ class RemoteSession:
 
         Raises: as `step`.
         """
-        await self._replace(lost, error, failures=1)
+        await self.replace(lost, error, failures=1)
         return await self._relay(lost.blocks, current, replay_order, done)
 
     async def _relay(
@@ -209,7 +220,7 @@ class RemoteSession:
                 output = await hop.step(remembered if hop.rebuilt else told, replayed_as=remembered)
             except RemoteError as error:
                 failures += 1
-                await self._replace(hop, error, failures)
+                await self.replace(hop, error, failures)
                 continue
             done.append((hop, output))
             assert output.hidden is not None
@@ -240,7 +251,7 @@ class RemoteSession:
         if self.standbys is not None:
             self.standbys.close()
 
-    async def _replace(self, lost: Hop, error: RemoteError, failures: int) -> None:
+    async def replace(self, lost: Hop, error: RemoteError, failures: int) -> None:
         """Put other servers in the place of a hop and bring their caches to where it was."""
         await lost.reset()
         while True:

@@ -13,6 +13,7 @@ from torch import Tensor
 from petals.models.adapters import check_lora
 from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
+from petals.peer.concurrency import together
 from petals.peer.config import ServeConfig
 from petals.peer.lora import decode_lora
 from petals.peer.server.guard import Adapter, Guard, Plan, Refused, parse
@@ -188,10 +189,11 @@ class Sessions(Guard):
             reply.hidden.CopyFrom(header)
         message = pb.InferenceReply(step_done=reply)
         conversation.reply(message)
-        async with trio.open_nursery() as nursery:
-            if step.HasField("push_to") and not step.silent:
-                nursery.start_soon(self._pusher.push, step.push_to, reply.hidden, pieces)
-            await self._answer(messages, message, *pieces)
+        answer = partial(self._answer, messages, message, *pieces)
+        if step.HasField("push_to") and not step.silent:
+            await together(partial(self._pusher.push, step.push_to, reply.hidden, pieces), answer)
+        else:
+            await answer()
 
     async def _compute(
         self,
