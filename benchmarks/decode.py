@@ -1,9 +1,11 @@
 """Tokens per second: a swarm of two processes, the same blocks in one process, plain transformers; in one run.
 
-    python benchmarks/decode.py [--tokens 64] [--rounds 5] [--prompt "..."]
+    python benchmarks/decode.py [--shape smollm2|bloom-560m|llama-24x1024] [--tokens 64] [--rounds 5] [--threads N]
+
+Then the same with int8 blocks. `--threads`: of each server's torch (default: torch's own choice).
 
 Prints a Markdown table of medians with spread, as ratios to plain transformers in the same run, and what a hop costs
-beyond its compute. The three take turns, round by round, so that a machine that drifts drifts for all of them.
+beyond its compute. They take turns, round by round, so that a machine that drifts drifts for all of them.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from servers import two_servers
+from shapes import SHAPES, gigabytes, model_of
 from transformers import AutoModelForCausalLM
 
 from petals import AutoDistributedModelForCausalLM, connect
@@ -36,55 +40,84 @@ def timed(generate: Callable[[int], Any], tokens: int) -> float:
     return (tokens - 1) / (time.perf_counter() - started - first)
 
 
+def hops_of(model: Any, hidden_size: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of 190 steps at each hop: round trip less compute, and compute."""
+    overheads: list[float] = []
+    computes: list[float] = []
+    with model.inference_session(max_length=256) as session, torch.no_grad():
+        hidden = torch.randn(1, 1, hidden_size)
+        for step in range(200):
+            session.step(hidden)
+            chain_session = session.cache.session
+            assert isinstance(chain_session, RemoteChainSession)
+            if step >= 10:
+                overheads += [1e3 * (hop.round_trip_s - hop.compute_s) for hop in chain_session.trace]
+                computes += [1e3 * hop.compute_s for hop in chain_session.trace]
+    return overheads, computes
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt", default="A cat sat on")
+    parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
+    with model_of(options.shape) as directory:
+        compare(directory, options)
 
-    checkpoint = open_checkpoint()
+
+def compare(directory: str | None, options: argparse.Namespace) -> None:
+    """Run one model and print."""
+    checkpoint = open_checkpoint(directory)
     blocks = range(checkpoint.num_blocks)
-    ids = checkpoint.tokenizer()(options.prompt, return_tensors="pt")["input_ids"]
+    ids = torch.arange(1000, 1008)[None] % checkpoint.config.vocab_size
     plain = AutoModelForCausalLM.from_pretrained(str(checkpoint.directory), dtype=torch.float32).eval()
-    local = load_causal_lm(checkpoint, LocalChain(load_span(checkpoint, blocks, dtype=torch.float32)))
-    speeds: dict[str, list[float]] = {"plain transformers": [], "LocalChain, one process": [], "swarm, two servers": []}
-    overheads: list[float] = []
-    computes: list[float] = []
-
-    with two_servers(len(blocks)) as address, connect(address) as peer:
-        remote = AutoDistributedModelForCausalLM.from_pretrained(peer=peer)
+    spans = {quant: load_span(checkpoint, blocks, dtype=torch.float32, quant_type=quant) for quant in ("none", "int8")}
+    words = [directory] if directory is not None else []
+    with ExitStack() as stack:
+        models = {"plain transformers": plain}
+        for quant, span in spans.items():
+            title = "" if quant == "none" else ", int8"
+            models[f"LocalChain, one process{title}"] = load_causal_lm(
+                checkpoint, LocalChain(span), dtype=torch.float32
+            )
+            address = stack.enter_context(
+                two_servers(len(blocks), *words, "--quant_type", quant, threads=options.threads)
+            )
+            peer = stack.enter_context(connect(address, model=directory))
+            models[f"swarm, two servers{title}"] = AutoDistributedModelForCausalLM.from_pretrained(peer=peer)
 
         def generate(model: Any) -> Callable[[int], Any]:
             return lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)
 
-        expected = generate(plain)(options.tokens)
-        assert torch.equal(generate(remote)(options.tokens), expected), "the swarm says something else"
-        assert torch.equal(generate(local)(options.tokens), expected), "LocalChain says something else"
+        for name, model in models.items():
+            if directory is None and "int8" not in name:  # random weights have near ties that rounding decides
+                assert torch.equal(generate(model)(options.tokens), generate(plain)(options.tokens)), name
+        speeds: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(options.rounds):
-            for name, model in zip(speeds, (plain, local, remote), strict=True):
+            for name, model in models.items():
                 speeds[name].append(timed(generate(model), options.tokens))
-        with remote.inference_session(max_length=256) as session, torch.no_grad():
-            hidden = torch.randn(1, 1, checkpoint.hidden_size)
-            for step in range(200):
-                session.step(hidden)
-                chain_session = session.cache.session
-                assert isinstance(chain_session, RemoteChainSession)
-                if step >= 10:
-                    overheads += [1e3 * (hop.round_trip_s - hop.compute_s) for hop in chain_session.trace]
-                    computes += [1e3 * hop.compute_s for hop in chain_session.trace]
+        overheads, computes = hops_of(models["swarm, two servers"], checkpoint.hidden_size)
 
+    weights = sum(parameter.nbytes for parameter in plain.parameters())
+    embeddings = plain.get_input_embeddings().weight
+    if plain.get_output_embeddings().weight is not embeddings:
+        weights -= embeddings.nbytes  # looked up, not read
+    floor = 1e9 * gigabytes(checkpoint.hidden_size) / weights
     base = statistics.median(speeds["plain transformers"])
-    print(f"{checkpoint.name}, float32, {torch.get_num_threads()} threads, {options.tokens} tokens, "
-          f"{options.rounds} rounds, torch {torch.__version__}\n")  # fmt: skip
-    print("| decode | tokens/s, median (min - max) | ratio |\n|---|---|---|")
+    print(f"{options.shape}, float32, {torch.get_num_threads()} threads, servers {options.threads or 'the same'}, "
+          f"{options.tokens} tokens, {options.rounds} rounds, torch {torch.__version__}\n")  # fmt: skip
+    print("| decode | tokens/s, median (min - max) | ratio | of the floor |\n|---|---|---|---|")
     for name, values in speeds.items():
         median = statistics.median(values)
-        print(f"| {name} | {median:.1f} ({min(values):.1f} - {max(values):.1f}) | {median / base:.2f} |")
+        share = "" if "int8" in name else f"{median / floor:.0%}"
+        print(f"| {name} | {median:.1f} ({min(values):.1f} - {max(values):.1f}) | {median / base:.2f} | {share} |")
     quantiles = statistics.quantiles(overheads, n=100)
     print(f"\nPer hop and step: compute {statistics.median(computes):.2f} ms; round trip minus compute "
-          f"{quantiles[49]:.2f} ms median, {quantiles[98]:.2f} ms p99 ({len(overheads)} samples)")  # fmt: skip
+          f"{quantiles[49]:.2f} ms median, {quantiles[98]:.2f} ms p99 ({len(overheads)} samples). Floor: all float32 "
+          f"weights, head included, read once a token: {floor:.1f} tokens/s")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ def server(*words: str, threads: int | None = None) -> Iterator[str]:
 
 
 @contextmanager
-def two_servers(blocks: int, *words: str) -> Iterator[str]:
-    """Two servers with half of the default model's blocks each; yields an address to join through."""
+def two_servers(blocks: int, *words: str, threads: int | None = None) -> Iterator[str]:
+    """Two servers with half of a model's blocks each; yields an address to join through."""
     half = blocks // 2
     with (
-        server("--serve", f"0:{half}", *words) as first,
-        server("--serve", f"{half}:{blocks}", "--initial_peers", first, *words),
+        server(*words, "--serve", f"0:{half}", threads=threads) as first,
+        server(*words, "--serve", f"{half}:{blocks}", "--initial_peers", first, threads=threads),
     ):
         yield first
 

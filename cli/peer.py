@@ -119,6 +119,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--deterministic", action="store_true",
                          help="compute everybody's steps alone, so that answers are the same to the last bit whoever "
                          "else asks; many users at once then wait for one another")  # fmt: skip
+    serving.add_argument("--prefix_idle", metavar="S", type=float, default=600.0,
+                         help="how long the cache of an ended session is kept for the next one that begins with the "
+                         "same tokens, where nobody needs the room; 0: not at all (default: 600 s)")  # fmt: skip
+    serving.add_argument("--share_prefixes", action="store_true",
+                         help="let every client begin with what any client left: they trust each other")  # fmt: skip
     serving.add_argument("--favour", metavar="PEER_ID", nargs="+", default=[],
                          help="peers whose work goes before others' of the same kind, such as your own")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
@@ -157,6 +162,8 @@ async def run(options: argparse.Namespace) -> None:
             throughput=options.throughput,
             favoured=frozenset(options.favour),
             deterministic=options.deterministic,
+            prefix_idle_s=options.prefix_idle,
+            share_prefixes=options.share_prefixes,
             compression=options.compression,
             balance_quality=options.balance_quality,
             mean_balance_check_period=options.mean_balance_check_period,
@@ -271,6 +278,7 @@ def _as_json(stream: TokenStream, prompt: str, start_s: float) -> dict[str, Any]
         "text": stream.text,
         "token_ids": stream.token_ids,
         "prompt_token_ids": stream.prompt_ids,
+        "reused_tokens": stream.reused_tokens,
         "route": [
             {
                 "peer_id": hop.peer_id,

@@ -59,6 +59,12 @@ class BlockSpan:
         """Whether steps of few rows go the lean way (lean.py)."""
         return self._lean is not None
 
+    @property
+    def cache_depends_on_tokens_only(self) -> bool:
+        """Whether a prefix of one session's cache may be the beginning of another's: not where rotary embeddings
+        change with the length of the whole sequence."""
+        return not self._stateful_rope
+
     def find_lean_path(self, *, measured: bool) -> None:
         """Go the lean way from now on, if there is one for these blocks. Before the first session."""
         if not self._stateful_rope:

@@ -175,6 +175,24 @@ class SpanCache:
             for layer in self._layers:
                 layer.reorder_cache(hypo_ids)
 
+    @torch.inference_mode()
+    def copy_from(self, other: SpanCache, tokens: int) -> None:
+        """Begin with the first `tokens` tokens of another session of the same model, which has all of our blocks.
+
+        Raises: StepError when it has another batch size, or not that many tokens; CacheFull when we have no room.
+        """
+        if other.batch_size != self.batch_size or tokens > other.position:
+            raise StepError(f"no {tokens} tokens of {self.batch_size} rows to begin with")
+        self.truncate(0)
+        self.check_room(tokens)
+        for block in self.blocks:
+            mine, theirs = self.layer(block), other.layer(block)
+            for to, source in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                assert to is not None
+                assert source is not None
+                to[:, :, :tokens].copy_(source[:, :, :tokens])
+        self.truncate(tokens)
+
     def check_room(self, new_tokens: int) -> None:
         if self.position + new_tokens > self.max_length:
             raise CacheFull(

@@ -121,6 +121,27 @@ class ChainCache(Cache):
             self.session.close()
 
 
+class _Inputs(ChainCache):
+    """Takes what would enter the first block, and computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0)  # type: ignore[arg-type]  # no chain: no session is opened
+        self.hidden: Tensor | None = None
+
+    def step(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.hidden = hidden
+        return hidden
+
+
+def first_block_inputs(model: Any, input_ids: Tensor) -> Tensor:
+    """What enters the first block for these tokens, (batch, tokens, hidden_size)."""
+    cache = _Inputs()
+    with torch.no_grad():
+        model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    assert cache.hidden is not None
+    return cache.hidden
+
+
 class InferenceSession:
     """A session that several `generate` calls, or raw `step` calls, share. A context manager.
 

@@ -70,6 +70,11 @@ class ServeConfig:
     """Compute every step alone, every prompt in pieces of `prefill_chunk_tokens`, and by no product that was chosen by
     measurement, so that answers do not depend, not even by rounding, on who else asks. Servers of one swarm should
     agree on it and on the pieces."""
+    prefix_idle_s: float = 600.0
+    """How long the cache of an ended session is kept for the next one that begins with the same tokens, where no lease
+    needs the room; 0: not at all. `deterministic` servers keep nothing: a prompt in other pieces has other bits."""
+    share_prefixes: bool = False
+    """Let every client find what any client left. They must trust each other: the names of caches are the clients'."""
     favoured: frozenset[PeerId] = frozenset()
     """Peers whose work goes before others' of the same kind, such as one's own."""
     max_lora_bytes: int = 64 << 20
@@ -93,6 +98,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.balance_quality < 1:
             raise UserError("balance_quality must be at least 0 (never move) and below 1")
+        if self.prefix_idle_s < 0:
+            raise UserError("prefix_idle_s must not be negative")
         if self.mean_balance_check_period <= 0:
             raise UserError("mean_balance_check_period must be positive")
 

@@ -3,7 +3,8 @@
 The theory, in four rules:
 
 1. The client speaks first (`Open`), and only after `Opened` may it send steps. It may send several steps before the
-   first answer comes (a replay after a fail-over does): the server answers in the order it was asked.
+   first answer comes (a replay after a fail-over does): the server answers in the order it was asked. `Opened` says how
+   long the cache is already: a server may still hold what an earlier session left (prefixes.py).
 2. The server's cache is a prefix of the sequence. A step says at which position its tokens start; a position below the
    cache's end rolls the cache back to it first, one beyond the end is an error.
 3. `Error` ends the conversation, whoever was to speak next. So does `Close`, which only the client says.
@@ -18,11 +19,12 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import ProtocolViolation, RemoteProtocolError
+from petals.protocols.prefixes import MAX_PREFIXES, NAME_BYTES, PREFIX_TOKENS
 from petals.protocols.tensors import BOOL, FLOATS, INT64, check_header
 
 INFERENCE_V1 = "/petals/inference/1.0.0"
@@ -89,6 +91,8 @@ class Conversation:
             self.last_pushed = message.step if message.step.pushed_by else self.last_pushed
         elif kind == "supply":
             self._check_supply(message.supply)
+        elif kind == "close":
+            _check_names(message.close.prefixes)
         self.state = target
         return str(kind)
 
@@ -96,7 +100,10 @@ class Conversation:
         """Advance by what the server says. Returns its kind ("opened", "step_done", "error")."""
         kind = message.WhichOneof("kind")
         target = self._target(kind)
-        if kind == "step_done":
+        if kind == "opened":
+            assert self.opening is not None
+            self.position = _checked_prefix(message.opened.prefix_tokens, self.opening)
+        elif kind == "step_done":
             if not self.unanswered or self.unanswered[0] != message.step_done.step_id:
                 raise ProtocolViolation(
                     f"answer to step {message.step_done.step_id}, not the oldest unanswered one", out_of_order=True
@@ -150,6 +157,18 @@ def _check_open(opening: pb.Open) -> None:
         raise ProtocolViolation(f"batch_size {opening.batch_size}, allowed are 1 to {MAX_BATCH_SIZE}")
     if not 0 < opening.max_length <= MAX_LENGTH:
         raise ProtocolViolation(f"max_length {opening.max_length}, allowed are 1 to {MAX_LENGTH}")
+    _check_names(opening.prefixes)
+
+
+def _check_names(names: Sequence[bytes]) -> None:
+    if len(names) > MAX_PREFIXES or any(len(name) != NAME_BYTES for name in names):
+        raise ProtocolViolation(f"prefixes: at most {MAX_PREFIXES} names of {NAME_BYTES} bytes")
+
+
+def _checked_prefix(tokens: int, opening: pb.Open) -> int:
+    if tokens % PREFIX_TOKENS or tokens > min(len(opening.prefixes) * PREFIX_TOKENS, opening.max_length):
+        raise ProtocolViolation(f"a prefix of {tokens} tokens, which was not asked for")
+    return tokens
 
 
 def check_model(digest: str, start_block: int, end_block: int) -> None:

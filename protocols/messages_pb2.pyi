@@ -91,7 +91,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "model_digest", "start_block", "end_block", "batch_size", "max_length", "wait_ms", "adapter", "reply_encoding", "lora")
+    __slots__ = ("session_id", "model_digest", "start_block", "end_block", "batch_size", "max_length", "wait_ms", "adapter", "reply_encoding", "lora", "prefixes")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     START_BLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,7 @@ class Open(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     REPLY_ENCODING_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
+    PREFIXES_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     model_digest: str
     start_block: int
@@ -112,15 +113,18 @@ class Open(_message.Message):
     adapter: str
     reply_encoding: Encoding
     lora: _containers.RepeatedCompositeFieldContainer[LowRank]
-    def __init__(self, session_id: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ..., lora: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ...) -> None: ...
+    prefixes: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, session_id: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ..., lora: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., prefixes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("dtype", "cache_bytes")
+    __slots__ = ("dtype", "cache_bytes", "prefix_tokens")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     cache_bytes: int
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., cache_bytes: _Optional[int] = ...) -> None: ...
+    prefix_tokens: int
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., cache_bytes: _Optional[int] = ..., prefix_tokens: _Optional[int] = ...) -> None: ...
 
 class PushTo(_message.Message):
     __slots__ = ("peer_id", "addrs", "session_id", "step_id")
@@ -179,8 +183,10 @@ class StepDone(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., supplied: _Optional[bool] = ...) -> None: ...
 
 class Close(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("prefixes",)
+    PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    prefixes: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, prefixes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class InferenceRequest(_message.Message):
     __slots__ = ("open", "step", "close", "supply")

@@ -96,7 +96,7 @@ class RemoteChain:
     """A `BlockChain` over the swarm.
 
     Args:
-        open_session: (blocks, batch_size, max_length, lora) -> an open session.
+        open_session: (blocks, batch_size, max_length, lora, prefix) -> an open session.
         trainer: for `forward` and its gradients.
         dtype: what hidden states are computed in at the servers, as far as known.
     """
@@ -107,7 +107,7 @@ class RemoteChain:
         blocks: range,
         hidden_size: int,
         dtype: torch.dtype,
-        open_session: Callable[[range, int, int, Lora | None], Any],
+        open_session: Callable[[range, int, int, Lora | None, Any], Any],
         trainer: BatchTrainer,
     ) -> None:
         self.blocks = blocks
@@ -117,14 +117,18 @@ class RemoteChain:
         self._open_session = open_session
         self._trainer = trainer
 
-    def open_session(self, *, batch_size: int, max_length: int, lora: Lora | None = None) -> RemoteChainSession:
+    def open_session(
+        self, *, batch_size: int, max_length: int, lora: Lora | None = None, prefix: Any = None
+    ) -> RemoteChainSession:
         """Lease caches on every hop of a route.
 
+        Args:
+            prefix: a `Prefix`, as `ModelClient.open_session` takes it.
         Raises:
             MissingBlocks, RemoteError: in bounded time.
         """
         sent = None if lora is None else lora.of(self.blocks).detached()
-        session = self._portal.run(self._open_session, self.blocks, batch_size, max_length, sent)
+        session = self._portal.run(self._open_session, self.blocks, batch_size, max_length, sent, prefix)
         return RemoteChainSession(self._portal, session)
 
     def forward(

@@ -17,15 +17,16 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from petals.models.checkpoint import Checkpoint
-from petals.models.generation import ChainCache, InferenceSession
-from petals.peer.client.chain import RemoteChainSession
-from petals.peer.client.model_client import ClientOptions, ModelClient
+from petals.models.generation import ChainCache, InferenceSession, first_block_inputs
+from petals.peer.client.chain import RemoteChain, RemoteChainSession
+from petals.peer.client.model_client import ClientOptions, ModelClient, Prefix
 from petals.peer.client.routing import RouteChoice
 from petals.peer.client.sampling import ChanceRecorder, Chances, Enough, Penalties, SeededDice
 from petals.peer.client.session import HopTrace
 from petals.peer.client.text import Decoder, StopStrings
 from petals.peer.client.twins import Streamer
 from petals.protocols.errors import UserError
+from petals.protocols.prefixes import PREFIX_TOKENS, prefix_names
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus
@@ -144,6 +145,8 @@ class TokenStream:
     seconds: Seconds = field(default_factory=Seconds)
     route: tuple[HopTrace, ...] = ()
     """The servers of the last step and where its time went."""
+    reused_tokens: int = 0
+    """Of the prompt; the servers had kept them from an earlier generation."""
     choice: RouteChoice | None = None
     """Why the session was opened with the route it was."""
     finish_reason: Literal["stop", "length"] | None = None
@@ -214,8 +217,10 @@ async def run_generation(
     stream = TokenStream(prompt_ids)
     stream.seconds.prepare = time.perf_counter() - began
     scope, ended = stream._scope, stream._ended
-    session = InferenceSession(ChainCache(client.chain(wanted), room), room)
-    work = _Work(model, tokenizer, prompt, new_tokens, options, session, stream)
+    chain = client.chain(wanted)
+    session = InferenceSession(ChainCache(chain, room), room)
+    reused = chain if wanted.prefix_cache else None
+    work = _Work(client, model, tokenizer, prompt, new_tokens, options, session, stream, reused)
     task_status.started(stream)
     del stream, task_status  # whoever iterates holds the last reference: dropping it ends us
     try:
@@ -281,6 +286,7 @@ class _Work:
 
     def __init__(
         self,
+        client: ModelClient,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         prompt: Prompt,
@@ -288,8 +294,14 @@ class _Work:
         options: GenerationOptions,
         session: InferenceSession,
         stream: TokenStream,
+        reused: RemoteChain | None,
     ) -> None:
+        """
+        Args:
+            reused: the chain, whose servers may still have some of the prompt; None: they are not asked.
+        """
         self.result: outcome.Outcome[None] | None = None
+        self._client = client
         self._model = model
         self._prompt_ids = stream.prompt_ids
         self._new_tokens = new_tokens
@@ -305,6 +317,10 @@ class _Work:
         self._send = stream._send
         self._seconds = stream.seconds
         self._began = time.perf_counter()
+        self._reused = reused
+        self._reused_tokens = 0
+        self._token_ids = list(stream.prompt_ids)
+        """Of the whole sequence."""
 
     def run(self, portal: Any) -> None:
         """In the worker thread."""
@@ -320,6 +336,8 @@ class _Work:
         if self._ends:
             settings["eos_token_id"] = self._ends
         try:
+            if self._reused is not None:
+                self._session.cache.session = self._begin_with_kept(self._reused, prompt)
             self._model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -334,6 +352,15 @@ class _Work:
             if self._dice is not None:
                 self._dice.put_back()
 
+    def _begin_with_kept(self, chain: RemoteChain, prompt: Tensor) -> RemoteChainSession:
+        """A session that begins with what the servers have kept of the prompt; its last token is computed anyway."""
+        names = tuple(prefix_names(self._prompt_ids[:-1]))
+        inputs = partial(first_block_inputs, self._model, prompt[:, : len(names) * PREFIX_TOKENS])
+        prefix = Prefix(names, lambda: inputs().cpu())
+        session = chain.open_session(batch_size=1, max_length=self._session.max_length, prefix=prefix)
+        self._reused_tokens = session.position
+        return session
+
     def _processors(self) -> list[LogitsProcessor]:
         """In this order: the recorder sees what the model said, the dice are the last to touch the scores."""
         presence, frequency = self._options.presence_penalty, self._options.frequency_penalty
@@ -344,6 +371,7 @@ class _Work:
 
     async def _deliver(self, token: int, chances: Chances | None) -> None:
         now = time.perf_counter()
+        self._token_ids.append(token)
         stream = self._stream()
         if stream is None:  # our scope is being cancelled
             await trio.lowlevel.checkpoint()
@@ -362,6 +390,7 @@ class _Work:
             self._seconds.decode = now - self._began - self._seconds.first_token
         stream.token_ids.append(token)
         stream.text += text
+        stream.reused_tokens = self._reused_tokens
         remote = self._session.cache.session
         if isinstance(remote, RemoteChainSession):
             stream.route = remote.trace
@@ -374,7 +403,11 @@ class _Work:
         remote = self._session.cache.session
         if isinstance(remote, RemoteChainSession):
             cut = isinstance(self.result, outcome.Error) or self.result is None
-            await (remote.remote.reset() if cut else remote.remote.close())
+            if cut:
+                await remote.remote.reset()
+            else:
+                known = self._token_ids[: remote.position] if self._reused is not None else []
+                await self._client.leave(remote.remote, prefix_names(known))
         stream = self._stream()
         if stream is not None and isinstance(self.result, outcome.Error):
             stream._error = self.result.error

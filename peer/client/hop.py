@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -71,6 +71,8 @@ class SessionSpec:
     lora: Lora | None = None
     """Low-rank updates of the client's own, sent with the opening."""
     encoding: pb.Encoding = pb.RAW
+    prefixes: tuple[bytes, ...] = ()
+    """Names of the beginning of the sequence (protocols/prefixes.py), whose cache a server may still have."""
 
 
 def error_of(reply: pb.Error, peer_id: PeerId) -> RemoteError | LocalProtocolError:
@@ -165,6 +167,7 @@ class Hop:
                         adapter=spec.adapter,
                         reply_encoding=spec.encoding,
                         lora=lora,
+                        prefixes=spec.prefixes,
                     )
                 )
                 await hop._send(request, *payload)
@@ -265,11 +268,51 @@ class Hop:
         self.history.extend(history)
         return outputs
 
-    async def close(self) -> None:
-        """Give the lease back politely; never raises, bounded."""
+    async def pipe(
+        self,
+        indices: trio.MemoryReceiveChannel[int],
+        find: Callable[[int], tuple[StepInput, StepInput]],
+        take: Callable[[StepOutput], None],
+    ) -> None:
+        """Steps as their inputs come, without waiting for one answer before the next is sent.
+
+        Args:
+            find: index -> what the server is told, and what another one would have to be told instead.
+            take: called with the answers, in order.
+        """
+        sent_in, sent = trio.open_memory_channel[tuple[StepInput, StepInput, float]](math.inf)
+
+        async def send_all() -> None:
+            with sent_in:
+                async for index in indices:
+                    told, remembered = find(index)
+                    with answer_within(self.timeouts.step_s, self.peer_id):
+                        await self._send_step(told, silent=False)
+                    sent_in.send_nowait((told, remembered, trio.current_time()))
+
+        async def receive_all() -> None:
+            answered_at = -math.inf
+            async for told, remembered, sent_at in sent:
+                with answer_within(self.deadline_s(told.hidden.shape[1]), self.peer_id):
+                    output = await self._receive_step(told, max(sent_at, answered_at))
+                answered_at = trio.current_time()
+                self.remember(remembered, output.round_trip_s)
+                take(output)
+
+        await together(send_all, receive_all)
+
+    async def close(self, prefixes: Sequence[bytes] = ()) -> None:
+        """Give the lease back politely; never raises, bounded.
+
+        Args:
+            prefixes: names of what the cache holds, which the server may keep; waits until it has.
+        """
         with shielded_for(self.timeouts.reset_s) as scope:
             try:
-                await self._send(pb.InferenceRequest(close=pb.Close()))
+                await self._send(pb.InferenceRequest(close=pb.Close(prefixes=prefixes)))
+                if prefixes:
+                    await self.messages.close_write()
+                    await self.messages.read_message()
                 await self.messages.close()
             except (RemoteError, LocalProtocolError):
                 await self.messages.reset()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import trio
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from petals.models.adapters import Lora
@@ -16,7 +19,7 @@ from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import Checkpoint
 from petals.models.distributed import Head, load_model
 from petals.models.tuning import Tuning
-from petals.peer.client.batch import BatchTrainer
+from petals.peer.client.batch import BatchTrainer, Companions
 from petals.peer.client.chain import RemoteChain
 from petals.peer.client.hop import SessionSpec
 from petals.peer.client.routing import Route, RouteChoice, find_route, why_not
@@ -26,7 +29,7 @@ from petals.peer.client.view import SwarmWatcher
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.peer.portal import Portal
-from petals.protocols.errors import UserError
+from petals.protocols.errors import RouteError, UserError
 from petals.protocols.tensors import COMPRESSIONS, FLOATS_BY_NAME
 from petals.protocols.types import ModelId, PeerId
 
@@ -53,6 +56,9 @@ class ClientOptions:
     standby: bool = False
     """Keep a second server ready for every hop, told the same a little later: a failure costs a round trip instead of a
     replay, and all the time a second lease and the compute again."""
+    prefix_cache: bool = True
+    """Of `Peer.generate`: let servers keep the caches of a finished generation for a while, and begin with what they
+    still have of the prompt: the second question of a chat costs its new tokens only."""
     request_timeout: float | None = None
     """Seconds for one step at one server, or one span of a batch; None: the peer's `Timeouts`."""
     show_route: bool = False
@@ -66,6 +72,21 @@ class ClientOptions:
         for name in ("allowed_servers", "blocked_servers"):
             if isinstance(getattr(self, name), str):
                 raise UserError(f"{name} is a collection of peer IDs, not one of them")
+
+
+DETOUR = 2.0
+"""How many times the best route's step a route may take that goes to those who have the beginning already."""
+REMEMBERED_NAMES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The beginning of a sequence, whose caches servers may still have from an earlier session."""
+
+    names: tuple[bytes, ...]
+    """protocols/prefixes.py"""
+    inputs: Callable[[], Tensor]
+    """What enters the first block, (1, at least the named tokens, hidden_size); called in a thread, if at all."""
 
 
 class ModelClient:
@@ -94,6 +115,8 @@ class ModelClient:
         self._random = random
         self._say = say
         self._nursery = nursery
+        self._left: OrderedDict[bytes, frozenset[PeerId]] = OrderedDict()
+        """Who was left with the cache of a named prefix, the latest last."""
 
     @property
     def blocks(self) -> range:
@@ -106,9 +129,12 @@ class ModelClient:
         max_length: int,
         options: ClientOptions | None = None,
         lora: Lora | None = None,
+        prefix: Prefix | None = None,
     ) -> RemoteSession:
         """Caches of `batch_size` x `max_length` tokens over `blocks`, leased on a route; `lora` as `BlockChain` has it.
 
+        Args:
+            prefix: the session's position is behind as much of it as all servers of the route still have.
         Raises:
             MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
             RemoteError: those who hold them refuse.
@@ -122,11 +148,27 @@ class ModelClient:
             adapter=options.active_adapter or "",
             lora=lora,
             encoding=COMPRESSIONS[options.compression],
+            prefixes=() if prefix is None else prefix.names,
         )
+
+        async def prefix_inputs(block: int, tokens: int) -> Tensor:
+            assert prefix is not None
+            hidden = (await trio.to_thread.run_sync(prefix.inputs))[:, :tokens]
+            if block == blocks.start:
+                return hidden
+            output, _ = await self._trainer(options).forward(hidden, Companions(blocks=range(blocks.start, block)))
+            return output
+
         last: list[tuple[Route, frozenset[PeerId]]] = []
+
+        familiar = None if prefix is None else self._who_has(prefix.names)
 
         def find(blocks: range, avoid: frozenset[PeerId]) -> Route:
             route = self._latency_route(options, batch_size, max_length, blocks, avoid)
+            if familiar is not None and not avoid:
+                with suppress(RouteError):
+                    known = self._latency_route(options, batch_size, max_length, blocks, avoid, among=familiar)
+                    route = known if known.expected_s <= DETOUR * route.expected_s else route
             last[:] = [(route, avoid)]
             return route
 
@@ -140,6 +182,7 @@ class ModelClient:
             max_retries=options.max_retries,
             exact_recovery=options.exact_recovery,
             push=options.use_server_to_server,
+            prefix_inputs=prefix_inputs,
             standby_in=self._nursery if options.standby else None,
         )
         try:
@@ -155,6 +198,19 @@ class ModelClient:
                 self._say(f"Not used: {each.describe()}")
         return session
 
+    async def leave(self, session: RemoteSession, names: Sequence[bytes]) -> None:
+        """Close a session; its servers may keep what it leaves, and the next one with these names goes to them."""
+        holders = frozenset(hop.peer_id for hop in session.hops)
+        for name in names:
+            self._left[name] = holders
+            self._left.move_to_end(name)
+        while len(self._left) > REMEMBERED_NAMES:
+            self._left.popitem(last=False)
+        await session.close(names)
+
+    def _who_has(self, names: Sequence[bytes]) -> frozenset[PeerId] | None:
+        return next((self._left[name] for name in reversed(names) if name in self._left), None)
+
     @property
     def dtype(self) -> torch.dtype:
         """What embeddings and head compute in, and hidden states travel in: what the servers compute in, so that the
@@ -165,7 +221,17 @@ class ModelClient:
     def chain(self, options: ClientOptions | None = None) -> RemoteChain:
         """All blocks as a `BlockChain` for the models, to be used from a torch thread."""
         options = options or ClientOptions()
-        trainer = BatchTrainer(
+
+        async def open_session(
+            blocks: range, batch_size: int, max_length: int, lora: Lora | None, prefix: Prefix | None
+        ) -> RemoteSession:
+            return await self.open_session(blocks, batch_size, max_length, options, lora, prefix)
+
+        trainer = self._trainer(options)
+        return RemoteChain(self.portal, self.blocks, self.checkpoint.hidden_size, self.dtype, open_session, trainer)
+
+    def _trainer(self, options: ClientOptions) -> BatchTrainer:
+        return BatchTrainer(
             self._host,
             self.watcher,
             self.model,
@@ -175,11 +241,6 @@ class ModelClient:
             encoding=COMPRESSIONS[options.compression],
             max_retries=options.max_retries,
         )
-
-        async def open_session(blocks: range, batch_size: int, max_length: int, lora: Lora | None) -> RemoteSession:
-            return await self.open_session(blocks, batch_size, max_length, options, lora)
-
-        return RemoteChain(self.portal, self.blocks, self.checkpoint.hidden_size, self.dtype, open_session, trainer)
 
     async def language_model(self) -> tuple[Any, PreTrainedTokenizerBase]:
         """Embeddings and head around the swarm's blocks, and the tokenizer; loaded once per dtype, in a thread.
@@ -241,8 +302,18 @@ class ModelClient:
         return replace(self._timeouts, step_s=seconds, training_s=seconds, min_step_s=shortest)
 
     def _latency_route(
-        self, options: ClientOptions, batch_size: int, max_length: int, blocks: range, avoid: frozenset[PeerId]
+        self,
+        options: ClientOptions,
+        batch_size: int,
+        max_length: int,
+        blocks: range,
+        avoid: frozenset[PeerId],
+        *,
+        among: frozenset[PeerId] | None = None,
     ) -> Route:
+        allowed = options.allowed_servers
+        if among is not None:
+            allowed = among if allowed is None else among & allowed
         return find_route(
             self.watcher.view,
             blocks,
@@ -250,7 +321,7 @@ class ModelClient:
             pushed=options.use_server_to_server,
             batch_size=batch_size,
             cache_tokens=batch_size * max_length,
-            allowed=options.allowed_servers,
+            allowed=allowed,
             blocked=options.blocked_servers | avoid,
             adapter=options.active_adapter,
             require_dtype=options.require_dtype,

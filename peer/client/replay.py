@@ -37,7 +37,7 @@ def as_one_prompt(history: Sequence[StepInput], chunk_tokens: int = CHUNK_TOKENS
             return list(history)
         hidden, mask = torch.cat([hidden, step.hidden], dim=1), step.attention_mask
     first = replace(history[0], hidden=hidden, prompts=prompts, attention_mask=mask, hypo_ids=None)
-    return _chunks(first, max(chunk_tokens, 0 if prompts is None else prompts.shape[2]))
+    return in_chunks(first, max(chunk_tokens, 0 if prompts is None else prompts.shape[2]))
 
 
 def _ends(history: Sequence[StepInput]) -> list[int]:
@@ -51,7 +51,8 @@ def _continues(mask: Tensor | None, step: StepInput, known: int) -> bool:
     return torch.equal(step.attention_mask[:, :known], mask)
 
 
-def _chunks(whole: StepInput, tokens: int) -> list[StepInput]:
+def in_chunks(whole: StepInput, tokens: int = CHUNK_TOKENS) -> list[StepInput]:
+    """The same step in several of at most `tokens` each."""
     start, mask = whole.position, whole.attention_mask
     return [
         StepInput(

@@ -8,7 +8,7 @@ goes on as if nothing had happened. Only the blocks of the hop that failed are r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,8 +17,9 @@ import trio
 from torch import Tensor
 
 from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_blocks
+from petals.peer.client.pipeline import PIECE_TOKENS, PipelinedStep, is_long
 from petals.peer.client.pushing import PushedStep
-from petals.peer.client.replay import as_one_prompt
+from petals.peer.client.replay import as_one_prompt, in_chunks
 from petals.peer.client.routing import Route, RouteChoice
 from petals.peer.client.standby import Standbys
 from petals.peer.client.view import SwarmWatcher
@@ -56,6 +57,10 @@ class RemoteSession:
         exact_recovery: tell replacements the history with its own step boundaries, so that even logits are the same to
             the last bit; else as one prompt, which is faster and the same up to rounding.
         push: let servers send to each other (pushing.py).
+        piece_tokens: a step of more than twice as many, all rows together, flows through several hops in pieces of that
+            size (pipeline.py); 0: goes as a whole.
+        prefix_inputs: (block, tokens) -> the hidden states of the first tokens of the sequence that enter a block;
+            needed when a hop is lost whose cache began with what an earlier session left there (`spec.prefixes`).
         standby_in: keep second servers ready (standby.py), fed by a task in this nursery; None: do not.
     """
 
@@ -71,6 +76,8 @@ class RemoteSession:
         max_retries: int = 10,
         exact_recovery: bool = True,
         push: bool = True,
+        piece_tokens: int = PIECE_TOKENS,
+        prefix_inputs: Callable[[int, int], Awaitable[Tensor]] | None = None,
         standby_in: trio.Nursery | None = None,
     ) -> None:
         self.blocks = blocks
@@ -92,7 +99,11 @@ class RemoteSession:
         """Pairs of servers between which a push did not come."""
         self.standbys = None if standby_in is None else Standbys(lambda: self.hops, self._open_standby)
         self._standby_in = standby_in
+        self._piece_tokens = piece_tokens
         self._position = 0
+        self._prefix_inputs = prefix_inputs
+        self._adopted = 0
+        """Tokens that the servers held when the session was opened; no hop's history has them."""
         self._row_order: Tensor | None = None
         self._broken = False
 
@@ -109,6 +120,9 @@ class RemoteSession:
             RemoteError: nobody of those who hold a block would open a session.
         """
         self.hops = await self._open_hops(self.blocks)
+        self._position = self._adopted = min(hop.conversation.position for hop in self.hops)
+        if len(self.hops) == 1:
+            self._piece_tokens = 0  # for good, so that boundaries do not depend on later failures
         if self.standbys is not None and self._standby_in is not None:
             self._standby_in.start_soon(self.standbys.run)
 
@@ -121,6 +135,7 @@ class RemoteSession:
             if self.standbys is not None:
                 self.standbys.rollback(position)
             self._row_order = _compose(self._row_order, orders[0] if orders else None)
+            self._adopted = min(self._adopted, position)
         self._position = position
 
     async def step(
@@ -153,7 +168,11 @@ class RemoteSession:
             hypo_ids=hypo_ids,
         )
         replay_order = _compose(self._row_order, hypo_ids)
-        if self._push and len(self.hops) > 1:
+        if self._piece_tokens and is_long(current, self._piece_tokens):
+            pipelined = PipelinedStep(self, current, replay_order, self._piece_tokens)
+            output = await pipelined.run()
+            done = pipelined.done
+        elif self._push and len(self.hops) > 1:
             pushed = PushedStep(self, current, replay_order)
             output, done = await pushed.run(), pushed.done
         else:
@@ -181,7 +200,7 @@ class RemoteSession:
 
         Raises: as `step`.
         """
-        await self._replace(lost, error, failures=1)
+        await self.replace(lost, error, failures=1)
         return await self._relay(lost.blocks, current, replay_order, done)
 
     async def _relay(
@@ -201,7 +220,7 @@ class RemoteSession:
                 output = await hop.step(remembered if hop.rebuilt else told, replayed_as=remembered)
             except RemoteError as error:
                 failures += 1
-                await self._replace(hop, error, failures)
+                await self.replace(hop, error, failures)
                 continue
             done.append((hop, output))
             assert output.hidden is not None
@@ -209,12 +228,16 @@ class RemoteSession:
             position = hop.blocks.stop
         return current.hidden
 
-    async def close(self) -> None:
-        """Give every lease back; never raises, bounded."""
+    async def close(self, prefixes: Sequence[bytes] = ()) -> None:
+        """Give every lease back; never raises, bounded.
+
+        Args:
+            prefixes: names of what the caches hold, which the servers may keep for a later session.
+        """
         self._end()
         hops, self.hops = self.hops, []
         with trio.CancelScope(shield=True):  # each close is bounded by itself
-            await gather([hop.close for hop in hops])
+            await gather([partial(hop.close, prefixes) for hop in hops])
 
     async def reset(self) -> None:
         """Give every lease back at once, after a cancellation."""
@@ -228,7 +251,7 @@ class RemoteSession:
         if self.standbys is not None:
             self.standbys.close()
 
-    async def _replace(self, lost: Hop, error: RemoteError, failures: int) -> None:
+    async def replace(self, lost: Hop, error: RemoteError, failures: int) -> None:
         """Put other servers in the place of a hop and bring their caches to where it was."""
         await lost.reset()
         while True:
@@ -260,7 +283,9 @@ class RemoteSession:
             return
 
     async def _rebuild(self, hops: list[Hop], lost: Hop) -> None:
-        history = lost.history if self._exact_recovery else as_one_prompt(lost.history)
+        history = [*await self._unseen(lost, hops), *lost.history]
+        if not self._exact_recovery:
+            history = as_one_prompt(history)
         if not history:
             return
         for hop in hops:
@@ -273,12 +298,28 @@ class RemoteSession:
                     for step, output in zip(history, outputs, strict=True)
                 ]
 
+    async def _unseen(self, lost: Hop, hops: Sequence[Hop]) -> list[StepInput]:
+        """What `lost` knew without having been told by this session, as far as not all of `hops` know it too."""
+        knows_all = bool(lost.history) and lost.history[0].position == 0
+        if knows_all or all(hop.conversation.position >= self._adopted for hop in hops):
+            return []
+        assert self._prefix_inputs is not None
+        hidden = await self._prefix_inputs(lost.blocks.start, self._adopted)
+        return in_chunks(StepInput(position=0, hidden=hidden))
+
     async def _open_standby(self, hop: Hop, avoid: frozenset[PeerId]) -> Hop:
         route = self._find_route(hop.blocks, avoid)
         if len(route.hops) != 1:
             raise RouteError(f"nobody else holds all of {hop.blocks.start}:{hop.blocks.stop}")
         leg = route.hops[0]
-        return await Hop.open(self._host, leg.peer_id, leg.addrs, leg.blocks, self.spec, self._timeouts)
+        standby = await Hop.open(self._host, leg.peer_id, leg.addrs, leg.blocks, self.spec, self._timeouts)
+        try:
+            await standby.replay(await self._unseen(hop, [standby]), want_outputs=False)
+        except BaseException:
+            await standby.reset()
+            raise
+        standby.history.clear()  # to be compared with that of `hop`, which was not told either
+        return standby
 
     async def _open_hops(self, blocks: range, avoid: frozenset[PeerId] = frozenset()) -> list[Hop]:
         """Sessions at servers that hold `blocks` together. Whoever refuses is avoided, until nobody is left."""

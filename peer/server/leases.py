@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -32,17 +33,30 @@ class _Waiting:
 class CacheBudget:
     """A fixed number of bytes, leased first come, first served.
 
+    What nobody leases may be filled with what is worth keeping; that gives way to any lease.
+
     Args:
         total_bytes: all there is.
         max_share: the most one remote peer may hold or wait for, as a share of the total.
+
+    Attributes:
+        kept_bytes: filled with what is kept.
+        make_room: give up at least so many of the kept bytes, by `forget`.
     """
 
     def __init__(self, total_bytes: int, *, max_share: float = 1.0) -> None:
         self.total_bytes = total_bytes
-        self.left_bytes = total_bytes
+        self.kept_bytes = 0
+        self.make_room: Callable[[int], None] | None = None
+        self._free_bytes = total_bytes
         self._max_peer_bytes = int(total_bytes * max_share)
         self._by_peer: Counter[PeerId] = Counter()
         self._queue: deque[_Waiting] = deque()
+
+    @property
+    def left_bytes(self) -> int:
+        """What can be leased now: what is kept gives way."""
+        return self._free_bytes + self.kept_bytes
 
     @property
     def waiting(self) -> int:
@@ -72,7 +86,7 @@ class CacheBudget:
         except BaseException:
             self._by_peer[peer_id] -= nbytes
             if entry.granted.is_set():  # granted and cancelled in the same moment
-                self.left_bytes += nbytes
+                self._free_bytes += nbytes
             else:
                 self._queue.remove(entry)
             self._hand_out()  # a big request that gives up may have held smaller ones back
@@ -82,13 +96,28 @@ class CacheBudget:
     def _hand_out(self) -> None:
         while self._queue and self._queue[0].nbytes <= self.left_bytes:
             entry = self._queue.popleft()
-            self.left_bytes -= entry.nbytes
+            if entry.nbytes > self._free_bytes and self.make_room is not None:
+                self.make_room(entry.nbytes - self._free_bytes)
+            self._free_bytes -= entry.nbytes
             entry.granted.set()
+
+    def keep(self, lease: Lease, nbytes: int) -> None:
+        """Bytes of a lease become kept ones; the rest stays leased."""
+        assert nbytes <= lease.nbytes
+        lease.nbytes -= nbytes
+        self._by_peer[lease.peer_id] -= nbytes
+        self.kept_bytes += nbytes
+        self._hand_out()
+
+    def forget(self, nbytes: int) -> None:
+        """Kept bytes are free again."""
+        self.kept_bytes -= nbytes
+        self._free_bytes += nbytes
 
     def _release(self, lease: Lease) -> None:
         self._by_peer[lease.peer_id] -= lease.nbytes
         self._by_peer += Counter()  # drops peers that hold nothing
-        self.left_bytes += lease.nbytes
+        self._free_bytes += lease.nbytes
         self._hand_out()
 
 

@@ -185,6 +185,8 @@ class Service:
                 await self.announcer.enter(ServerState.ONLINE)
                 nursery.start_soon(self.announcer.run)
                 nursery.start_soon(self._neighbours.run)
+                if inbound.prefixes is not None:
+                    nursery.start_soon(inbound.prefixes.run)
                 self._progress(
                     f"serving blocks {span.blocks.start}:{span.blocks.stop}, {span.weight_bytes / 1e6:,.0f} MB of "
                     f"weights, {budget.total_bytes / 1e6:,.0f} MB of cache, "

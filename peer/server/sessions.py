@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,9 @@ from petals.peer.config import ServeConfig
 from petals.peer.lora import decode_lora
 from petals.peer.server.guard import Adapter, Guard, Plan, Refused, parse
 from petals.peer.server.lane import Lane, Priority, Timed, Visitor
-from petals.peer.server.leases import CacheBudget
+from petals.peer.server.leases import CacheBudget, Lease
 from petals.peer.server.mailbox import Mailbox, Pushed
+from petals.peer.server.prefixes import PrefixStore
 from petals.peer.server.push import Pusher
 from petals.peer.server.steps import StepWork, whole
 from petals.peer.server.throughput import Speedometer
@@ -27,6 +28,7 @@ from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, step_payload
 from petals.protocols.lora import lora_payload
+from petals.protocols.prefixes import PREFIX_TOKENS
 from petals.protocols.push import push_payload
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import WIRE_DTYPES, check_header, decode_tensor, encode_tensor
@@ -36,12 +38,15 @@ DECODE_TOKENS = 8
 """New tokens per row up to which a step counts as decoding: drafts that are checked, too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Session:
     cache: SpanCache
     adapter: Adapter
     mailbox: Mailbox
     visitor: Visitor
+    lease: Lease
+    plain: bool = True
+    """Its cache is a function of its tokens and of what the opening says, of nothing else."""
 
 
 class Sessions(Guard):
@@ -62,6 +67,9 @@ class Sessions(Guard):
         self._speed = speed
         self._pusher = pusher
         self._mailboxes: dict[bytes, Mailbox] = {}
+        self.prefixes: PrefixStore | None = None
+        if config.prefix_idle_s and not config.deterministic and span.cache_depends_on_tokens_only:
+            self.prefixes = PrefixStore(budget, idle_s=config.prefix_idle_s, shared=config.share_prefixes)
 
     async def answer_inference(self, stream: ByteStream) -> None:
         """Serve one inference session until the client closes it, breaks a rule, or vanishes."""
@@ -91,23 +99,48 @@ class Sessions(Guard):
         blocks = self._check_servable(opening)
         factors = lora_payload(opening.lora, blocks)
         nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length) + self._lora_bytes(factors)
-        with await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000), self._mailbox(opening) as mailbox:
+        lease = await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000)
+        with lease, self._mailbox(opening) as mailbox:
             adapter = await self._read_adapter(messages, opening, factors)
             cache = self.span.new_cache(blocks, opening.batch_size, opening.max_length)
-            session = _Session(cache, adapter, mailbox, Visitor())
-            reply = pb.InferenceReply(
-                opened=pb.Opened(dtype=WIRE_DTYPES[self.span.dtype], cache_bytes=nbytes),
-            )
+            session = _Session(cache, adapter, mailbox, Visitor(), lease, plain=not factors)
+            opened = pb.Opened(dtype=WIRE_DTYPES[self.span.dtype], cache_bytes=nbytes)
+            if session.plain:
+                opened.prefix_tokens = await self._begin(messages.remote_peer, cache, opening)
+            reply = pb.InferenceReply(opened=opened)
             conversation.reply(reply)
             await self._answer(messages, reply)
             while (request := await self._next_request(messages)) is not None:
                 match conversation.request(request):
                     case "close":
+                        await self._keep(messages.remote_peer, session, opening, request.close.prefixes)
                         return
                     case "supply":  # the push was faster
                         await self._read_payload(messages, [_hidden_of(request.supply)])
                     case _:
                         await self._step(messages, conversation, session, request.step)
+
+    async def _begin(self, peer_id: PeerId, cache: SpanCache, opening: pb.Open) -> int:
+        """Fill the cache with what is kept of its prefix; returns how many tokens that is."""
+        if self.prefixes is None or opening.batch_size != 1:
+            return 0
+        owner = self.prefixes.owner(peer_id, cache.blocks, opening.adapter)
+        found = self.prefixes.find(owner, opening.prefixes, cache.max_length)
+        if found is None:
+            return 0
+        kept, tokens = found
+        await self.lane.submit(Priority.PREFILL, partial(cache.copy_from, kept, tokens), peer_id=peer_id)
+        return tokens
+
+    async def _keep(self, peer_id: PeerId, session: _Session, opening: pb.Open, names: Sequence[bytes]) -> None:
+        """Keep as much of the session's cache as has names."""
+        cache = session.cache
+        names = names[: cache.position // PREFIX_TOKENS]
+        if self.prefixes is None or not names or not session.plain or opening.batch_size != 1:
+            return
+        kept = self.span.new_cache(cache.blocks, 1, len(names) * PREFIX_TOKENS)
+        await self.lane.submit(Priority.PREFILL, partial(kept.copy_from, cache, kept.max_length), peer_id=peer_id)
+        self.prefixes.add(self.prefixes.owner(peer_id, cache.blocks, opening.adapter), kept, names, session.lease)
 
     async def _read_adapter(self, messages: MessageStream, opening: pb.Open, factors: Plan) -> Adapter:
         lora = decode_lora(opening.lora, await self._read_payload(messages, factors))
@@ -135,7 +168,9 @@ class Sessions(Guard):
             if hidden is None:
                 return
             tensors["hidden"] = hidden
-        hypo_ids = tensors.get("hypo_ids")
+        mask, hypo_ids = tensors.get("attention_mask"), tensors.get("hypo_ids")
+        if hypo_ids is not None or "prompts" in tensors or not (mask is None or bool(mask.all())):
+            session.plain = False
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
         done = await self._compute(
@@ -157,7 +192,7 @@ class Sessions(Guard):
         answer = partial(self._answer, messages, message, *pieces)
         if step.HasField("push_to") and not step.silent:
             await together(partial(self._pusher.push, step.push_to, reply.hidden, pieces), answer)
-        else:  # no nursery: an asker who has gone is no group of errors
+        else:
             await answer()
 
     async def _compute(
