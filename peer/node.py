@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import statistics
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -144,7 +144,7 @@ class Peer:
 
     async def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
         model: str | None = None,
         options: GenerationOptions | None = None,
@@ -152,7 +152,7 @@ class Peer:
     ) -> TokenStream:
         """Ask the swarm to go on with `prompt`; iterate over the result for text as it comes.
 
-        Cancelling the iteration, or leaving its context, gives all caches back at once.
+        A prompt of token ids is taken as it is. Cancelling the iteration, or leaving its context, gives all caches back at once.
 
         Raises:
             MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -188,7 +189,7 @@ class _SeededDice(LogitsProcessor):
 
 async def run_generation(
     client: ModelClient,
-    prompt: str,
+    prompt: str | Sequence[int],
     options: GenerationOptions,
     wanted: ClientOptions,
     *,
@@ -199,12 +200,15 @@ async def run_generation(
     Errors go to whoever iterates, not to the nursery this runs in.
 
     Raises:
-        UserError: the prompt is empty or does not fit the session; before `started`.
+        UserError: the prompt is empty, no tokens of this model, or does not fit the session; before `started`.
     """
     began = time.perf_counter()
     model, tokenizer = await client.language_model()
-    inputs = tokenizer(prompt, return_tensors="pt")
-    prompt_ids: Tensor = inputs["input_ids"]
+    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+    if not all(0 <= each < model.get_input_embeddings().num_embeddings for each in ids):
+        raise UserError(f"the prompt has token ids that {client.checkpoint.name} does not have")
+    prompt_ids = torch.tensor([ids], dtype=torch.long)
+    inputs = {"input_ids": prompt_ids, "attention_mask": torch.ones_like(prompt_ids)}
     length = prompt_ids.shape[1]
     needed = length + options.max_new_tokens
     room = options.max_length or needed
