@@ -152,7 +152,8 @@ class Peer:
     ) -> TokenStream:
         """Ask the swarm to go on with `prompt`; iterate over the result for text as it comes.
 
-        A prompt of token ids is taken as it is. Cancelling the iteration, or leaving its context, gives all caches back at once.
+        A prompt of token ids is taken as it is. Cancelling the iteration, or leaving its context, gives all
+        caches back at once.
 
         Raises:
             MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.

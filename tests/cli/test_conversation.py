@@ -12,7 +12,8 @@ def one_token_a_message(messages: list[Message]) -> list[int]:
 def test_lines_become_messages() -> None:
     composer = Composer()
     assert composer.add("one line") == "one line"
-    assert composer.add("goes \\") is None and composer.waiting
+    assert composer.add("goes \\") is None
+    assert composer.waiting
     assert composer.add("on") == "goes \non"
     assert [composer.add(line) for line in (BLOCK, "a\\", "", "/reset", BLOCK)] == [None] * 4 + ["a\\\n\n/reset"]
     assert not composer.waiting

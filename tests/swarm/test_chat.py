@@ -50,7 +50,6 @@ def test_a_conversation(smollm: Truth, tmp_path: Path) -> None:
             terminal.read_until(">>> ")
             terminal.type("What is the capital of France?\r")
             answer = terminal.read_until(">>> ")
-            assert "Paris" in answer
             terminal.type("/route\r")
             assert "route 0:30 via" in terminal.read_until(">>> ")
             terminal.type("Write a very long story about\\\r")
@@ -81,4 +80,5 @@ def test_a_conversation(smollm: Truth, tmp_path: Path) -> None:
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
     expected = smollm.model.generate(**inputs, max_new_tokens=300, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert messages[2]["content"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert messages[2]["content"] in answer
     assert messages[3]["content"] == "Write a very long story about\na cat."
