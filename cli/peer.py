@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from petals.protocols.errors import UserError
 
 if TYPE_CHECKING:
-    from petals.peer.client.generation import TokenStream
+    from petals.peer.client.generation import GenerationOptions, TokenStream
+    from petals.peer.client.model_client import ClientOptions
     from petals.peer.client.routing import RouteChoice, RouteHop
     from petals.peer.node import Peer
 
@@ -24,6 +25,7 @@ examples:
   petals peer --generate "A cat sat on" --initial_peers ADDR
   petals peer --serve 0:30 --generate "A cat sat on"      everything in one process
   petals peer --http --initial_peers ADDR                 a chat page and OpenAI's API on http://127.0.0.1:8000
+  petals peer --chat --initial_peers ADDR                 talk to the model
   petals peer --bootstrap --listen /ip4/0.0.0.0/tcp/31337 only keep the directory (starts without torch)
 """
 
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     roles.add_argument("--generate", metavar="PROMPT", help="ask the swarm to go on with PROMPT")
     roles.add_argument("--http", metavar="HOST:PORT", nargs="?", const="127.0.0.1:8000",
                        help="chat page and OpenAI-compatible API (default: 127.0.0.1:8000)")  # fmt: skip
+    roles.add_argument("--chat", action="store_true", help="talk to the model in this terminal; /help says how")
     roles.add_argument("--bootstrap", action="store_true", help="only keep the directory of the swarm")
 
     network = parser.add_argument_group("network")
@@ -86,7 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     asking = parser.add_argument_group("asking")
-    asking.add_argument("--max_new_tokens", metavar="N", type=int, default=64, help="how many tokens (default: 64)")
+    asking.add_argument("--system", metavar="TEXT", help="tell the model of a --chat first who it is")
+    asking.add_argument("--max_new_tokens", metavar="N", type=int,
+                        help="how many tokens (default: 64; 512 for each answer of a --chat)")  # fmt: skip
     asking.add_argument("--temperature", type=float, help="sample at this temperature instead of taking the likeliest")
     asking.add_argument("--top_k", type=int, help="sample among the K likeliest tokens")
     asking.add_argument("--top_p", type=float, help="sample among the likeliest tokens that make up this probability")
@@ -183,7 +188,11 @@ async def run(options: argparse.Namespace) -> None:
     async with open_peer(config, progress=_say) as peer:
         if peer.server is not None:
             _print_server(peer, as_json=options.json and options.generate is None)
-        if options.generate is not None:
+        if options.chat:
+            from petals.cli.chat import chat
+
+            await chat(peer, _wanted(options, 512), _client_options(options), system=options.system)
+        elif options.generate is not None:
             await _generate(peer, options, time.perf_counter() - started)
         elif options.http is not None:
             await _keep_door(peer, options)
@@ -202,16 +211,21 @@ def _check(options: argparse.Namespace) -> None:
     if options.http is None and (options.api_keys or options.cors or options.http_models):
         raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
     if options.bootstrap:
-        if serves or options.generate is not None or options.http is not None:
-            raise UserError("--bootstrap only keeps the directory: leave it out to serve, ask or open a door")
+        if serves or options.chat or options.generate is not None or options.http is not None:
+            raise UserError("--bootstrap only keeps the directory: leave it out to serve, ask, chat or open a door")
         return
+    if options.chat and (options.json or options.generate is not None or options.http is not None):
+        raise UserError("--chat is for people and asks for its own prompts: leave --json, --generate and --http out")
+    if options.system is not None and not options.chat:
+        raise UserError("--system is for --chat")
     if options.http is not None and options.generate is not None:
         raise UserError("--generate asks once and ends, --http stays open: give one of them")
-    if not serves and options.generate is None and options.http is None:
-        raise UserError('nothing to do: give --serve A:B to hold blocks, --generate "..." to ask, or --http')
+    asks = options.chat or options.generate is not None or options.http is not None
+    if not serves and not asks:
+        raise UserError('nothing to do: give --serve A:B to hold blocks, --generate "...", --chat or --http to ask')
     if not serves and not options.initial_peers:
         raise UserError("nobody to ask: give --initial_peers ADDR, or hold the blocks here with --serve")
-    if options.max_new_tokens < 1:
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise UserError("--max_new_tokens must be at least 1")
 
 
@@ -233,24 +247,28 @@ async def _keep_door(peer: Peer, options: argparse.Namespace) -> None:
         await trio.sleep_forever()
 
 
-async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> None:
+def _wanted(options: argparse.Namespace, max_new_tokens: int) -> GenerationOptions:
     from petals.peer.client.generation import GenerationOptions
-    from petals.peer.client.model_client import ClientOptions
 
-    wanted = GenerationOptions(
-        max_new_tokens=options.max_new_tokens,
+    return GenerationOptions(
+        max_new_tokens=options.max_new_tokens or max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
     )
-    stream = await peer.generate(
-        options.generate,
-        options=wanted,
-        client=ClientOptions(
-            compression=options.compression, active_adapter=options.active_adapter, show_route=options.show_route
-        ),
+
+
+def _client_options(options: argparse.Namespace) -> ClientOptions:
+    from petals.peer.client.model_client import ClientOptions
+
+    return ClientOptions(
+        compression=options.compression, active_adapter=options.active_adapter, show_route=options.show_route
     )
+
+
+async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> None:
+    stream = await peer.generate(options.generate, options=_wanted(options, 64), client=_client_options(options))
     if not options.json:
         print(options.generate, end="", flush=True)
     async with stream:
@@ -261,10 +279,11 @@ async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> 
         print(json.dumps(_as_json(stream, options.generate, start_s)), flush=True)
     else:
         print(flush=True)
-        _say(_summary(stream))
+        _say(summary(stream))
 
 
-def _summary(stream: TokenStream) -> str:
+def summary(stream: TokenStream) -> str:
+    """One line: who answered, and how fast."""
     legs = " => ".join(
         f"{hop.blocks.start}:{hop.blocks.stop} via …{hop.peer_id[-6:]} ({hop.round_trip_s * 1e3:.1f} ms)"
         for hop in stream.route

@@ -23,7 +23,16 @@ MAY_IMPORT = {
     "protocols": {"protocols"},
 }
 LIBP2P_LIVES_IN = ("peer/host.py", "peer/identity.py", "peer/transport/", "dht/directory.py")
-TRIO_LIVES_IN = ("peer/", "gateway/", "dht/", "protocols/stream.py", "cli/main.py", "cli/peer.py", "cli/run_dht.py")
+TRIO_LIVES_IN = (
+    "peer/",
+    "gateway/",
+    "dht/",
+    "protocols/stream.py",
+    "cli/main.py",
+    "cli/chat.py",
+    "cli/peer.py",
+    "cli/run_dht.py",
+)
 TORCH_LIVES_IN = (
     "models/",
     "protocols/tensors.py",

@@ -176,6 +176,19 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_sent(mak
     assert await ask(client, PROMPTS[0], max_new_tokens=2)  # the peer is none the worse
 
 
+async def test_token_ids_are_taken_as_they_are(make_swarm: MakeSwarm, smollm: Truth) -> None:
+    server = await make_swarm().add(range(30))
+    options = GenerationOptions(max_new_tokens=3)
+    ids = smollm.tokenizer("A cat sat on")["input_ids"]
+    by_text = await server.generate("A cat sat on", options=options)
+    by_ids = await server.generate(ids, options=options)
+    assert [token.id async for token in by_ids] == [token.id async for token in by_text]
+    assert by_ids.prompt_ids == ids
+    for nonsense in ([-1], [10**6], []):
+        with pytest.raises(UserError, match="prompt"):
+            await server.generate(nonsense, options=options)
+
+
 async def test_a_long_prompt_lets_others_steps_through(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
     """It is computed in pieces, with the same result up to rounding: padding, deep prompts and all."""
     swarm = make_swarm(tiny_truth.directory)
