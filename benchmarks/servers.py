@@ -9,18 +9,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
 @contextmanager
-def server(*words: str, threads: int | None = None) -> Iterator[str]:
+def server(*words: str, threads: int | None = None, inside: Sequence[str] = ()) -> Iterator[str]:
     """A serving peer in a process; yields its address.
 
     Args:
+        inside: a command that runs the command that follows.
         threads: of its torch; more servers than cores wait for each other's threads if each has several.
     """
-    command = [sys.executable, "-m", "petals.cli.main", "peer", *words, "--json"]
+    command = [*inside, sys.executable, "-m", "petals.cli.main", "peer", *words, "--json"]
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
