@@ -7,6 +7,8 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
     asking.add_argument("--compression", choices=("none", "float16", "int8"), default="none",
                         help="how hidden states travel, asked and answered; none is exact")  # fmt: skip
+    asking.add_argument("--trace", metavar="FILE", type=Path,
+                        help="of --generate or --chat: where each step's time went, for ui.perfetto.dev")  # fmt: skip
     asking.add_argument("--show_route", action="store_true",
                         help="say what each server is expected to take, and why others are not used")  # fmt: skip
     asking.add_argument("--route_timeout", metavar="S", type=float, default=20.0,
@@ -191,7 +195,8 @@ async def run(options: argparse.Namespace) -> None:
         if options.chat:
             from petals.cli.chat import chat
 
-            await chat(peer, _wanted(options, 512), _client_options(options), system=options.system)
+            with _tracing(options) as client:
+                await chat(peer, _wanted(options, 512), client, system=options.system)
         elif options.generate is not None:
             await _generate(peer, options, time.perf_counter() - started)
         elif options.http is not None:
@@ -208,6 +213,8 @@ def _check(options: argparse.Namespace) -> None:
     serves = options.serve is not None or options.num_blocks is not None
     if options.serve and options.num_blocks is not None:
         raise UserError("--serve says which blocks, --num_blocks lets the peer choose: give one of them")
+    if options.trace is not None and not options.chat and options.generate is None:
+        raise UserError("--trace is about what --generate or --chat asks: give one of them, too")
     if options.http is None and (options.api_keys or options.cors or options.http_models):
         raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
     if options.bootstrap:
@@ -259,27 +266,35 @@ def _wanted(options: argparse.Namespace, max_new_tokens: int) -> GenerationOptio
     )
 
 
-def _client_options(options: argparse.Namespace) -> ClientOptions:
+@contextmanager
+def _tracing(options: argparse.Namespace) -> Iterator[ClientOptions]:
+    """What is wanted of the swarm; steps are traced while the context is open, where that is wanted too."""
     from petals.peer.client.model_client import ClientOptions
+    from petals.peer.client.tracing import TraceFile
 
-    return ClientOptions(
-        compression=options.compression, active_adapter=options.active_adapter, show_route=options.show_route
-    )
+    with nullcontext() if options.trace is None else TraceFile(options.trace, _say) as trace:
+        yield ClientOptions(
+            compression=options.compression,
+            active_adapter=options.active_adapter,
+            show_route=options.show_route,
+            on_step=None if trace is None else trace.note,
+        )
 
 
 async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> None:
-    stream = await peer.generate(options.generate, options=_wanted(options, 64), client=_client_options(options))
-    if not options.json:
-        print(options.generate, end="", flush=True)
-    async with stream:
-        async for token in stream:
-            if not options.json:
-                print(token.text, end="", flush=True)
-    if options.json:
-        print(json.dumps(_as_json(stream, options.generate, start_s)), flush=True)
-    else:
-        print(flush=True)
-        _say(summary(stream))
+    with _tracing(options) as client:
+        stream = await peer.generate(options.generate, options=_wanted(options, 64), client=client)
+        if not options.json:
+            print(options.generate, end="", flush=True)
+        async with stream:
+            async for token in stream:
+                if not options.json:
+                    print(token.text, end="", flush=True)
+        if options.json:
+            print(json.dumps(_as_json(stream, options.generate, start_s)), flush=True)
+        else:
+            print(flush=True)
+            _say(summary(stream))
 
 
 def summary(stream: TokenStream) -> str:

@@ -72,6 +72,11 @@ class MessageStream:
     def remote_peer(self) -> PeerId:
         return self.stream.remote_peer
 
+    @property
+    def cipher_s(self) -> float:
+        """Seconds of encrypting and decrypting so far, of all streams of the connection; 0 where nobody counts."""
+        return float(getattr(self.stream, "cipher_s", 0.0))
+
     async def read_message(self) -> bytes | None:
         """The next message; None at a clean end between messages. A cancelled call loses nothing.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,8 @@ class StepOutput:
     compute_s: float
     supplied: bool = False
     """A push was expected and did not come."""
+    sent_at: float = 0.0
+    """By trio's clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +137,8 @@ class Hop:
     history: list[StepInput] = field(default_factory=list)
     rebuilt: bool = False
     """Its cache was made from history during this step: rows that a roll-back left reordered elsewhere are not here."""
+    serialise_s: float = 0.0
+    """Spent on making messages so far."""
     s_per_token: float = math.nan
     """Smoothed round trip per new token and row position; not a number before the first step."""
 
@@ -327,6 +332,7 @@ class Hop:
     async def _send_step(
         self, step: StepInput, *, silent: bool, pushed_by: PeerId | None = None, push_to: pb.PushTo | None = None
     ) -> None:
+        began = time.perf_counter()
         hidden, payload = encode_tensor(step.hidden, self.spec.encoding)
         message = pb.Step(
             step_id=self.conversation.next_step_id,
@@ -347,7 +353,9 @@ class Hop:
                 header, pieces = encode_tensor(tensor)
                 getattr(message, name).CopyFrom(header)
                 payload += pieces
-        await self._send(pb.InferenceRequest(step=message), *payload)
+        request = pb.InferenceRequest(step=message)
+        self.serialise_s += time.perf_counter() - began
+        await self._send(request, *payload)
 
     async def _receive_step(self, step: StepInput, started: float, *, silent: bool = False) -> StepOutput:
         done = (await self._receive("step_done")).step_done
@@ -355,7 +363,12 @@ class Hop:
         if not silent:
             hidden = await read_tensor(self.messages, done.hidden, tuple(step.hidden.shape), "hidden")
         return StepOutput(
-            hidden, trio.current_time() - started, done.queue_us / 1e6, done.compute_us / 1e6, done.supplied
+            hidden,
+            trio.current_time() - started,
+            done.queue_us / 1e6,
+            done.compute_us / 1e6,
+            done.supplied,
+            sent_at=started,
         )
 
     async def _send(self, request: pb.InferenceRequest, *payload: memoryview) -> None:

@@ -23,7 +23,7 @@ from petals.peer.client.batch import BatchTrainer, Companions
 from petals.peer.client.chain import RemoteChain
 from petals.peer.client.hop import SessionSpec
 from petals.peer.client.routing import Route, RouteChoice, find_route, why_not
-from petals.peer.client.session import RemoteSession
+from petals.peer.client.session import RemoteSession, StepTrace
 from petals.peer.client.twins import AsyncTwins
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.config import Timeouts
@@ -61,6 +61,8 @@ class ClientOptions:
     still have of the prompt: the second question of a chat costs its new tokens only."""
     request_timeout: float | None = None
     """Seconds for one step at one server, or one span of a batch; None: the peer's `Timeouts`."""
+    on_step: Callable[[StepTrace], None] | None = None
+    """Told, in the trio thread, of every step of a session where its time went (tracing.py)."""
     show_route: bool = False
     """Say which servers a session goes through, and how long each takes."""
 
@@ -184,6 +186,7 @@ class ModelClient:
             push=options.use_server_to_server,
             prefix_inputs=prefix_inputs,
             standby_in=self._nursery if options.standby else None,
+            on_step=options.on_step,
         )
         try:
             await session.open()

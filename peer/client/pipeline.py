@@ -40,8 +40,12 @@ class _Progress:
     round_trip_s: float = 0.0
     queue_s: float = 0.0
     compute_s: float = 0.0
+    sent_at: float = 0.0
+    """Of the first piece."""
 
     def note(self, output: StepOutput) -> None:
+        if not self.answered:
+            self.sent_at = output.sent_at
         self.answered += 1
         self.round_trip_s += output.round_trip_s
         self.queue_s += output.queue_s
@@ -70,7 +74,10 @@ class PipelinedStep:
     def done(self) -> list[tuple[Hop, StepOutput]]:
         """Where the time went, all pieces together; the times of different hops overlap."""
         return [
-            (hop, StepOutput(None, progress.round_trip_s, progress.queue_s, progress.compute_s))
+            (
+                hop,
+                StepOutput(None, progress.round_trip_s, progress.queue_s, progress.compute_s, sent_at=progress.sent_at),
+            )
             for hop in self.session.hops
             for progress in [self._progress[id(hop)]]
         ]

@@ -42,6 +42,30 @@ class HopTrace:
     round_trip_s: float
     queue_s: float
     compute_s: float
+    sent_at: float = 0.0
+    serialise_s: float = 0.0
+    cipher_s: float = 0.0
+
+    def parts(self) -> dict[str, float]:
+        """The round trip taken apart; what is not accounted for otherwise is "network"."""
+        known = {
+            "serialise": self.serialise_s,
+            "encrypt": self.cipher_s,
+            "queue": self.queue_s,
+            "compute": self.compute_s,
+        }
+        return {**known, "network": max(0.0, self.round_trip_s - sum(known.values()))}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """One step of one session."""
+
+    session: int
+    """Tells sessions apart."""
+    position: int
+    tokens: int
+    hops: tuple[HopTrace, ...]
 
 
 class SessionBroken(LocalProtocolError):
@@ -62,6 +86,7 @@ class RemoteSession:
         prefix_inputs: (block, tokens) -> the hidden states of the first tokens of the sequence that enter a block;
             needed when a hop is lost whose cache began with what an earlier session left there (`spec.prefixes`).
         standby_in: keep second servers ready (standby.py), fed by a task in this nursery; None: do not.
+        on_step: told of every step where its time went.
     """
 
     def __init__(
@@ -79,6 +104,7 @@ class RemoteSession:
         piece_tokens: int = PIECE_TOKENS,
         prefix_inputs: Callable[[int, int], Awaitable[Tensor]] | None = None,
         standby_in: trio.Nursery | None = None,
+        on_step: Callable[[StepTrace], None] | None = None,
     ) -> None:
         self.blocks = blocks
         self.spec = spec
@@ -99,6 +125,9 @@ class RemoteSession:
         """Pairs of servers between which a push did not come."""
         self.standbys = None if standby_in is None else Standbys(lambda: self.hops, self._open_standby)
         self._standby_in = standby_in
+        self._on_step = on_step
+        self._spent: dict[bytes, tuple[float, float]] = {}
+        """Session id at a hop -> its seconds of serialising and of encryption as of the last step."""
         self._piece_tokens = piece_tokens
         self._position = 0
         self._prefix_inputs = prefix_inputs
@@ -123,6 +152,7 @@ class RemoteSession:
         self._position = self._adopted = min(hop.conversation.position for hop in self.hops)
         if len(self.hops) == 1:
             self._piece_tokens = 0  # for good, so that boundaries do not depend on later failures
+        self._spent = {hop.session_id: (hop.serialise_s, hop.messages.cipher_s) for hop in self.hops}
         if self.standbys is not None and self._standby_in is not None:
             self._standby_in.start_soon(self.standbys.run)
 
@@ -185,8 +215,24 @@ class RemoteSession:
             self.standbys.tell()
         self._broken = False
         done.sort(key=lambda each: each[0].blocks.start)
-        self.last_trace = tuple(_trace(hop, answer) for hop, answer in done)
+        self.last_trace = tuple(self._trace(hop, answer) for hop, answer in done)
+        if self._on_step is not None:
+            self._on_step(StepTrace(id(self), current.position, hidden.shape[1], self.last_trace))
         return output
+
+    def _trace(self, hop: Hop, output: StepOutput) -> HopTrace:
+        before = self._spent.get(hop.session_id, (0.0, 0.0))
+        spent = self._spent[hop.session_id] = (hop.serialise_s, hop.messages.cipher_s)
+        return HopTrace(
+            hop.peer_id,
+            hop.blocks,
+            output.round_trip_s,
+            output.queue_s,
+            output.compute_s,
+            sent_at=output.sent_at,
+            serialise_s=spent[0] - before[0],
+            cipher_s=spent[1] - before[1],
+        )
 
     async def redo(
         self,
@@ -357,10 +403,6 @@ class RemoteSession:
                     raise result
             if trio.current_time() >= deadline and refusal is not None:
                 raise refusal
-
-
-def _trace(hop: Hop, output: StepOutput) -> HopTrace:
-    return HopTrace(hop.peer_id, hop.blocks, output.round_trip_s, output.queue_s, output.compute_s)
 
 
 def _compose(first: Tensor | None, then: Tensor | None) -> Tensor | None:

@@ -120,6 +120,11 @@ class MuxedStream:
     def connection(self) -> Connection:
         return self._connection
 
+    @property
+    def cipher_s(self) -> float:
+        """Seconds that this connection's ciphers took so far, at this end, all streams together."""
+        return self._connection.cipher_s
+
     async def read(self, max_bytes: int) -> bytes | bytearray | memoryview:
         """At least one and at most `max_bytes` bytes; empty at the clean end.
 
@@ -345,6 +350,11 @@ class Connection:
         self._started = False
         self._last_received = 0.0
         self._ping: tuple[int, float] | None = None
+
+    @property
+    def cipher_s(self) -> float:
+        """Seconds that both ciphers took so far, at this end."""
+        return self._framing.cipher_s
 
     @property
     def takes_streams(self) -> bool:

@@ -13,6 +13,7 @@ The counter cannot wrap: 2^64 messages at a million per second are half a millio
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterable
 
 from cryptography.exceptions import InvalidTag
@@ -40,12 +41,15 @@ class NoiseFraming:
     def __init__(self, send_key: bytes, receive_key: bytes) -> None:
         self._send, self._receive = ChaCha20Poly1305(send_key), ChaCha20Poly1305(receive_key)
         self._sent = self._received = 0
+        self.cipher_s = 0.0
+        """Seconds spent in both ciphers so far."""
 
     def encrypt(self, plaintext: Iterable[bytes]) -> list[bytes]:
         """All of `plaintext` as whole frames, in pieces to be sent in this order.
 
         Short neighbours share a message; a piece that fills one is encrypted where it lies.
         """
+        began = time.perf_counter()
         wire: list[bytes] = []
         batch: list[bytes] = []
         size = 0
@@ -57,6 +61,7 @@ class NoiseFraming:
             size += len(piece)
         if size:
             self._encrypt(batch, wire)
+        self.cipher_s += time.perf_counter() - began
         return wire
 
     def _encrypt(self, batch: list[bytes], wire: list[bytes]) -> None:
@@ -72,6 +77,7 @@ class NoiseFraming:
         Raises:
             ProtocolViolation: a message is too short for its tag or was forged. The connection cannot go on.
         """
+        began = time.perf_counter()
         plaintexts: list[bytes] = []
         position, size = 0, len(wire)
         while size - position >= LENGTH_BYTES:
@@ -90,4 +96,5 @@ class NoiseFraming:
             self._received += 1
             plaintexts.append(plaintext)
             position = end
+        self.cipher_s += time.perf_counter() - began
         return plaintexts, position
