@@ -58,6 +58,8 @@ class ServerRecord:
     blocks: range
     """Which blocks it holds; half-open, at most 4,096."""
     state: ServerState
+    num_blocks: int = 0
+    """Of the whole model, at most 4,096; 0: not said."""
     addrs: tuple[str, ...] = ()
     """Full multiaddrs; at most 16 of at most 200 characters."""
     version: str = ""
@@ -110,6 +112,7 @@ def sign_record(record: ServerRecord, sign: Callable[[bytes], bytes], public_key
         sequence=record.sequence,
         issued_at=record.issued_at,
         expires_at=record.expires_at,
+        num_blocks=record.num_blocks,
     ).SerializeToString()
     return pb.SignedRecord(public_key=public_key, record=payload, signature=sign(DOMAIN + payload)).SerializeToString()
 
@@ -159,6 +162,7 @@ def open_record(data: bytes, *, now: float, verify: Verify, expected_model: Mode
         sequence=fields.sequence,
         issued_at=fields.issued_at,
         expires_at=fields.expires_at,
+        num_blocks=fields.num_blocks,
     )
 
 
@@ -193,6 +197,7 @@ def _check_limits(fields: pb.ServerRecord) -> None:
     _check(len(fields.model_name) <= MAX_TEXT, "model name too long")
     _check(len(fields.model_digest) == 64 and set(fields.model_digest) <= set("0123456789abcdef"), "bad digest")
     _check(fields.start_block < fields.end_block <= 4096, "bad block range")
+    _check(not fields.num_blocks or fields.end_block <= fields.num_blocks <= 4096, "bad number of blocks")
     _check(fields.state in set(ServerState), "unknown state")
     _check(len(fields.addrs) <= MAX_ADDRS and len(fields.adapters) <= MAX_ADAPTERS, "too many addresses or adapters")
     texts = (*fields.addrs, *fields.adapters, fields.version, fields.public_name, fields.dtype, fields.quant_type)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18petals/dht/records.proto\x12\tpetals.v1\"\x85\x04\n\x0cServerRecord\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x13\n\x0bstart_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\r\x12\r\n\x05\x61\x64\x64rs\x18\x07 \x03(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x13\n\x0bpublic_name\x18\t \x01(\t\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x12\n\nquant_type\x18\x0b \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x0c \x03(\t\x12\x15\n\rinference_rps\x18\r \x01(\x01\x12\x13\n\x0b\x66orward_rps\x18\x0e \x01(\x01\x12\x0f\n\x07queue_s\x18\x0f \x01(\x01\x12\x19\n\x11\x63\x61\x63he_tokens_left\x18\x10 \x01(\x04\x12\x13\n\x0busing_relay\x18\x11 \x01(\x08\x12?\n\rround_trips_s\x18\x12 \x03(\x0b\x32(.petals.v1.ServerRecord.RoundTripsSEntry\x12\x10\n\x08sequence\x18\x13 \x01(\x04\x12\x11\n\tissued_at\x18\x14 \x01(\x01\x12\x12\n\nexpires_at\x18\x15 \x01(\x01\x1a\x32\n\x10RoundTripsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"E\n\x0cSignedRecord\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x0e\n\x06record\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18petals/dht/records.proto\x12\tpetals.v1\"\x99\x04\n\x0cServerRecord\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x13\n\x0bstart_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\r\x12\r\n\x05\x61\x64\x64rs\x18\x07 \x03(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x13\n\x0bpublic_name\x18\t \x01(\t\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x12\n\nquant_type\x18\x0b \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x0c \x03(\t\x12\x15\n\rinference_rps\x18\r \x01(\x01\x12\x13\n\x0b\x66orward_rps\x18\x0e \x01(\x01\x12\x0f\n\x07queue_s\x18\x0f \x01(\x01\x12\x19\n\x11\x63\x61\x63he_tokens_left\x18\x10 \x01(\x04\x12\x13\n\x0busing_relay\x18\x11 \x01(\x08\x12?\n\rround_trips_s\x18\x12 \x03(\x0b\x32(.petals.v1.ServerRecord.RoundTripsSEntry\x12\x10\n\x08sequence\x18\x13 \x01(\x04\x12\x11\n\tissued_at\x18\x14 \x01(\x01\x12\x12\n\nexpires_at\x18\x15 \x01(\x01\x12\x12\n\nnum_blocks\x18\x16 \x01(\r\x1a\x32\n\x10RoundTripsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"E\n\x0cSignedRecord\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x0e\n\x06record\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVERRECORD_ROUNDTRIPSSENTRY']._loaded_options = None
   _globals['_SERVERRECORD_ROUNDTRIPSSENTRY']._serialized_options = b'8\001'
   _globals['_SERVERRECORD']._serialized_start=40
-  _globals['_SERVERRECORD']._serialized_end=557
-  _globals['_SERVERRECORD_ROUNDTRIPSSENTRY']._serialized_start=507
-  _globals['_SERVERRECORD_ROUNDTRIPSSENTRY']._serialized_end=557
-  _globals['_SIGNEDRECORD']._serialized_start=559
-  _globals['_SIGNEDRECORD']._serialized_end=628
+  _globals['_SERVERRECORD']._serialized_end=577
+  _globals['_SERVERRECORD_ROUNDTRIPSSENTRY']._serialized_start=527
+  _globals['_SERVERRECORD_ROUNDTRIPSSENTRY']._serialized_end=577
+  _globals['_SIGNEDRECORD']._serialized_start=579
+  _globals['_SIGNEDRECORD']._serialized_end=648
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from petals.dht.health import health, weakest_stretch
 from petals.dht.records import ServerState
 from petals.peer.client.view import Offer, SwarmView
 
@@ -15,8 +16,8 @@ def describe(view: SwarmView, num_blocks: int) -> dict[str, Any]:
         sum(offer.record.inference_rps / len(offer.record.blocks) for offer in view.offers if b in offer.record.blocks)
         for b in range(num_blocks)
     ]
-    weakest = _weakest(copies)
-    state, words = _health(copies, weakest)
+    weakest = weakest_stretch(copies)
+    state, words = health(copies)
     return {
         "model": view.model.name,
         "digest": view.model.digest,
@@ -28,29 +29,6 @@ def describe(view: SwarmView, num_blocks: int) -> dict[str, Any]:
         "weakest": [weakest.start, weakest.stop],
         "peers": [_peer(offer) for offer in (*view.offers, *view.away)],
     }
-
-
-def _weakest(copies: list[int]) -> range:
-    """The first stretch of blocks with the fewest copies."""
-    least = min(copies)
-    start = copies.index(least)
-    stop = start
-    while stop < len(copies) and copies[stop] == least:
-        stop += 1
-    return range(start, stop)
-
-
-def _health(copies: list[int], weakest: range) -> tuple[str, str]:
-    where = f"blocks {weakest.start}:{weakest.stop}"
-    if len(weakest) == len(copies):
-        where = "all blocks"
-    match copies[weakest.start]:
-        case 0:
-            return "broken", f"nobody holds {where}"
-        case 1:
-            return "degraded", f"only one peer holds {where}; if it leaves, nobody can ask"
-        case n:
-            return "healthy", f"every block is held by {n} peers or more"
 
 
 def _peer(offer: Offer) -> dict[str, Any]:

@@ -32,6 +32,7 @@ TRIO_LIVES_IN = (
     "cli/chat.py",
     "cli/peer.py",
     "cli/run_dht.py",
+    "cli/status.py",
 )
 TORCH_LIVES_IN = (
     "models/",

@@ -252,6 +252,7 @@ class Service:
             model=self.model,
             peer_id=self._host.peer_id,
             blocks=self._blocks,
+            num_blocks=self._checkpoint.num_blocks,
             state=self.announcer.state,
             addrs=self._host.addrs,
             version=__version__,

@@ -1,0 +1,109 @@
+"""`petals status`: who holds what, how fast, and how the swarm is, in words. Starts without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from petals.dht.records import ServerRecord
+    from petals.peer.status import ModelStatus
+
+CLEAR = "\x1b[H\x1b[J"
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "status",
+        help="who holds what, how fast, and how the swarm is",
+        description="Say of every model in the swarm who holds which blocks, and whether it is healthy (two or more "
+        "copies of every block), degraded (one copy somewhere) or broken (a block that nobody holds).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", required=True, help="peers of the swarm")
+    parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
+    parser.add_argument("--interval", metavar="S", type=float, default=2.0, help="of --watch (default: 2 s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per look on stdout")
+    parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
+    parser.set_defaults(run=run, synchronous=False)
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Look once, or until cancelled."""
+    import trio
+
+    from petals.peer.status import open_observer
+
+    live = options.watch and sys.stdout.isatty() and not options.json
+    async with open_observer(tuple(options.initial_peers)) as observer:
+        while True:
+            models = await observer.look()
+            if options.json:
+                print(json.dumps({"models": [as_json(model) for model in models]}), flush=True)
+            else:
+                text = "\n\n".join(describe(model) for model in models)
+                print(f"{CLEAR if live else ''}{text}", flush=True)
+            if not options.watch:
+                return
+            await trio.sleep(max(0.1, options.interval))
+
+
+def describe(status: ModelStatus) -> str:
+    """For people."""
+    state, why = status.health
+    count = status.num_blocks
+    lines = [
+        f"{status.model.name}: {state}, {why}",
+        f"blocks 0:{count}, copies of each: {''.join(str(min(copies, 9)) for copies in status.copies)}",
+        f"{'blocks':>9}  {'peer':<9} {'state':<9} {'blocks/s':>9} {'queue ms':>9} {'cache tokens':>13}  version",
+    ]
+    lines += [_row(record) for record in status.records]
+    return "\n".join(lines)
+
+
+def _row(record: ServerRecord) -> str:
+    # Names and versions are a stranger's words: no control characters in somebody's terminal.
+    name, version = (
+        "".join(char for char in text if char.isprintable()) for text in (record.public_name, record.version)
+    )
+    blocks = f"{record.blocks.start}:{record.blocks.stop}"
+    return (
+        f"{blocks:>9}  …{record.peer_id[-6:]:<8} {record.state.name.lower():<9} {record.inference_rps:>9,.0f} "
+        f"{1e3 * record.queue_s:>9.1f} {record.cache_tokens_left:>13,}  {version} {name}"
+    ).rstrip()
+
+
+def as_json(status: ModelStatus) -> dict[str, Any]:
+    """For machines."""
+    state, why = status.health
+    return {
+        "model": status.model.name,
+        "digest": status.model.digest,
+        "num_blocks": status.num_blocks,
+        "health": state,
+        "words": why,
+        "copies": status.copies,
+        "weakest": [status.weakest.start, status.weakest.stop],
+        "peers": [
+            {
+                "peer_id": record.peer_id,
+                "name": record.public_name,
+                "blocks": [record.blocks.start, record.blocks.stop],
+                "state": record.state.name.lower(),
+                "version": record.version,
+                "dtype": record.dtype,
+                "quant_type": record.quant_type,
+                "decode_blocks_per_s": record.inference_rps,
+                "prefill_blocks_per_s": record.forward_rps,
+                "queue_s": record.queue_s,
+                "cache_tokens_left": record.cache_tokens_left,
+                "relayed": record.using_relay,
+                "round_trips_s": {str(peer): seconds for peer, seconds in record.round_trips_s.items()},
+                "addrs": list(record.addrs),
+            }
+            for record in status.records
+        ],
+    }

@@ -1,0 +1,38 @@
+"""How a model's swarm is, in a word: who could leave before nobody can ask any more. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from petals.dht.records import ServerRecord, ServerState
+
+
+def copies_of(records: Iterable[ServerRecord], num_blocks: int) -> list[int]:
+    """How many servers answer for each block."""
+    held = [record.blocks for record in records if record.state is ServerState.ONLINE]
+    return [sum(block in blocks for blocks in held) for block in range(num_blocks)]
+
+
+def weakest_stretch(copies: Sequence[int]) -> range:
+    """The first stretch of blocks with the fewest copies."""
+    least = min(copies)
+    start = copies.index(least)
+    stop = start
+    while stop < len(copies) and copies[stop] == least:
+        stop += 1
+    return range(start, stop)
+
+
+def health(copies: Sequence[int]) -> tuple[str, str]:
+    """ "healthy", "degraded" or "broken", and why."""
+    weakest = weakest_stretch(copies)
+    where = f"blocks {weakest.start}:{weakest.stop}"
+    if len(weakest) == len(copies):
+        where = "all blocks"
+    match copies[weakest.start]:
+        case 0:
+            return "broken", f"nobody holds {where}"
+        case 1:
+            return "degraded", f"only one peer holds {where}; if it leaves, nobody can ask"
+        case n:
+            return "healthy", f"every block is held by {n} peers or more"

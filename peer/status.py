@@ -1,0 +1,98 @@
+"""What a swarm looks like to somebody who only looks: which models, who holds what. Needs no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from petals.dht.directory import Directory
+from petals.dht.health import copies_of, health, weakest_stretch
+from petals.dht.records import RecordError, ServerRecord, open_record
+from petals.peer.concurrency import gather
+from petals.peer.host import Host, HostConfig
+from petals.peer.identity import create_identity, verify
+from petals.peer.info import fetch_record
+from petals.peer.joining import open_membership
+from petals.protocols.errors import UserError
+from petals.protocols.types import ModelId
+
+ANY_MODEL = ModelId("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model's swarm."""
+
+    model: ModelId
+    records: tuple[ServerRecord, ...]
+    """By first block, then by peer ID."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the whole model, as its servers say; at least as many as are held."""
+        return max((max(record.num_blocks, record.blocks.stop) for record in self.records), default=1)
+
+    @property
+    def copies(self) -> list[int]:
+        return copies_of(self.records, self.num_blocks)
+
+    @property
+    def weakest(self) -> range:
+        return weakest_stretch(self.copies)
+
+    @property
+    def health(self) -> tuple[str, str]:
+        return health(self.copies)
+
+
+class SwarmObserver:
+    """Asks again whenever `look` is called; made by `open_observer`."""
+
+    def __init__(self, host: Host, directory: Directory) -> None:
+        self._host = host
+        self._directory = directory
+        self._models: dict[str, ModelId] = {}
+
+    async def look(self) -> list[ModelStatus]:
+        """All models that the peers we know serve, or served when we last looked.
+
+        Raises:
+            UserError: nobody serves anything.
+        """
+        await self._find_models()
+        if not self._models:
+            await self._directory.refresh()  # the initial peers may only keep the directory: meet those they know
+            await self._find_models()
+        if not self._models:
+            raise UserError("nobody there serves a model; give --initial_peers the address of a peer that does")
+        found = []
+        for model in sorted(self._models.values(), key=lambda model: model.name):
+            records = await self._directory.lookup(model)
+            by_place = sorted(records, key=lambda record: (record.blocks.start, record.peer_id))
+            found.append(ModelStatus(model, tuple(by_place)))
+        return found
+
+    async def _find_models(self) -> None:
+        calls = [partial(fetch_record, self._host, peer, (), ANY_MODEL) for peer in self._host.connected_peers()]
+        for data in await gather(calls):
+            if isinstance(data, bytes):
+                try:
+                    record = open_record(data, now=time.time(), verify=verify)
+                except RecordError:
+                    continue
+                self._models[record.model.digest] = record.model
+
+
+@asynccontextmanager
+async def open_observer(initial_peers: Sequence[str]) -> AsyncIterator[SwarmObserver]:
+    """A nameless peer that serves nothing.
+
+    Raises:
+        UserError: no initial peer answers.
+    """
+    settings = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+    async with open_membership(create_identity(), settings, initial_peers) as (host, directory, _):
+        yield SwarmObserver(host, directory)

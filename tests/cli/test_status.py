@@ -1,0 +1,105 @@
+"""`petals status` as people run it, against real servers; and the verdict, by itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petals.dht.health import copies_of, health, weakest_stretch
+from petals.dht.records import ServerRecord, ServerState
+from petals.protocols.types import ModelId, PeerId
+from tests.cli.test_commands import NOBODY, run, serving
+from tests.models.tiny import CASES, save_tiny
+
+MODEL = ModelId("m", "ab" * 32)
+
+
+def a_record(blocks: range, state: ServerState = ServerState.ONLINE) -> ServerRecord:
+    return ServerRecord(
+        model=MODEL, peer_id=PeerId("p"), blocks=blocks, state=state, sequence=1, issued_at=0, expires_at=1
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory: Path = tmp_path_factory.mktemp("tiny-status")
+    save_tiny(next(case for case in CASES if case.id == "llama"), directory)
+    return str(directory)
+
+
+def test_a_swarm_is_described_for_people_and_machines(model: str) -> None:
+    with ExitStack() as stack:
+        first = stack.enter_context(
+            serving("peer", model, "--serve", "0:3", "--throughput", "100", "--public_name", "bob\x1b[2J")
+        )
+        addr = first["addrs"][0]
+        broken = run("status", "--initial_peers", addr)
+        assert broken.returncode == 0, broken.stderr
+        assert "broken, nobody holds blocks 3:4" in broken.stdout
+        assert "copies of each: 1110" in broken.stdout
+        assert "\x1b" not in broken.stdout, "a stranger's name is no command for somebody's terminal"
+        second = stack.enter_context(
+            serving("peer", model, "--serve", "2:4", "--throughput", "50", "--initial_peers", addr)
+        )
+        seen = run("status", "--initial_peers", second["addrs"][0], "--json")
+        (status,) = json.loads(seen.stdout)["models"]
+        assert status["health"] == "degraded"
+        assert status["copies"] == [1, 1, 2, 1]
+        assert status["num_blocks"] == 4
+        assert status["weakest"] == [0, 2]
+        assert [(peer["peer_id"], peer["blocks"]) for peer in status["peers"]] == [
+            (first["peer_id"], [0, 3]),
+            (second["peer_id"], [2, 4]),
+        ]
+        assert [peer["decode_blocks_per_s"] for peer in status["peers"]] == [100, 50]
+        assert all(peer["state"] == "online" for peer in status["peers"])
+
+
+def test_a_bootstrap_peer_leads_to_those_who_serve(model: str) -> None:
+    with serving("peer", "--bootstrap") as keeper, ExitStack() as stack:
+        addr = keeper["addrs"][0]
+        stack.enter_context(serving("peer", model, "--serve", "0:4", "--throughput", "100", "--initial_peers", addr))
+        seen = run("status", "--initial_peers", addr, "--json")
+        assert seen.returncode == 0, seen.stderr
+        assert json.loads(seen.stdout)["models"][0]["copies"] == [1, 1, 1, 1]
+
+
+def test_mistakes_are_one_line() -> None:
+    nobody = run("status", "--initial_peers", NOBODY)
+    assert nobody.returncode == 2
+    assert nobody.stderr.count("\n") == 1
+    assert "no initial peer answers" in nobody.stderr
+    with serving("peer", "--bootstrap") as keeper:
+        empty = run("status", "--initial_peers", keeper["addrs"][0])
+        assert empty.returncode == 2
+        assert "nobody there serves a model" in empty.stderr
+    assert run("status").returncode == 2
+
+
+def test_torch_is_not_imported_for_it() -> None:
+    import subprocess
+
+    code = "import sys; import petals.cli.status, petals.peer.status; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 8), st.sampled_from(ServerState)), max_size=8))
+def test_the_verdict_is_that_of_the_weakest_block(held: list[tuple[int, int, ServerState]]) -> None:
+    records = [a_record(range(start, min(8, start + size)), state) for start, size, state in held]
+    copies = copies_of(records, 8)
+    for block, count in enumerate(copies):
+        assert count == sum(r.state is ServerState.ONLINE and block in r.blocks for r in records)
+    weakest = weakest_stretch(copies)
+    assert all(copies[block] == min(copies) for block in weakest)
+    assert health(copies)[0] == {0: "broken", 1: "degraded"}.get(min(copies), "healthy")
+
+
+def test_all_blocks_are_called_so() -> None:
+    assert health([1, 1])[1].startswith("only one peer holds all blocks")
