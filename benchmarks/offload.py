@@ -43,6 +43,14 @@ def limited(name: str, memory_mb: int) -> Iterator[list[str]]:
         group.rmdir()
 
 
+def forget_pages(directory: Path) -> None:
+    """Let the kernel drop its copies of freshly written files: they are counted as ours, and nobody's limit."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def offloaded(directory: str, memory_mb: int) -> Callable[[int], Any]:
     """Generate with what accelerate makes of it."""
     import torch
@@ -103,6 +111,8 @@ def main() -> None:
     speeds: dict[str, float] = {}
     with model_of("llama-24x1024") as directory, ExitStack() as stack:
         assert directory is not None
+
+        forget_pages(Path(directory))
 
         def run(kind: str, address: str) -> float:
             with limited(kind, options.memory_mb) as inside:

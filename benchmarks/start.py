@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil
 
@@ -32,12 +32,15 @@ print(time.perf_counter() - began)
 """
 
 
-def first_line(words: list[str], idle: Callable[[psutil.Process, dict[str, object]], None] | None = None) -> float:
+def first_line(
+    command: Sequence[str], idle: Callable[[psutil.Process, dict[str, object]], None] | None = None
+) -> float:
     """Seconds until a command has printed its first line; then it is ended."""
     started = time.perf_counter()
-    with subprocess.Popen([*PETALS, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
+        assert line, f"{command} ended"
         seconds = time.perf_counter() - started
         if idle is not None:
             idle(psutil.Process(process.pid), json.loads(line))
@@ -77,8 +80,8 @@ def main() -> None:
         started = time.perf_counter()
         subprocess.run([*PETALS, "--help"], check=True, stdout=subprocess.DEVNULL)
         note("petals --help", time.perf_counter() - started)
-        note("run_dht, ready", first_line(["run_dht", "--json"]))
-        ready = first_line(["peer", "--serve", "0:30", "--throughput", "100", "--json"], rest)
+        note("run_dht, ready", first_line([sys.executable, "-m", "petals.cli.run_dht", "--json"]))
+        ready = first_line([*PETALS, "peer", "--serve", "0:30", "--throughput", "100", "--json"], rest)
         note("peer --serve 0:30, ready", ready)
         loaded = subprocess.run([sys.executable, "-c", LOAD], check=True, capture_output=True, text=True)
         note("of it: loading the blocks, self-test included", float(loaded.stdout))
