@@ -6,7 +6,8 @@ import { chat } from "./stream.js";
 const STORE = "petals.chats";
 const PREFERENCES = "petals.settings";
 const KEEP_CHATS = 100;
-const DEFAULTS = { system: "", temperature: "0.7", top_p: "0.95", frequency_penalty: "0.2", max_tokens: "512", seed: "", key: "", model: "" };
+// Small models, such as the default one, ramble at 0.7.
+const DEFAULTS = { system: "", temperature: "0.2", top_p: "0.9", frequency_penalty: "0.2", max_tokens: "512", seed: "", key: "", model: "" };
 const FIELDS = ["system", "temperature", "top_p", "frequency_penalty", "max_tokens", "seed", "key"];
 
 const $ = (id) => document.getElementById(id);

@@ -102,4 +102,4 @@ def test_the_verdict_is_that_of_the_weakest_block(held: list[tuple[int, int, Ser
 
 
 def test_all_blocks_are_called_so() -> None:
-    assert health([1, 1])[1].startswith("only one peer holds all blocks")
+    assert health([1, 1])[1].startswith("there is only one copy of all blocks")
