@@ -30,10 +30,12 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from multiaddr.utils import get_network_addrs  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import shielded_for
+from petals.peer.transport.addresses import is_loopback, split_peer, tcp_endpoint
 from petals.peer.transport.loopback import loopback_pair
 from petals.peer.transport.multistream import Listener
 from petals.peer.transport.muxer import MuxedStream, MuxerConfig
-from petals.peer.transport.network import LibraryConn, Network, NetworkConn, tcp_endpoint
+from petals.peer.transport.network import LibraryConn, Network, NetworkConn, share_port
+from petals.peer.transport.traversal import Traversal
 from petals.peer.transport.yamux import YamuxLimits
 from petals.protocols.errors import (
     PeerUnreachable,
@@ -122,9 +124,10 @@ async def open_host(key_pair: KeyPair, config: HostConfig | None = None) -> Asyn
         max_connections=config.max_connections,
         max_connections_per_peer=config.max_connections_per_peer,
     )
-    libp2p = BasicHost(
+    libp2p = _BasicHost(
         network,
-        announce_addrs=[Multiaddr(addr) for addr in config.announce] or None,
+        # Of the addresses that others see, those of our port are asked for in peer/transport/traversal.py.
+        disable_identify_address_discovery=True,
         negotiate_timeout=max(1, round(config.negotiate_s)),
     )
     doors = await _open_doors(config.listen)
@@ -132,7 +135,9 @@ async def open_host(key_pair: KeyPair, config: HostConfig | None = None) -> Asyn
     try:
         async with libp2p.run([]), trio.open_nursery() as nursery:
             network.nursery = nursery
-            host = Host(libp2p, network, config, nursery)
+            host = Host(libp2p, network, config, nursery, port=doors[0].port if doors else None)
+            libp2p.own_addrs = host._own_addrs
+            nursery.start_soon(host.traversal.watch)
             for door in doors:
                 network.listeners[str(door.addr)] = door
                 nursery.start_soon(door.serve, host._welcome)
@@ -158,7 +163,9 @@ async def open_host(key_pair: KeyPair, config: HostConfig | None = None) -> Asyn
 class Host:
     """One peer's place in the network. Made by `open_host`."""
 
-    def __init__(self, libp2p: BasicHost, network: Network, config: HostConfig, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, libp2p: BasicHost, network: Network, config: HostConfig, nursery: trio.Nursery, port: int | None
+    ) -> None:
         self.libp2p: IHost = libp2p
         """For dht/directory.py only."""
         self.peer_id = PeerId(str(libp2p.get_id()))
@@ -174,6 +181,8 @@ class Host:
         network.on_frozen = self._note_frozen
         network.register_notifee(_Notifee(self._note_connected))
         self.set_handler(PING, _answer_ping)
+        self.traversal = Traversal(network, self, nursery, port)
+        """Ways around routers."""
 
     # -- who and where ---------------------------------------------------------------------------------------------
 
@@ -181,6 +190,17 @@ class Host:
     def addrs(self) -> tuple[str, ...]:
         """Where others reach this host: full multiaddrs with /p2p/, wildcards expanded, ports resolved."""
         return tuple(str(addr) for addr in self.libp2p.get_addrs())
+
+    @property
+    def listens_outside(self) -> bool:
+        """Whether an address that is listened on can be reached from other machines, routers aside."""
+        return any(not is_loopback(addr) for addr in self.libp2p.get_transport_addrs())
+
+    def _own_addrs(self) -> list[Multiaddr]:
+        """Without /p2p/<this peer>."""
+        said = [split_peer(addr)[0] for addr in self._config.announce]
+        ways = [Multiaddr(addr) for addr in self.traversal.addrs]
+        return [*(said or self.libp2p.get_transport_addrs()), *ways]
 
     def connected_peers(self) -> tuple[PeerId, ...]:
         return tuple(PeerId(str(peer_id)) for peer_id in self._network.connections if self._network.live_conn(peer_id))
@@ -202,12 +222,12 @@ class Host:
             PeerUnreachable: nobody, or somebody else, answered there within `connect_s`.
         """
         try:
-            claimed = Multiaddr(addr).get_peer_id()
-            peer_id = PeerId(str(ID.from_base58(claimed))) if claimed else None
-        except Exception:  # multiaddr and base58 raise half a dozen unrelated kinds
-            peer_id = None
-        if peer_id is None:
+            _, claimed = split_peer(addr)
+        except ValueError:
+            claimed = None
+        if claimed is None:
             raise UserError(f"{addr} is no full address: /ip4/<ip>/tcp/<port>/p2p/<peer id>")
+        peer_id = PeerId(str(claimed))
         await self.connect_peer(peer_id, [addr])
         return peer_id
 
@@ -240,12 +260,11 @@ class Host:
         given: dict[str, Multiaddr] = {}
         for addr in addrs:
             try:
-                parsed = Multiaddr(addr)
-                if (claimed := parsed.get_peer_id()) is not None:
-                    parsed = parsed.decapsulate(Multiaddr(f"/p2p/{claimed}"))
-                given[str(parsed)] = parsed
-            except Exception:  # a record may say anything
-                log.debug("address %r of %s makes no sense", addr[:200], peer_id)
+                parsed, _ = split_peer(addr)
+            except ValueError as error:  # a record may say anything
+                log.debug("address of %s: %s", peer_id, error)
+                continue
+            given[str(parsed)] = parsed
         peerstore = self.libp2p.get_peerstore()
         if given:
             peerstore.add_addrs(peer_id, list(given.values()), _ADDRESS_TTL_S)
@@ -270,7 +289,11 @@ class Host:
         """
         if peer_id == self.peer_id:
             return await self._open_loopback(protocol)
-        conn = await self._connect(peer_id, addrs)
+        return await self.open_stream_on(await self._connect(peer_id, addrs), protocol)
+
+    async def open_stream_on(self, conn: NetworkConn, protocol: str) -> ByteStream:
+        """A stream of one connection in particular. Raises as `open_stream` does."""
+        peer_id = PeerId(str(conn.muxed_conn.peer_id))
         with _deadline(self._config.negotiate_s, f"{protocol} was not agreed on", peer_id):
             if not isinstance(conn.muxed_conn, LibraryConn):
                 return await self._open_stock_stream(peer_id, protocol)
@@ -458,6 +481,16 @@ class Host:
         self._frozen.pop(name, None)
 
 
+class _BasicHost(BasicHost):
+    """The library's (0.8.1) takes the first /p2p/ of an address off, which in a way through a relay is the relay's."""
+
+    own_addrs: Callable[[], list[Multiaddr]] = list
+
+    def get_addrs(self) -> list[Multiaddr]:
+        me = Multiaddr(f"/p2p/{self.get_id()}")
+        return [addr.encapsulate(me) for addr in self.own_addrs()]
+
+
 class StockStream:
     """A stream of py-libp2p's own stack as a ByteStream, as far as it can be one (docs/transport.md)."""
 
@@ -559,7 +592,8 @@ class _Door(IListener):
     def __init__(self, addr: Multiaddr, listener: trio.SocketListener) -> None:
         self.addr = addr
         self._listener = listener
-        self._port = listener.socket.getsockname()[1]
+        self.port: int = listener.socket.getsockname()[1]
+        share_port(listener.socket)  # with our own dials, which routers then let answers in for
 
     async def serve(self, welcome: Callable[[trio.SocketStream, Multiaddr], Awaitable[None]]) -> None:
         """Accept until cancelled. Not `trio.serve_listeners`: that closes a socket when its handler returns, and ours
@@ -583,11 +617,11 @@ class _Door(IListener):
         family, ip = next((part.name, str(value)) for part, value in self.addr.items())
         wildcards = {"0.0.0.0": (4, "127.0.0.1"), "::": (6, "::1")}
         if ip not in wildcards:
-            return (Multiaddr(f"/{family}/{ip}/tcp/{self._port}"),)
+            return (Multiaddr(f"/{family}/{ip}/tcp/{self.port}"),)
         version, loopback = wildcards[ip]
         # The loopback address last: only peers on this machine can use it, but those can.
         ips = [*(ip for ip in get_network_addrs(version) if ip != loopback), loopback]
-        return tuple(Multiaddr(f"/{family}/{ip}/tcp/{self._port}") for ip in ips)
+        return tuple(Multiaddr(f"/{family}/{ip}/tcp/{self.port}") for ip in ips)
 
     async def close(self) -> None:
         await self._listener.aclose()

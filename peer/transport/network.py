@@ -12,7 +12,9 @@ What of the library's Swarm (0.8.1) is replaced, and why:
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -51,10 +53,12 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import shielded_for
+from petals.peer.transport.addresses import Circuit, circuit_of, tcp_endpoint
+from petals.peer.transport.circuit import CircuitConn
 from petals.peer.transport.multistream import Dialler, Listener, proposal
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
-from petals.peer.transport.pipe import Pipe, RawPipe, TcpPipe
+from petals.peer.transport.pipe import CircuitPipe, Pipe, RawPipe, TcpPipe
 from petals.peer.transport.yamux import PROTOCOL as YAMUX_ID
 from petals.protocols.errors import ProtocolViolation, RemoteError
 from petals.protocols.types import PeerId
@@ -71,6 +75,7 @@ _HANDSHAKE_ERRORS = (
     trio.ClosedResourceError,
     trio.TooSlowError,
 )
+_PUNCH_AGAIN_S = 0.1
 _STAGGER_S = 0.1
 """Between the starts of dials to several addresses of one peer: the first listed gets a head start."""
 
@@ -145,6 +150,7 @@ async def upgrade(
     noise: NoiseTransport,
     *,
     expected: ID | None,
+    is_client: bool,
     on_stream: Callable[[MuxedStream], None],
     config: MuxerConfig,
 ) -> tuple[ID, Connection]:
@@ -152,23 +158,24 @@ async def upgrade(
 
     Args:
         expected: whom we dialled; None: we listened, and take whoever can prove who it is.
+        is_client: who speaks first. Who dials does, but for one of two who dialled each other at once.
     Raises: one of _HANDSHAKE_ERRORS. The caller closes `raw` then.
     """
     lines = _Lines(raw)
-    await (lines.listen(NOISE_ID) if expected is None else lines.dial(NOISE_ID))
-    session = await _shake_hands(raw, noise, expected)
+    await (lines.dial(NOISE_ID) if is_client else lines.listen(NOISE_ID))
+    session = await _shake_hands(raw, noise, expected, is_client=is_client)
     # The library's handshake, our transport messages: take the two keys out of its state.
     protocol = cast(Any, session.conn).noise_state.noise_protocol
     framing = NoiseFraming(protocol.cipher_state_encrypt.k, protocol.cipher_state_decrypt.k)
     pipe = _pipe_of(raw)
     channel = _Channel(pipe, framing)
-    early = await _agree_on_yamux(channel, is_client=expected is not None)
+    early = await _agree_on_yamux(channel, is_client=is_client)
     remote = session.get_remote_peer()
     connection = Connection(
         pipe,
         framing,
         remote_peer=peer_id_text(remote),
-        is_client=expected is not None,
+        is_client=is_client,
         on_stream=on_stream,
         config=config,
         early=([early] if early else [], channel.rest()),
@@ -176,12 +183,21 @@ async def upgrade(
     return remote, connection
 
 
-async def _shake_hands(raw: IRawConnection, noise: NoiseTransport, expected: ID | None) -> SecureSession:
+async def _shake_hands(
+    raw: IRawConnection, noise: NoiseTransport, expected: ID | None, *, is_client: bool
+) -> SecureSession:
     try:
-        secured = await (noise.secure_inbound(raw) if expected is None else noise.secure_outbound(raw, expected))
+        if is_client:
+            assert expected is not None
+            secured = await noise.secure_outbound(raw, expected)
+        else:
+            secured = await noise.secure_inbound(raw)
     except Exception as error:  # four libraries parse a stranger's bytes here, and raise what they like
         raise ProtocolViolation(f"Noise handshake failed: {error or type(error).__name__}") from error
-    return cast(SecureSession, secured)
+    session = cast(SecureSession, secured)
+    if expected is not None and session.get_remote_peer() != expected:
+        raise ProtocolViolation("somebody else answers there")
+    return session
 
 
 async def _agree_on_yamux(channel: _Channel, *, is_client: bool) -> bytes:
@@ -207,7 +223,7 @@ async def _agree_on_yamux(channel: _Channel, *, is_client: bool) -> bytes:
 def _pipe_of(raw: IRawConnection) -> Pipe:
     if isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream):
         return TcpPipe(raw.stream.stream)
-    return RawPipe(raw)
+    return CircuitPipe(raw) if isinstance(raw, CircuitConn) else RawPipe(raw)
 
 
 # -- what the library expects of a connection and a stream -----------------------------------------------------------
@@ -254,7 +270,7 @@ class LibraryStream(IMuxedStream):
         raise NotImplementedError("use trio's deadlines")
 
     def get_remote_address(self) -> tuple[str, int] | None:
-        return None
+        return self.muxed_conn.remote_endpoint if isinstance(self.muxed_conn, LibraryConn) else None
 
     async def __aenter__(self) -> IMuxedStream:
         return self
@@ -275,8 +291,11 @@ class LibraryConn(IMuxedConn):
         self.on_close: Callable[[], Awaitable[None]] | None = None
         """The library hangs a hook here; `Network._run_conn` does what it would."""
         self.conn: NetworkConn | None = None
+        self.circuit = raw if isinstance(raw, CircuitConn) else None
         self._addrs = raw.get_transport_addresses()
         self._type = raw.get_connection_type()
+        self.remote_endpoint = raw.get_remote_address()
+        """IP address and port as we see them; None: it comes through a relay."""
         self._is_initiator = raw.is_initiator
 
     @property
@@ -318,11 +337,35 @@ class LibraryConn(IMuxedConn):
 class NetworkConn(SwarmConn):
     """The library's connection entry, without the nap of 0.1 s at its end."""
 
+    @property
+    def takes_streams(self) -> bool:
+        muxed = self.muxed_conn
+        return not self.is_closed and (not isinstance(muxed, LibraryConn) or muxed.connection.takes_streams)
+
+    @property
+    def circuit(self) -> CircuitConn | None:
+        """What carries it, if that is a circuit through a relay."""
+        return self.muxed_conn.circuit if isinstance(self.muxed_conn, LibraryConn) else None
+
+    @property
+    def is_relayed(self) -> bool:
+        return self.circuit is not None
+
+    def rank(self) -> int:
+        """The lower the better."""
+        circuit = self.circuit
+        return 0 if circuit is None else 2 if circuit.is_fading else 1
+
     async def _cleanup(self) -> None:
         self.swarm.remove_conn(self)
         for stream in self.streams.copy():
             await stream.reset()
         await self._notify_disconnected()
+
+
+def _ours(conn: INetConn) -> NetworkConn:
+    assert isinstance(conn, NetworkConn)
+    return conn
 
 
 # -- the network -----------------------------------------------------------------------------------------------------
@@ -349,12 +392,14 @@ class Network(Swarm):
 
     Attributes:
         nursery: runs the connections; set by the host before the first of them.
+        open_circuit: dials through a relay, or raises SwarmException.
         on_stream: takes each stream a peer opens, before its protocol is known.
         on_frozen: told, before anybody else, of a peer that the keep-alive has given up.
         is_frozen: says whether a peer has stopped answering, so that dialling it would only wait.
     """
 
     nursery: trio.Nursery
+    open_circuit: Callable[[Circuit, ID, Multiaddr], Awaitable[CircuitConn]]
     on_stream: Callable[[NetworkConn, MuxedStream], None]
     on_frozen: Callable[[ID], None]
     is_frozen: Callable[[ID], bool]
@@ -391,42 +436,56 @@ class Network(Swarm):
         )
         self.auto_connector = _NoAutoConnector(swarm=self)
         self._dials: dict[ID, _Dial] = {}
+        self._punches: dict[ID, trio.CancelScope] = {}
+        self._called_from: dict[tuple[str, int], ID] = {}
+        """Endpoints that we dial at this moment as clients, while they dial us: whose socket wins is open."""
 
     # -- connections -----------------------------------------------------------------------------------------------
 
     def live_conn(self, peer_id: ID) -> NetworkConn | None:
-        """A connection on which a stream can be opened."""
-        for conn in self.connections.get(peer_id, ()):
-            assert isinstance(conn, NetworkConn)
-            muxed = conn.muxed_conn
-            if not conn.is_closed and (not isinstance(muxed, LibraryConn) or muxed.connection.takes_streams):
-                return conn
-        return None
+        """The best connection on which a stream can be opened: without a relay, if there is one."""
+        usable = [conn for conn in map(_ours, self.connections.get(peer_id, ())) if conn.takes_streams]
+        return min(usable, key=NetworkConn.rank, default=None)
+
+    def has_direct(self, peer_id: ID) -> bool:
+        """Whether there is a way to `peer_id` without a relay."""
+        conn = self.live_conn(peer_id)
+        return conn is not None and not conn.is_relayed
 
     async def accept(self, stream: trio.SocketStream, maddr: Multiaddr) -> None:
         """A stranger's socket: make it a connection within `handshake_s`, or close it. Never raises."""
         raw = RawConnection(TrioTCPStream(stream), False)
         try:
+            expected = self._called_from.get(stream.socket.getpeername()[:2])
             with trio.fail_after(self._handshake_s):
-                await self.upgrade_inbound_raw_conn(raw, maddr)
+                await self._upgrade(raw, expected, is_client=expected is not None)
         except _HANDSHAKE_ERRORS as error:
             log.debug("inbound connection at %s refused: %r", maddr, error)
 
+    async def accept_circuit(self, circuit: CircuitConn) -> NetworkConn:
+        """A call that came through a relay. Raises SwarmException."""
+        with trio.move_on_after(self._handshake_s):
+            return cast(NetworkConn, await self._upgrade(circuit, None, is_client=False))
+        raise SwarmException(f"no handshake in {self._handshake_s:g} s")
+
     async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
-        return (await self._upgrade(raw_conn, None)).muxed_conn
+        return (await self._upgrade(raw_conn, None, is_client=False)).muxed_conn
 
     async def upgrade_outbound_raw_conn(
         self, raw_conn: IRawConnection, peer_id: ID, pre_scope: object = None
     ) -> SwarmConn:
-        return await self._upgrade(raw_conn, peer_id)
+        return await self._upgrade(raw_conn, peer_id, is_client=True)
 
-    async def _upgrade(self, raw: IRawConnection, expected: ID | None) -> SwarmConn:
+    async def _upgrade(self, raw: IRawConnection, expected: ID | None, *, is_client: bool) -> SwarmConn:
         """Raises SwarmException; `raw` is closed then."""
         try:
             if self.get_total_connections() >= self.connection_config.max_connections:
                 raise SwarmException(f"{self.connection_config.max_connections} connections are open already")
-            muxed = await (self._mux_stock(raw, expected) if self._transport == "stock" else self._mux(raw, expected))
-            return await self.add_conn(muxed, "inbound" if expected is None else "outbound")
+            if self._transport == "stock":
+                muxed = await self._mux_stock(raw, expected)
+            else:
+                muxed = await self._mux(raw, expected, is_client=is_client)
+            return await self.add_conn(muxed, "outbound" if is_client else "inbound")
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 await raw.close()
@@ -434,7 +493,7 @@ class Network(Swarm):
                 raise SwarmException(f"handshake failed: {error or type(error).__name__}") from error
             raise
 
-    async def _mux(self, raw: IRawConnection, expected: ID | None) -> IMuxedConn:
+    async def _mux(self, raw: IRawConnection, expected: ID | None, *, is_client: bool) -> IMuxedConn:
         muxed: LibraryConn
 
         def on_stream(stream: MuxedStream) -> None:
@@ -445,6 +504,7 @@ class Network(Swarm):
             raw,
             self._noise,
             expected=expected,
+            is_client=is_client,
             on_stream=on_stream,
             config=self._muxer,
         )
@@ -469,6 +529,8 @@ class Network(Swarm):
             await muxed_conn.close()
             raise SwarmException(f"{len(known)} connections to {peer_id} are open already")
         self.connections.setdefault(peer_id, []).append(conn)
+        if not conn.is_relayed and (punch := self._punches.get(peer_id)) is not None:
+            punch.cancel()
         self.nursery.start_soon(self._run_conn, conn)
         await muxed_conn.event_started.wait()
         self.nursery.start_soon(self._run_accepting, conn)
@@ -562,7 +624,7 @@ class Network(Swarm):
                     finally:
                         gave_up.set()
 
-                for addr in addrs:
+                for addr in sorted(addrs, key=lambda addr: "/p2p-circuit" in str(addr)):  # relays last
                     gave_up = trio.Event()
                     nursery.start_soon(attempt, addr, gave_up)
                     with trio.move_on_after(_STAGGER_S):
@@ -572,10 +634,106 @@ class Network(Swarm):
         raise SwarmException("; ".join(f"{addr}: {reason}" for addr, reason in failures.items()))
 
     async def _dial_one(self, peer_id: ID, addr: Multiaddr) -> NetworkConn:
-        host, port = tcp_endpoint(addr)
-        stream = await trio.open_tcp_stream(host, port)
-        raw = RawConnection(TrioTCPStream(stream), True)
-        return cast(NetworkConn, await self.upgrade_outbound_raw_conn(raw, peer_id))
+        circuit = circuit_of(addr)
+        if circuit is not None:
+            raw: IRawConnection = await self.open_circuit(circuit, peer_id, addr)
+        else:
+            raw = RawConnection(TrioTCPStream(await trio.open_tcp_stream(*tcp_endpoint(addr))), True)
+        return cast(NetworkConn, await self._upgrade(raw, peer_id, is_client=True))
+
+    # -- from the port that is listened on ---------------------------------------------------------------------------
+    # A router that has seen a packet go out from a port lets answers in, and as a rule gives the port one name outside
+    # whoever it talks to. So what others see of these connections is where we might be dialled.
+
+    async def dial_from_port(self, peer_id: ID, addr: Multiaddr, port: int) -> NetworkConn:
+        """One more connection to `peer_id`, from our listening port. Raises SwarmException."""
+        with trio.move_on_after(self._connect_s):
+            try:
+                raw = RawConnection(TrioTCPStream(await _open_tcp_from(port, *tcp_endpoint(addr))), True)
+                return cast(NetworkConn, await self._upgrade(raw, peer_id, is_client=True))
+            except OSError as error:
+                raise SwarmException(_reason(error)) from None
+        raise SwarmException(f"no answer in {self._connect_s:g} s")
+
+    async def punch(
+        self, peer_id: ID, addrs: Sequence[Multiaddr], port: int, *, is_client: bool, within_s: float
+    ) -> bool:
+        """Dial `addrs` again and again from our listening port while the peer does the same; whether a connection came
+        of it, whoever's."""
+        endpoints = []
+        for addr in addrs:
+            with contextlib.suppress(SwarmException):
+                endpoints.append(tcp_endpoint(addr))
+        with trio.move_on_after(within_s) as scope:
+            self._punches[peer_id] = scope
+            if is_client:
+                self._called_from.update(dict.fromkeys(endpoints, peer_id))
+            try:
+                async with trio.open_nursery() as nursery:
+                    for endpoint in endpoints:
+                        nursery.start_soon(self._keep_dialling, peer_id, port, endpoint, is_client)
+            finally:
+                self._punches.pop(peer_id, None)
+                for endpoint in endpoints:
+                    self._called_from.pop(endpoint, None)
+        return self.has_direct(peer_id)
+
+    async def _keep_dialling(self, peer_id: ID, port: int, endpoint: tuple[str, int], is_client: bool) -> None:
+        while not self.has_direct(peer_id):
+            try:
+                raw = RawConnection(TrioTCPStream(await _open_tcp_from(port, *endpoint)), is_client)
+                # Not cut short by the other socket's success: of two connections both ends keep both.
+                with shielded_for(self._handshake_s):
+                    await self._upgrade(raw, peer_id, is_client=is_client)
+            except (OSError, SwarmException) as error:
+                log.debug("punching %s at %s: %s", peer_id, endpoint, error)
+                await trio.sleep(_PUNCH_AGAIN_S)
+
+    async def answers_at(self, peer_id: ID, addr: Multiaddr) -> bool:
+        """Whether a fresh dial of `addr` finds `peer_id`; the connection is closed at once."""
+        with trio.move_on_after(self._connect_s):
+            try:
+                stream = await trio.open_tcp_stream(*tcp_endpoint(addr))
+            except (OSError, SwarmException, *_CONNECT_ERRORS) as error:
+                log.debug("no dial-back of %s at %s: %s", peer_id, addr, error)
+                return False
+            async with stream:
+                try:
+                    await upgrade(
+                        RawConnection(TrioTCPStream(stream), True),
+                        self._noise,
+                        expected=peer_id,
+                        is_client=True,
+                        on_stream=MuxedStream.reset_nowait,
+                        config=self._muxer,
+                    )
+                except _HANDSHAKE_ERRORS as error:
+                    log.debug("no dial-back of %s at %s: %s", peer_id, addr, error)
+                    return False
+                return True
+        return False
+
+
+async def _open_tcp_from(port: int, host: str, to_port: int) -> trio.SocketStream:
+    """Connect from a port that is listened on already. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        share_port(sock)
+        await sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", port))
+        await sock.connect((host, to_port))
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketStream(sock)
+
+
+def share_port(sock: trio.socket.SocketType) -> None:
+    """Let sockets of ours that share a port with `sock` be bound. To be called after listening, so that a port that
+    somebody else has is still an error."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "SO_REUSEPORT"):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 _CONNECT_ERRORS = (ExceptionGroup,)  # trio.open_tcp_stream, when a name has several addresses
@@ -587,17 +745,3 @@ def _reason(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-
-
-def tcp_endpoint(addr: Multiaddr) -> tuple[str, int]:
-    """Host and port of a plain TCP address.
-
-    Raises:
-        SwarmException: it is another kind of address.
-    """
-    parts = [(part.name, value) for part, value in addr.items()]
-    hosts = [str(value) for name, value in parts[:1] if name in ("ip4", "ip6", "dns", "dns4", "dns6")]
-    ports = [str(value) for name, value in parts[1:2] if name == "tcp"]
-    if not hosts or not ports or any(name != "p2p" for name, _ in parts[2:]):
-        raise SwarmException("not a plain TCP address")
-    return hosts[0], int(ports[0])

@@ -1,4 +1,4 @@
-"""What carries a connection's bytes: a TCP socket as a rule, any libp2p raw connection (a relay's) otherwise."""
+"""What carries a connection's bytes: a TCP socket as a rule, a circuit through a relay, any libp2p raw connection."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Protocol
 import trio
 from libp2p.abc import IRawConnection
 from libp2p.exceptions import BaseLibp2pError
+
+from petals.peer.transport.circuit import CircuitConn
 
 _UNSENT_BYTES = 256 * 1024
 """What the kernel may hold unsent. Its own limit is megabytes, behind which a ping or a small step would queue."""
@@ -83,8 +85,32 @@ class TcpPipe:
         return fd
 
 
+class CircuitPipe:
+    """A circuit through a relay. Its stream's window is the back-pressure; nothing goes out without an await."""
+
+    def __init__(self, circuit: CircuitConn) -> None:
+        self._circuit = circuit
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        data = await self._circuit.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def try_send(self, pieces: Sequence[bytes | memoryview]) -> int:
+        return 0
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._circuit.write(data)
+
+    async def send_eof(self) -> None:
+        await self._circuit.end_write()
+
+    async def aclose(self) -> None:
+        await self._circuit.close()
+
+
 class RawPipe:
-    """Any libp2p raw connection, a relayed one for instance."""
+    """Any other libp2p raw connection."""
 
     def __init__(self, connection: IRawConnection) -> None:
         self._connection = connection
