@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from petals.peer.client.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
     from petals.peer.client.routing import RouteChoice, RouteHop
+    from petals.peer.config import NatConfig
     from petals.peer.node import Peer
 
 EXAMPLES = """
@@ -83,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--announce", metavar="ADDR", nargs="+", default=[], help="tell others these instead (a forwarded port)"
     )
+    network.add_argument("--relay", action="store_true",
+                         help="hand on calls to peers behind routers; for peers that others can dial")  # fmt: skip
+    network.add_argument("--relay_mb_s", metavar="MB", type=float, default=0.0,
+                         help="of --relay: megabytes per second, all calls together (default: no limit)")  # fmt: skip
+    network.add_argument("--relays", metavar="ADDR", nargs="+", default=[],
+                         help="behind a router, be reached through these (default: some the swarm knows)")  # fmt: skip
+    network.add_argument("--no_upnp", action="store_true", help="do not ask the router for a port")
     network.add_argument(
         "--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)"
     )
@@ -144,6 +152,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run, synchronous=False)
 
 
+def nat_config(options: argparse.Namespace) -> NatConfig:
+    """What the flags say about routers."""
+    from petals.peer.config import NatConfig, RelayLimits
+
+    relay = RelayLimits(bytes_per_s=1e6 * options.relay_mb_s) if options.relay else None
+    return NatConfig(relays=tuple(options.relays), relay=relay, upnp=not options.no_upnp)
+
+
 async def run(options: argparse.Namespace) -> None:
     """Run the peer that the flags describe."""
     _check(options)
@@ -186,6 +202,7 @@ async def run(options: argparse.Namespace) -> None:
         listen=tuple(options.listen or PeerConfig().listen),
         announce=tuple(options.announce),
         initial_peers=tuple(options.initial_peers),
+        nat=nat_config(options),
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),
     )

@@ -14,6 +14,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
     """Hold the swarm's directory until cancelled."""
     import trio
 
+    from petals.cli.peer import nat_config
     from petals.peer.bootstrap import open_bootstrap
 
     async with open_bootstrap(
@@ -21,6 +22,8 @@ async def keep_directory(options: argparse.Namespace) -> None:
         listen=tuple(options.listen or ("/ip4/127.0.0.1/tcp/0",)),
         initial_peers=tuple(options.initial_peers),
         transport=options.transport,
+        relay=nat_config(options).relay,
+        progress=lambda line: print(f"petals: {line}", file=sys.stderr, flush=True),
     ) as host:
         if options.json:
             print(json.dumps({"peer_id": host.peer_id, "addrs": list(host.addrs)}), flush=True)

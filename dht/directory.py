@@ -191,6 +191,17 @@ class Directory:
             found[own.peer_id] = own
         return tuple(found[peer_id] for peer_id in sorted(found))
 
+    async def provide(self, key: str) -> None:
+        """Be listed under a content key for an hour; bounded by `STORE_S`."""
+        with trio.move_on_after(STORE_S):
+            await self._provide(bytes.fromhex(key))
+
+    async def find_providers(self, key: str) -> dict[PeerId, tuple[str, ...]]:
+        """Who is listed under a content key, with addresses; bounded by `LOOKUP_S`."""
+        with trio.move_on_after(LOOKUP_S):
+            return await self._providers(bytes.fromhex(key))
+        return {}
+
     def forget(self, model: ModelId, peer_id: PeerId) -> None:
         """A server was found dead: do not list it again before it has answered."""
         self._known.pop((model.digest, peer_id), None)

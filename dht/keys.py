@@ -9,6 +9,9 @@ from petals.protocols.types import ModelId, PeerId
 NAMESPACE = "petals"
 """Of values; a validator of ours is registered for it at every peer."""
 
+RELAY_KEY = "1220" + hashlib.sha256(b"/libp2p/relay").hexdigest()
+"""The content key that peers provide who relay for others (go-libp2p's name for it)."""
+
 
 def swarm_key(model: ModelId) -> str:
     """The content key that servers of a model provide: a sha2-256 multihash in hex, as any libp2p DHT node takes it."""

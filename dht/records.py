@@ -78,6 +78,8 @@ class ServerRecord:
     cache_tokens_left: int = 0
     """Tokens (of one row, over all its blocks) it has cache room for."""
     using_relay: bool = False
+    reachability: str = ""
+    """How others reach it (peer/reachability.py)."""
     round_trips_s: Mapping[PeerId, float] = field(default_factory=dict)
     """Round trips to other peers, in seconds; at most 64."""
     sequence: int
@@ -108,6 +110,7 @@ def sign_record(record: ServerRecord, sign: Callable[[bytes], bytes], public_key
         queue_s=record.queue_s,
         cache_tokens_left=record.cache_tokens_left,
         using_relay=record.using_relay,
+        reachability=record.reachability,
         round_trips_s={str(peer): seconds for peer, seconds in record.round_trips_s.items()},
         sequence=record.sequence,
         issued_at=record.issued_at,
@@ -158,6 +161,7 @@ def open_record(data: bytes, *, now: float, verify: Verify, expected_model: Mode
         queue_s=fields.queue_s,
         cache_tokens_left=fields.cache_tokens_left,
         using_relay=fields.using_relay,
+        reachability=fields.reachability,
         round_trips_s={PeerId(peer): seconds for peer, seconds in fields.round_trips_s.items()},
         sequence=fields.sequence,
         issued_at=fields.issued_at,
@@ -200,7 +204,15 @@ def _check_limits(fields: pb.ServerRecord) -> None:
     _check(not fields.num_blocks or fields.end_block <= fields.num_blocks <= 4096, "bad number of blocks")
     _check(fields.state in set(ServerState), "unknown state")
     _check(len(fields.addrs) <= MAX_ADDRS and len(fields.adapters) <= MAX_ADAPTERS, "too many addresses or adapters")
-    texts = (*fields.addrs, *fields.adapters, fields.version, fields.public_name, fields.dtype, fields.quant_type)
+    texts = (
+        *fields.addrs,
+        *fields.adapters,
+        fields.version,
+        fields.public_name,
+        fields.dtype,
+        fields.quant_type,
+        fields.reachability,
+    )
     _check(all(len(text) <= MAX_TEXT for text in texts), "text too long")
     _check(len(fields.round_trips_s) <= MAX_ROUND_TRIPS, "too many round trips")
     numbers = (fields.inference_rps, fields.forward_rps, fields.queue_s, *fields.round_trips_s.values())

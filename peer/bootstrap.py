@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from petals.peer.config import NatConfig, RelayLimits
 from petals.peer.host import Host, HostConfig
 from petals.peer.identity import create_identity, load_or_create_identity
 from petals.peer.info import answer_info
 from petals.peer.joining import open_membership
+from petals.peer.reachability import Ladder
 from petals.protocols.info import INFO_V1
+
+log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -22,14 +27,27 @@ async def open_bootstrap(
     listen: Sequence[str],
     initial_peers: Sequence[str] = (),
     transport: Literal["petals", "stock"] = "petals",
+    relay: RelayLimits | None = None,
+    progress: Callable[[str], None] = log.info,
 ) -> AsyncIterator[Host]:
     """Keep the swarm's directory until the context is left.
+
+    Args:
+        relay: be a relay as well, within these limits.
+        progress: told in one line how others reach this peer.
 
     Raises:
         UserError: as `open_peer`.
     """
     own = load_or_create_identity(identity) if identity is not None else create_identity()
     settings = HostConfig(listen=tuple(listen), transport=transport)
-    async with open_membership(own, settings, initial_peers) as (host, _, _):
+    async with open_membership(own, settings, initial_peers) as (host, directory, nursery):
+        if relay is not None:
+            ladder = Ladder(host, directory, NatConfig(relay=relay), _nobody_to_tell, progress)
+            nursery.start_soon(ladder.run)
         host.set_handler(INFO_V1, partial(answer_info, lambda digest: []))
         yield host
+
+
+def _nobody_to_tell() -> None:
+    """A peer that announces nothing has nothing to announce anew."""

@@ -105,6 +105,38 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RelayLimits:
+    """What a relay gives to others."""
+
+    slots: int = 128
+    """Peers that have a place here."""
+    circuits: int = 256
+    """Open at once."""
+    circuits_per_peer: int = 16
+    """Of one calling peer."""
+    reservation_s: int = 3600
+    bytes_per_s: float = 0.0
+    """All circuits together, each direction counted; 0: as much as there is."""
+    circuit_s: int = 0
+    """How long one circuit may live; 0: as long as it likes."""
+    circuit_bytes: int = 0
+    """What may pass through one circuit, both ways together; 0: as much as it likes. Go's default is 131,072, which a
+    prompt's hidden states fill at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NatConfig:
+    """What to do about routers."""
+
+    relays: tuple[str, ...] = ()
+    """Full multiaddrs of relays to use when others can not dial us; empty: find some in the directory."""
+    relay: RelayLimits | None = None
+    """Be a relay for others; None: not."""
+    upnp: bool = True
+    """Ask the router for a port when others can not dial us."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConfig:
     """One peer. Roles are chosen by what is set: `serve` makes a server; any peer can ask."""
 
@@ -119,6 +151,7 @@ class PeerConfig:
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the listening ones (a router's forwarded port)."""
     initial_peers: tuple[str, ...] = ()
+    nat: NatConfig = field(default_factory=NatConfig)
     transport: Literal["petals", "stock"] = "petals"
     keep_alive_s: float = 10.0
     timeouts: Timeouts = field(default_factory=Timeouts)

@@ -183,6 +183,10 @@ class Host:
         self.set_handler(PING, _answer_ping)
         self.traversal = Traversal(network, self, nursery, port)
         """Ways around routers."""
+        self.port = port
+        """Of the first address listened on."""
+        self.reach = "unknown"
+        """How others reach this peer, as peer/reachability.py has found."""
 
     # -- who and where ---------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from petals.peer.identity import Identity, create_identity, load_or_create_ident
 from petals.peer.info import answer_info
 from petals.peer.joining import open_membership
 from petals.peer.portal import Portal
+from petals.peer.reachability import Ladder
 from petals.peer.server.capacity import capacity_of
 from petals.peer.server.placement import choose_blocks
 from petals.peer.server.service import Server, Service, check_blocks
@@ -50,6 +51,7 @@ class Peer:
         self.directory = directory
         self.portal = Portal()
         self._service: Service | None = None
+        self._climbing = False
         self._identity = identity
         self._nursery = nursery
         self._progress = progress
@@ -127,7 +129,19 @@ class Peer:
         )
         await self._nursery.start(service.run, blocks)
         assert service.server is not None
+        self.climb()
         return service.server
+
+    def climb(self) -> None:
+        """Find out how others reach this peer, and let them (reachability.py); goes on until the peer is closed."""
+        if not self._climbing and self.config.transport == "petals":
+            self._climbing = True
+            ladder = Ladder(self.host, self.directory, self.config.nat, self._tell, self._progress)
+            self._nursery.start_soon(ladder.run)
+
+    def _tell(self) -> None:
+        if self._service is not None:
+            self._nursery.start_soon(self._service.announcer.renew)
 
     async def _choose_blocks(self, checkpoint: Checkpoint, model: ModelId, config: ServeConfig) -> range:
         if config.num_blocks is not None:
@@ -197,6 +211,8 @@ async def open_peer(
     async with open_membership(identity, settings, config.initial_peers) as (host, directory, nursery):
         peer = Peer(config, identity, host, directory, nursery, say)
         host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
+        if config.nat.relay is not None:
+            peer.climb()
         if config.serve is not None:
             await peer.serve(config.serve)
         yield peer

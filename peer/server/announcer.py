@@ -66,6 +66,11 @@ class Announcer:
         self._state = state
         await self._announce()
 
+    async def renew(self) -> None:
+        """Something has changed that others should know now."""
+        if self._state is not ServerState.OFFLINE:
+            await self._announce()
+
     async def run(self) -> None:
         """Renew the record until cancelled; soon and often at first. Pauses vary by half, so that servers that came
         together do not all speak at once for ever."""

@@ -23,6 +23,7 @@ from petals.models.lean import LEAN_ROWS
 from petals.models.loading import load_span
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
+from petals.peer.reachability import Reach
 from petals.peer.server.announcer import Announcer
 from petals.peer.server.compute import ComputeThread
 from petals.peer.server.inbound import Inbound
@@ -264,6 +265,8 @@ class Service:
             forward_rps=speed.forward_rps,
             queue_s=0.0 if server is None else server.lane.queue_s(),
             cache_tokens_left=left,
+            using_relay=self._host.reach == Reach.RELAYED,
+            reachability=self._host.reach,
             round_trips_s=self._neighbours.round_trips_s,
             sequence=0,
             issued_at=0.0,

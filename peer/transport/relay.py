@@ -11,7 +11,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 import trio
 from google.protobuf.message import DecodeError
@@ -23,6 +22,7 @@ from libp2p.relay.circuit_v2.resources import Reservation
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import shielded_for
+from petals.peer.config import RelayLimits
 from petals.peer.transport.circuit import MAX_MESSAGE_BYTES, CircuitLimit, announce
 from petals.protocols.errors import RemoteError, RemoteProtocolError
 from petals.protocols.stream import ByteStream, MessageStream
@@ -35,26 +35,6 @@ _BURST_S = 0.1
 GOODBYE_S = 1.0
 ASK_S = 15.0
 """What a peer may take to say what it wants, and the called one to take the call."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RelayLimits:
-    """What a relay gives to others."""
-
-    slots: int = 128
-    """Peers that have a place here."""
-    circuits: int = 256
-    """Open at once."""
-    circuits_per_peer: int = 16
-    """Of one calling peer."""
-    reservation_s: int = 3600
-    bytes_per_s: float = 0.0
-    """All circuits together, each direction counted; 0: as much as there is."""
-    circuit_s: int = 0
-    """How long one circuit may live; 0: as long as it likes."""
-    circuit_bytes: int = 0
-    """What may pass through one circuit, both ways together; 0: as much as it likes. Go's default is 131,072, which a
-    prompt's hidden states fill at once."""
 
 
 class Pace:

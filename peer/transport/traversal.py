@@ -19,10 +19,11 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
+from petals.peer.config import RelayLimits
 from petals.peer.transport import autonat, circuit, dcutr
 from petals.peer.transport.addresses import Circuit, ip_of, is_loopback, parse_addrs, split_peer, tcp_endpoint
 from petals.peer.transport.network import LibraryConn, Network, NetworkConn
-from petals.peer.transport.relay import Relay, RelayLimits
+from petals.peer.transport.relay import Relay
 from petals.protocols.errors import PeerUnreachable, RemoteError, RequestRefused, SwarmError
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
@@ -77,7 +78,7 @@ class Traversal:
         self.relay: Relay | None = None
         self._network, self._streams, self._nursery, self._port = network, streams, nursery, port
         self._places: dict[PeerId, tuple[str, ...]] = {}
-        self._seen_at: dict[PeerId, str] = {}
+        self._seen_by: dict[PeerId, tuple[str, NetworkConn]] = {}
         self._punched: set[PeerId] = set()
         self._upgrading: set[PeerId] = set()
         self._dial_backs: set[PeerId] = set()
@@ -97,7 +98,8 @@ class Traversal:
     @property
     def seen_at(self) -> tuple[str, ...]:
         """Where relays see our listening port: what a router makes of it."""
-        return tuple(dict.fromkeys(self._seen_at.values()))
+        self._seen_by = {peer: (addr, conn) for peer, (addr, conn) in self._seen_by.items() if not conn.is_closed}
+        return tuple(dict.fromkeys(addr for addr, _ in self._seen_by.values()))
 
     def link(self, peer_id: PeerId) -> str:
         """How we are connected: "direct", "punched", "relayed"; "" when we are not."""
@@ -119,7 +121,7 @@ class Traversal:
             reserved = await circuit.reserve(await self._streams.open_stream(relay, circuit.HOP, addrs=addrs))
         if relay not in self._places:
             with suppress(SwarmError):
-                self._seen_at[relay] = await self._see(relay)
+                await self.see(relay)
         known = [addr for addr in reserved.addrs if _is_direct(addr)] or [
             f"{addr.partition('/p2p/')[0]}/p2p/{relay}" for addr in addrs
         ]
@@ -131,11 +133,17 @@ class Traversal:
     def leave(self, relay: PeerId) -> None:
         """Name a relay no longer."""
         self._places.pop(relay, None)
-        self._seen_at.pop(relay, None)
 
-    async def _see(self, relay: PeerId) -> str:
-        """Where `relay` sees our listening port. The connection stays: it keeps the router's door open."""
+    async def see(self, relay: PeerId) -> str:
+        """Where `relay` sees our listening port. The connection stays: it keeps the router's door open.
+
+        Raises:
+            PeerUnreachable: it can not say.
+        """
         target = ID.from_base58(relay)
+        known, conn = self._seen_by.get(relay, ("", None))
+        if conn is not None and not conn.is_closed:
+            return known
         conn = self._network.live_conn(target)
         if self._port is None or conn is None or not isinstance(conn.muxed_conn, LibraryConn):
             raise PeerUnreachable("there is no port to be seen", relay)
@@ -151,6 +159,7 @@ class Traversal:
         observed = (await self._identify(conn)).observed
         if observed is None:
             raise PeerUnreachable("it does not say where it sees us", relay)
+        self._seen_by[relay] = (str(observed), conn)
         return str(observed)
 
     async def _identify(self, conn: NetworkConn) -> _Identity:
@@ -266,6 +275,8 @@ class Traversal:
                 if self._port is None or self._network.has_direct(target) or conn.is_closed:
                     return
                 await self._punch(conn, target)
+            if not self._network.has_direct(target):
+                log.info("the circuit with …%s stays: neither end's router lets the other in", peer_id[-6:])
         except SwarmError as error:
             log.info("the circuit with …%s stays: %s", peer_id[-6:], error)
         finally:
@@ -292,6 +303,7 @@ class Traversal:
             )
             offer = await dcutr.begin(messages, self.seen_at)
             await messages.close()
+        log.debug("we are seen at %s, they at %s", self.seen_at, offer.addrs)
         await trio.sleep(offer.round_trip_s / 2)
         if await self._network.punch(target, offer.addrs, self._port, is_client=False, within_s=PUNCH_S):
             self._punched.add(PeerId(str(target)))
@@ -306,6 +318,7 @@ class Traversal:
             theirs = await dcutr.follow(messages, self.seen_at)
         if self._port is None or self._network.has_direct(target):
             return
+        log.debug("we are seen at %s, they at %s", self.seen_at, theirs)
         if await self._network.punch(target, theirs, self._port, is_client=True, within_s=PUNCH_S):
             self._punched.add(stream.remote_peer)
 
@@ -316,7 +329,7 @@ class Traversal:
                 if isinstance(conn, NetworkConn) and conn.circuit is not None:
                     relay = PeerId(str(conn.circuit.get_transport_addresses()[0]).split("/p2p/")[1].split("/")[0])
                     with suppress(SwarmError):
-                        self._seen_at[relay] = await self._see(relay)
+                        await self.see(relay)
                         return
 
     # -- for others ----------------------------------------------------------------------------------------------------

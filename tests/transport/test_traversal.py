@@ -14,10 +14,11 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import together
+from petals.peer.config import RelayLimits
 from petals.peer.host import Host, HostConfig, open_host
 from petals.peer.transport import circuit
 from petals.peer.transport.addresses import circuit_of, split_peer
-from petals.peer.transport.relay import Pace, Relay, RelayLimits
+from petals.peer.transport.relay import Pace, Relay
 from petals.protocols.errors import PeerUnreachable, RemoteError, RequestRefused
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId

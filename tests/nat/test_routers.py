@@ -1,0 +1,129 @@
+"""Real routers: peers in network namespaces that this test makes, behind NAT of several kinds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.nat.lab import Lab, NoLab
+
+ROOT = Path(__file__).parents[2]
+CHILD = [sys.executable, "-m", "tests.nat.child"]
+pytestmark = pytest.mark.swarm
+
+
+class Machine:
+    """A process on a machine of the lab, and what it has said."""
+
+    def __init__(self, process: trio.Process) -> None:
+        self.process = process
+        self.said: list[dict[str, Any]] = []
+        self._more = trio.Event()
+
+    async def listen(self) -> None:
+        assert self.process.stdout is not None
+        rest = b""
+        async for piece in self.process.stdout:
+            *lines, rest = (rest + piece).split(b"\n")
+            self.said += [json.loads(line) for line in lines]
+            self._more.set()
+            self._more = trio.Event()
+
+    async def until(self, true_of: Callable[[dict[str, Any]], object], within_s: float = 60) -> dict[str, Any]:
+        """The first line, old or new, of which it is true."""
+        with trio.fail_after(within_s):
+            while True:
+                for line in self.said:
+                    if true_of(line):
+                        return line
+                await self._more.wait()
+
+
+@pytest.fixture
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    homes: dict[str, str] = request.param
+    try:
+        with Lab(homes, ("relay-a", "relay-b")) as lab:
+            yield lab
+    except NoLab as error:
+        if os.environ.get("PETALS_NAT") == "required":
+            raise
+        pytest.skip(f"no network namespaces here ({error}); tests/transport/test_traversal.py has the loopback's share")
+
+
+@pytest.fixture
+async def start(lab: Lab, nursery: trio.Nursery) -> AsyncIterator[Callable[..., Any]]:
+    machines: list[Machine] = []
+
+    async def run(where: str, *words: str) -> Machine:
+        command = [*lab.inside(where), *CHILD, *words]
+        run = partial(trio.run_process, command, stdout=subprocess.PIPE, cwd=ROOT, check=False)
+        machine = Machine(await nursery.start(run))
+        nursery.start_soon(machine.listen)
+        machines.append(machine)
+        return machine
+
+    yield run
+    for machine in machines:
+        machine.process.kill()
+
+
+def circuits(line: dict[str, Any]) -> list[str]:
+    return [addr for addr in line.get("addrs", ()) if "p2p-circuit" in addr]
+
+
+@pytest.mark.parametrize("lab", [{"one": "port-restricted", "two": "port-restricted"}], indirect=True)
+async def test_two_homes_meet_over_a_relay_and_then_without(lab: Lab, start: Callable[..., Any]) -> None:
+    relay = await start("relay-a", "relay")
+    (entry,) = (await relay.until(lambda line: "addrs" in line))["addrs"]
+    server = await start("one", "server", entry)
+    ways = circuits(await server.until(circuits))
+    client = await start("two", "client", entry, *ways)
+    await client.until(lambda line: line.get("link") == "relayed")
+    await client.until(lambda line: line.get("link") == "punched" and "answers" in line)
+    relay.process.send_signal(signal.SIGKILL)  # whom they need no longer
+    count = max(line.get("answers", 0) for line in client.said)
+    await client.until(lambda line: line.get("answers", 0) > count + 5)
+    assert not [line for line in client.said if "lost" in line]
+
+
+@pytest.mark.parametrize("lab", [{"one": "symmetric", "two": "symmetric"}], indirect=True)
+async def test_homes_that_can_not_meet_stay_with_the_relay_and_change_it_when_it_dies(
+    lab: Lab, start: Callable[..., Any]
+) -> None:
+    first = await start("relay-a", "relay")
+    (entry,) = (await first.until(lambda line: "addrs" in line))["addrs"]
+    second = await start("relay-b", "relay", entry)
+    (other,) = (await second.until(lambda line: "addrs" in line))["addrs"]
+    server = await start("one", "server", entry, other)
+    ways = circuits(await server.until(lambda line: len(circuits(line)) == 2))
+    ways.sort(key=lambda way: entry not in way)
+    client = await start("two", "client", other, *ways)
+    await client.until(lambda line: line.get("answers", 0) >= 3)
+    assert {line["link"] for line in client.said if line.get("link")} == {"relayed"}
+    before = max(line.get("answers", 0) for line in client.said)
+    first.process.send_signal(signal.SIGKILL)
+    await client.until(lambda line: line.get("answers", 0) > before + 3)
+    await server.until(lambda line: len(circuits(line)) == 1 and entry not in circuits(line)[0])
+    assert "punched" not in {line.get("link") for line in client.said}
+
+
+@pytest.mark.parametrize("lab", [{"one": "full-cone"}], indirect=True)
+async def test_a_forwarded_port_is_found_and_announced(lab: Lab, start: Callable[..., Any]) -> None:
+    relay = await start("relay-a", "relay")
+    (entry,) = (await relay.until(lambda line: "addrs" in line))["addrs"]
+    server = await start("one", "server", entry)
+    found = await server.until(lambda line: line.get("reach") == "mapped")
+    assert [addr for addr in found["addrs"] if addr.startswith("/ip4/1.0.0.21/tcp/4001/")]
+    client = await start("relay-b", "client", entry, *[addr for addr in found["addrs"] if "1.0.0.21" in addr])
+    await client.until(lambda line: "answers" in line and line["link"] == "direct")
