@@ -312,6 +312,16 @@ class Host:
                 raise
             return stream
 
+    def has_better_way(self, stream: ByteStream) -> bool:
+        """Whether a stream opened now would take a better connection than `stream` has: one without a relay, or a
+        circuit that the relay will not cut soon."""
+        if not isinstance(stream, MuxedStream):
+            return False
+        target = ID.from_base58(stream.remote_peer)
+        best = self._network.live_conn(target)
+        own = self._network.conn_of(target, stream.connection)
+        return best is not None and own is not None and best.rank() < own.rank()
+
     async def _open_loopback(self, protocol: str) -> ByteStream:
         """A stream to ourselves: a peer that serves and asks is its own cheapest server."""
         await trio.lowlevel.checkpoint()

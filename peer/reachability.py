@@ -118,7 +118,9 @@ class Ladder:
 
     async def _look(self) -> None:
         now = trio.current_time()
-        if not self.host.listens_outside and not self.config.relays:
+        if self.host.port is None:
+            self.reach = Reach.RELAYED if self._places else Reach.HIDDEN
+        elif not self.host.listens_outside and not self.config.relays:
             self.reach = Reach.LOCAL
         elif now >= self._ask_at:
             await self._ask_around()

@@ -137,6 +137,8 @@ class Hop:
     history: list[StepInput] = field(default_factory=list)
     rebuilt: bool = False
     """Its cache was made from history during this step: rows that a roll-back left reordered elsewhere are not here."""
+    move_at: float = -math.inf
+    """Not before this time is a better connection looked for."""
     serialise_s: float = 0.0
     """Spent on making messages so far."""
     s_per_token: float = math.nan

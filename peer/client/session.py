@@ -32,6 +32,9 @@ from petals.protocols.types import PeerId
 
 log = logging.getLogger(__name__)
 
+MOVE_AGAIN_S = 30.0
+"""A server that had no room for a second session while one moves is asked again after this long."""
+
 
 @dataclass(frozen=True, slots=True)
 class HopTrace:
@@ -189,6 +192,7 @@ class RemoteSession:
                 f"{self.spec.max_length}"
             )
         self._broken = True
+        await self._take_better_ways()
         done: list[tuple[Hop, StepOutput]] = []
         current = StepInput(
             position=self._position,
@@ -219,6 +223,31 @@ class RemoteSession:
         if self._on_step is not None:
             self._on_step(StepTrace(id(self), current.position, hidden.shape[1], self.last_trace))
         return output
+
+    async def _take_better_ways(self) -> None:
+        """Go on over a direct connection where a session began over a relay, at the same server."""
+        for index, hop in enumerate(self.hops):
+            if trio.current_time() < hop.move_at or not self._host.has_better_way(hop.messages.stream):
+                continue
+            moved: Hop | None = None
+            try:
+                moved = await Hop.open(self._host, hop.peer_id, hop.addrs, hop.blocks, self.spec, self._timeouts)
+                await self._rebuild([moved], hop)
+            except RemoteError as error:  # it may have no room for two; the old way still works
+                log.info("blocks %d:%d stay with their relay: %s", hop.blocks.start, hop.blocks.stop, error)
+                hop.move_at = trio.current_time() + MOVE_AGAIN_S
+                if moved is not None:
+                    await moved.reset()
+                continue
+            except BaseException:
+                if moved is not None:
+                    await moved.reset()
+                raise
+            moved.rebuilt = True
+            self.hops[index] = moved
+            await hop.close()
+            if self.standbys is not None:
+                await self.standbys.forget(hop)
 
     def _trace(self, hop: Hop, output: StepOutput) -> HopTrace:
         before = self._spent.get(hop.session_id, (0.0, 0.0))

@@ -144,6 +144,13 @@ class Standbys:
                 raise
             return hop
 
+    async def forget(self, hop: Hop) -> None:
+        """The shadow of a hop that is no more."""
+        shadow = self._shadows.pop(id(hop), None)
+        if shadow is not None:
+            async with shadow.lock:
+                await shadow.drop()
+
     def close(self) -> None:
         """End `run`, which gives all leases back."""
         self._scope.cancel()

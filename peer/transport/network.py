@@ -447,6 +447,13 @@ class Network(Swarm):
         usable = [conn for conn in map(_ours, self.connections.get(peer_id, ())) if conn.takes_streams]
         return min(usable, key=NetworkConn.rank, default=None)
 
+    def conn_of(self, peer_id: ID, connection: Connection) -> NetworkConn | None:
+        """Under which name a connection is listed."""
+        for conn in map(_ours, self.connections.get(peer_id, ())):
+            if isinstance(conn.muxed_conn, LibraryConn) and conn.muxed_conn.connection is connection:
+                return conn
+        return None
+
     def has_direct(self, peer_id: ID) -> bool:
         """Whether there is a way to `peer_id` without a relay."""
         conn = self.live_conn(peer_id)

@@ -13,7 +13,7 @@ import trio
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.peer.config import PeerConfig, ServeConfig, Timeouts
+from petals.peer.config import NatConfig, PeerConfig, ServeConfig, Timeouts
 from petals.peer.node import Peer, open_peer
 from tests.models.tiny import CASES, save_tiny
 
@@ -28,7 +28,15 @@ class Swarm:
     scopes: dict[str, trio.CancelScope] = field(default_factory=dict)
     gone: dict[str, trio.Event] = field(default_factory=dict)
 
-    async def add(self, blocks: range | None = None, *, identity: Path | None = None, **serve: Any) -> Peer:
+    async def add(
+        self,
+        blocks: range | None = None,
+        *,
+        identity: Path | None = None,
+        listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",),
+        nat: NatConfig | None = None,
+        **serve: Any,
+    ) -> Peer:
         """A peer that serves `blocks`, or only asks."""
         settings = None
         if blocks is not None or serve:
@@ -37,6 +45,8 @@ class Swarm:
             model=self.model,
             serve=settings,
             identity=identity,
+            listen=listen,
+            nat=nat or NatConfig(),
             initial_peers=self.peers[0].addrs if self.peers else (),
             timeouts=Timeouts(route_s=8.0),
         )
