@@ -31,11 +31,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from libp2p.crypto.ed25519 import create_new_key_pair
 
+from petals.peer.config import RelayLimits
 from petals.peer.host import Host, HostConfig, open_host
 from petals.protocols.stream import ByteStream
 
-STACKS = ("tcp", "tls", "stock", "petals")
-NAMES = {"tcp": "raw trio TCP", "tls": "raw trio TLS", "stock": "py-libp2p's own", "petals": "ours"}
+STACKS = ("tcp", "tls", "stock", "petals", "relayed")
+NAMES = {
+    "tcp": "raw trio TCP",
+    "tls": "raw trio TLS",
+    "stock": "py-libp2p's own",
+    "petals": "ours",
+    "relayed": "ours, through a relay",
+}
 PROTOCOL = "/bench/1"
 SIZES = {"64 B": 64, "8 KB": 8 << 10, "28 KB": 28 << 10, "256 KB": 256 << 10}
 ONE_WAY_BYTES = 64 << 20
@@ -130,8 +137,13 @@ def make_certificate(folder: Path) -> Path:
     return path
 
 
-async def serve(stack: str, certificate: str) -> None:
+async def serve(stack: str, certificate: str, relay: str) -> None:
     """The server process: prints where it is, serves until it is killed."""
+    if stack == "relay":
+        async with open_host(create_new_key_pair(), HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))) as host:
+            host.traversal.start_relaying(RelayLimits(), lambda: host.addrs)
+            print(json.dumps(host.addrs[0]), flush=True)
+            await trio.sleep_forever()
     if stack in ("tcp", "tls"):
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certificate)
@@ -143,12 +155,16 @@ async def serve(stack: str, certificate: str) -> None:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         print(json.dumps(listeners[0].socket.getsockname()[1]), flush=True)
         await trio.serve_listeners(handle, listeners)
-    async with open_host(create_new_key_pair(), HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), transport=stack)) as host:
+    hidden = HostConfig(listen=())
+    config = hidden if relay else HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), transport=stack)  # type: ignore[arg-type]
+    async with open_host(create_new_key_pair(), config) as host:
 
         async def handle_stream(stream: ByteStream) -> None:
             await serve_stream(stream)
 
         host.set_handler(PROTOCOL, handle_stream)
+        if relay:
+            await host.traversal.reserve(await host.connect(relay))
         print(json.dumps(host.addrs[0]), flush=True)
         await trio.sleep_forever()
 
@@ -180,11 +196,12 @@ async def client_of(stack: str, address: Any, certificate: str) -> AsyncIterator
         client.open, client.reconnect = connect, reconnect
         yield client
         return
-    async with open_host(create_new_key_pair(), HostConfig(listen=(), transport=stack)) as host:  # type: ignore[arg-type]
+    dialler = HostConfig(listen=(), transport="stock" if stack == "stock" else "petals")
+    async with open_host(create_new_key_pair(), dialler) as host:
         peer_id = await host.connect(address)
 
         async def fresh() -> None:
-            async with open_host(keys, HostConfig(listen=(), transport=stack)) as other:  # type: ignore[arg-type]
+            async with open_host(keys, dialler) as other:
                 nonlocal connect_s
                 started = perf_counter()
                 await other.connect(address)
@@ -255,8 +272,12 @@ async def measure(client: Client, scale: float) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def server_of(stack: str, certificate: str) -> AsyncIterator[Any]:
-    command = [sys.executable, __file__, "--serve", stack, "--certificate", certificate]
+async def server_of(stack: str, certificate: str, relay: str = "") -> AsyncIterator[Any]:
+    if stack == "relayed" and not relay:
+        async with server_of("relay", certificate) as middle, server_of(stack, certificate, middle) as address:
+            yield address
+        return
+    command = [sys.executable, __file__, "--serve", stack, "--certificate", certificate, "--relay", relay]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -281,14 +302,15 @@ async def compare(rounds: int, scale: float, certificate: str) -> dict[str, dict
 
 
 def show(table: dict[str, dict[str, list[float]]]) -> None:
-    print("| | " + " | ".join(NAMES[stack] for stack in STACKS) + " | ours : stock | ours : TLS |")
-    print("|---" * (len(STACKS) + 3) + "|")
+    print("| | " + " | ".join(NAMES[stack] for stack in STACKS) + " | ours : stock | ours : TLS | relayed : ours |")
+    print("|---" * (len(STACKS) + 4) + "|")
     for name, row in table.items():
         cells = [
             f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
             for values in (row[stack] for stack in STACKS)
         ]
-        cells += [ratio(row["petals"], row["stock"]), ratio(row["petals"], row["tls"])]
+        pairs = (("petals", "stock"), ("petals", "tls"), ("relayed", "petals"))
+        cells += [ratio(row[one], row[other]) for one, other in pairs]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -367,12 +389,13 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="fewer (or more) samples per round")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path, help="write all rounds there")
-    parser.add_argument("--serve", choices=STACKS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=(*STACKS, "relay"), help=argparse.SUPPRESS)
+    parser.add_argument("--relay", default="", help=argparse.SUPPRESS)
     parser.add_argument("--certificate", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     if arguments.serve:
-        trio.run(serve, arguments.serve, arguments.certificate)
+        trio.run(serve, arguments.serve, arguments.certificate, arguments.relay)
         return
     with tempfile.TemporaryDirectory() as folder:
         certificate = str(make_certificate(Path(folder)))

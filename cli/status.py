@@ -20,7 +20,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "status",
         help="who holds what, how fast, and how the swarm is",
         description="Say of every model in the swarm who holds which blocks, and whether it is healthy (two or more "
-        "copies of every block), degraded (one copy somewhere) or broken (a block that nobody holds).",
+        "copies of every block), degraded (one copy somewhere) or broken (a block that nobody holds). Of each peer: "
+        "how others reach it (direct, mapped, relayed), and how this command did (direct, punched, relayed).",
         allow_abbrev=False,
     )
     parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", required=True, help="peers of the swarm")
@@ -58,21 +59,24 @@ def describe(status: ModelStatus) -> str:
     lines = [
         f"{status.model.name}: {state}, {why}",
         f"blocks 0:{count}, copies of each: {''.join(str(min(copies, 9)) for copies in status.copies)}",
-        f"{'blocks':>9}  {'peer':<9} {'state':<9} {'blocks/s':>9} {'queue ms':>9} {'cache tokens':>13}  version",
+        f"{'blocks':>9}  {'peer':<9} {'state':<9} {'blocks/s':>9} {'queue ms':>9} {'cache tokens':>13}  "
+        f"{'reach':<8} {'link':<8} version",
     ]
-    lines += [_row(record) for record in status.records]
+    lines += [_row(record, status.links.get(record.peer_id, "")) for record in status.records]
     return "\n".join(lines)
 
 
-def _row(record: ServerRecord) -> str:
+def _row(record: ServerRecord, link: str) -> str:
     # Names and versions are a stranger's words: no control characters in somebody's terminal.
-    name, version = (
-        "".join(char for char in text if char.isprintable()) for text in (record.public_name, record.version)
+    name, version, reach = (
+        "".join(char for char in text if char.isprintable())
+        for text in (record.public_name, record.version, record.reachability[:8])
     )
     blocks = f"{record.blocks.start}:{record.blocks.stop}"
     return (
         f"{blocks:>9}  …{record.peer_id[-6:]:<8} {record.state.name.lower():<9} {record.inference_rps:>9,.0f} "
-        f"{1e3 * record.queue_s:>9.1f} {record.cache_tokens_left:>13,}  {version} {name}"
+        f"{1e3 * record.queue_s:>9.1f} {record.cache_tokens_left:>13,}  "
+        f"{reach:<8} {link:<8} {version} {name}"
     ).rstrip()
 
 
@@ -101,6 +105,8 @@ def as_json(status: ModelStatus) -> dict[str, Any]:
                 "queue_s": record.queue_s,
                 "cache_tokens_left": record.cache_tokens_left,
                 "relayed": record.using_relay,
+                "reachability": record.reachability,
+                "link": status.links.get(record.peer_id, ""),
                 "round_trips_s": {str(peer): seconds for peer, seconds in record.round_trips_s.items()},
                 "addrs": list(record.addrs),
             }

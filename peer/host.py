@@ -212,6 +212,10 @@ class Host:
     def is_connected(self, peer_id: PeerId) -> bool:
         return self._network.live_conn(ID.from_base58(peer_id)) is not None
 
+    def link(self, peer_id: PeerId) -> str:
+        """How we are connected with a peer: "direct", "punched" or "relayed"; "" when we are not, or are it."""
+        return self.traversal.link(peer_id)
+
     def on_peer(self, callback: Callable[[PeerId], None]) -> None:
         """Call `callback` with every peer that gets connected from now on, whoever dialled. It must not block."""
         self._on_peer.append(callback)

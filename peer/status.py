@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from petals.dht.directory import Directory
@@ -17,7 +17,7 @@ from petals.peer.identity import create_identity, verify
 from petals.peer.info import fetch_record
 from petals.peer.joining import open_membership
 from petals.protocols.errors import UserError
-from petals.protocols.types import ModelId
+from petals.protocols.types import ModelId, PeerId
 
 ANY_MODEL = ModelId("", "")
 
@@ -29,6 +29,8 @@ class ModelStatus:
     model: ModelId
     records: tuple[ServerRecord, ...]
     """By first block, then by peer ID."""
+    links: Mapping[PeerId, str] = field(default_factory=dict)
+    """How we are connected with them (Host.link)."""
 
     @property
     def num_blocks(self) -> int:
@@ -72,7 +74,8 @@ class SwarmObserver:
         for model in sorted(self._models.values(), key=lambda model: model.name):
             records = await self._directory.lookup(model)
             by_place = sorted(records, key=lambda record: (record.blocks.start, record.peer_id))
-            found.append(ModelStatus(model, tuple(by_place)))
+            links = {record.peer_id: self._host.link(record.peer_id) for record in records}
+            found.append(ModelStatus(model, tuple(by_place), links))
         return found
 
     async def _find_models(self) -> None:

@@ -48,6 +48,8 @@ class HopTrace:
     sent_at: float = 0.0
     serialise_s: float = 0.0
     cipher_s: float = 0.0
+    link: str = ""
+    """"direct", "punched" or "relayed"; "" for this peer itself."""
 
     def parts(self) -> dict[str, float]:
         """The round trip taken apart; what is not accounted for otherwise is "network"."""
@@ -261,6 +263,7 @@ class RemoteSession:
             sent_at=output.sent_at,
             serialise_s=spent[0] - before[0],
             cipher_s=spent[1] - before[1],
+            link=self._host.link(hop.peer_id),
         )
 
     async def redo(
