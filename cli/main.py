@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
-from petals.cli import keygen, peer, status
+from petals.cli import keygen, peer, settings, status
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ EXIT_MISTAKE = 2
 """What the user asked for can not be; one line on stderr said why."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the `petals` command; ends the process with its exit code."""
-    sys.exit(run(parse(sys.argv[1:] if argv is None else argv)))
+def main(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> None:
+    """Entry point of the `petals` command; ends the process with its exit code. `defaults`: of flags nobody gives."""
+    sys.exit(run(parse(sys.argv[1:] if argv is None else argv, defaults)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,8 +35,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_MISTAKE, f"petals: {message} (see {self.prog} --help)\n")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; prints help or a one-line complaint and exits where it must."""
+def parse(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
+    """Parse the command line, with what the environment and a file say where it is silent; prints help or a one-line
+    complaint and exits where it must."""
+    parser, verbs = parsers()
+    words = [underscored(word) for word in argv]
+    if words and words[0] in verbs and not {"-h", "--help"} & set(words):
+        verbs[words[0]].set_defaults(**(defaults or {}))
+        try:
+            for complaint in settings.apply(verbs, words[0], words[1:], os.environ):
+                print(f"petals: {complaint}", file=sys.stderr)
+        except UserError as error:
+            sys.exit(complain(error))
+    return parser.parse_args(words)
+
+
+def parsers() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
+    """The whole command line, and its verbs."""
     parser = Parser(
         prog="petals",
         description="Run language models together: each peer holds some of the blocks.",
@@ -45,7 +61,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb in (peer, status, keygen):
         verb.add_parser(verbs)
-    return parser.parse_args([underscored(word) for word in argv])
+    for name, each in verbs.choices.items():
+        settings.add_config_flag(each, name)
+    return parser, verbs.choices
 
 
 def underscored(word: str) -> str:
