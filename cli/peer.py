@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from petals.peer.client.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
     from petals.peer.client.routing import RouteChoice, RouteHop
-    from petals.peer.config import NatConfig
+    from petals.peer.config import LanConfig, NatConfig
     from petals.peer.node import Peer
+
+EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 
 EXAMPLES = """
 examples:
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm to join")
     network.add_argument("--new_swarm", action="store_true", help="say that this peer starts a swarm of its own")
     network.add_argument(
-        "--listen", metavar="ADDR", nargs="+", default=None, help="multiaddrs (default: /ip4/127.0.0.1/tcp/0)"
+        "--listen", metavar="ADDR", nargs="+", default=[EVERYWHERE], help=f"multiaddrs (default: {EVERYWHERE})"
     )
     network.add_argument(
         "--announce", metavar="ADDR", nargs="+", default=[], help="tell others these instead (a forwarded port)"
@@ -90,6 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="of --relay: megabytes per second, all calls together (default: no limit)")  # fmt: skip
     network.add_argument("--relays", metavar="ADDR", nargs="+", default=[],
                          help="behind a router, be reached through these (default: some the swarm knows)")  # fmt: skip
+    network.add_argument("--swarm", metavar="NAME", default="",
+                         help="on the local network, join only peers that were given the same name")  # fmt: skip
+    network.add_argument("--no_mdns", action="store_true", help="do not look for peers on the local network")
     network.add_argument("--no_upnp", action="store_true", help="do not ask the router for a port")
     network.add_argument(
         "--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)"
@@ -160,6 +165,26 @@ def nat_config(options: argparse.Namespace) -> NatConfig:
     return NatConfig(relays=tuple(options.relays), relay=relay, upnp=not options.no_upnp)
 
 
+def lan_config(options: argparse.Namespace) -> LanConfig | None:
+    """What the flags say about the local network. A peer that listens on this machine only leaves it alone."""
+    from petals.peer.config import LanConfig
+
+    if options.no_mdns or options.transport == "stock" or _stays_here(options):
+        return None
+    serves = options.bootstrap or options.serve is not None or options.num_blocks is not None
+    # Who was told where to go, or what to hold, need not wait for others to decide.
+    knows = bool(options.initial_peers) or options.new_swarm or options.bootstrap or bool(options.serve)
+    return LanConfig(
+        swarm=options.swarm,
+        search_s=0.0 if knows else LanConfig().search_s,
+        required=not serves and not options.initial_peers,
+    )
+
+
+def _stays_here(options: argparse.Namespace) -> bool:
+    return all(addr.startswith(("/ip4/127.", "/ip6/::1/")) for addr in options.listen)
+
+
 async def run(options: argparse.Namespace) -> None:
     """Run the peer that the flags describe."""
     _check(options)
@@ -199,10 +224,11 @@ async def run(options: argparse.Namespace) -> None:
         token=options.token,
         serve=serve,
         identity=options.identity,
-        listen=tuple(options.listen or PeerConfig().listen),
+        listen=tuple(options.listen),
         announce=tuple(options.announce),
         initial_peers=tuple(options.initial_peers),
         nat=nat_config(options),
+        lan=lan_config(options),
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),
     )
@@ -247,7 +273,7 @@ def _check(options: argparse.Namespace) -> None:
     asks = options.chat or options.generate is not None or options.http is not None
     if not serves and not asks:
         raise UserError('nothing to do: give --serve A:B to hold blocks, --generate "...", --chat or --http to ask')
-    if not serves and not options.initial_peers:
+    if not serves and not options.initial_peers and (options.no_mdns or _stays_here(options)):
         raise UserError("nobody to ask: give --initial_peers ADDR, or hold the blocks here with --serve")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise UserError("--max_new_tokens must be at least 1")

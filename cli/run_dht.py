@@ -14,15 +14,16 @@ async def keep_directory(options: argparse.Namespace) -> None:
     """Hold the swarm's directory until cancelled."""
     import trio
 
-    from petals.cli.peer import nat_config
+    from petals.cli.peer import lan_config, nat_config
     from petals.peer.bootstrap import open_bootstrap
 
     async with open_bootstrap(
         identity=options.identity,
-        listen=tuple(options.listen or ("/ip4/127.0.0.1/tcp/0",)),
+        listen=tuple(options.listen),
         initial_peers=tuple(options.initial_peers),
         transport=options.transport,
         relay=nat_config(options).relay,
+        lan=lan_config(options),
         progress=lambda line: print(f"petals: {line}", file=sys.stderr, flush=True),
     ) as host:
         if options.json:

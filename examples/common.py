@@ -47,6 +47,7 @@ def swarm() -> Iterator[tuple[str, ...]]:
         for blocks in ("0:15", "15:30"):
             joining = ("--initial_peers", *addrs) if addrs else ("--new_swarm",)
             command = [sys.executable, "-m", "petals.cli.main", "peer", "--serve", blocks, "--json", *joining]
+            command += ["--listen", "/ip4/127.0.0.1/tcp/0"]
             server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             servers.callback(server.wait)
             servers.callback(server.send_signal, signal.SIGTERM)

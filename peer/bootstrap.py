@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from petals.peer.config import NatConfig, RelayLimits
+from petals.peer.config import LanConfig, NatConfig, RelayLimits
 from petals.peer.host import Host, HostConfig
 from petals.peer.identity import create_identity, load_or_create_identity
 from petals.peer.info import answer_info
@@ -28,11 +28,13 @@ async def open_bootstrap(
     initial_peers: Sequence[str] = (),
     transport: Literal["petals", "stock"] = "petals",
     relay: RelayLimits | None = None,
+    lan: LanConfig | None = None,
     progress: Callable[[str], None] = log.info,
 ) -> AsyncIterator[Host]:
     """Keep the swarm's directory until the context is left.
 
     Args:
+        lan: join peers on the local network.
         relay: be a relay as well, within these limits.
         progress: told in one line how others reach this peer.
 
@@ -41,7 +43,7 @@ async def open_bootstrap(
     """
     own = load_or_create_identity(identity) if identity is not None else create_identity()
     settings = HostConfig(listen=tuple(listen), transport=transport)
-    async with open_membership(own, settings, initial_peers) as (host, directory, nursery):
+    async with open_membership(own, settings, initial_peers, lan) as (host, directory, nursery):
         if relay is not None:
             ladder = Ladder(host, directory, NatConfig(relay=relay), _nobody_to_tell, progress)
             nursery.start_soon(ladder.run)

@@ -137,6 +137,18 @@ class NatConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LanConfig:
+    """Finding peers on the local network (lan.py)."""
+
+    swarm: str = ""
+    """Only peers of a swarm of the same name join each other."""
+    search_s: float = 3.0
+    """How long to look for somebody before going on alone; 0: do not wait."""
+    required: bool = False
+    """Whether going on alone makes no sense."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConfig:
     """One peer. Roles are chosen by what is set: `serve` makes a server; any peer can ask."""
 
@@ -152,6 +164,8 @@ class PeerConfig:
     """Multiaddrs to tell others instead of the listening ones (a router's forwarded port)."""
     initial_peers: tuple[str, ...] = ()
     nat: NatConfig = field(default_factory=NatConfig)
+    lan: LanConfig | None = None
+    """Join peers on the local network; None: do not, and do not tell them."""
     transport: Literal["petals", "stock"] = "petals"
     keep_alive_s: float = 10.0
     timeouts: Timeouts = field(default_factory=Timeouts)

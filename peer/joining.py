@@ -11,9 +11,11 @@ import trio
 
 from petals.dht.directory import Directory, open_directory
 from petals.peer.concurrency import gather
+from petals.peer.config import LanConfig
 from petals.peer.host import Host, HostConfig, open_host
 from petals.peer.identity import Identity, verify
 from petals.peer.info import fetch_record
+from petals.peer.lan import keep_meeting, swarm_tag
 from petals.protocols.errors import PeerUnreachable, SwarmError, UserError
 
 log = logging.getLogger(__name__)
@@ -40,14 +42,14 @@ async def join(host: Host, addrs: Sequence[str]) -> None:
 
 @asynccontextmanager
 async def open_membership(
-    identity: Identity, settings: HostConfig, initial_peers: Sequence[str]
+    identity: Identity, settings: HostConfig, initial_peers: Sequence[str], lan: LanConfig | None = None
 ) -> AsyncIterator[tuple[Host, Directory, trio.Nursery]]:
     """Be a node of the swarm until the context is left, which also cancels what was started in the nursery.
 
     What the body raises comes out as it was raised, not wrapped into the nurseries' groups.
 
     Raises:
-        UserError: a port in use, an initial peer that can not be reached.
+        UserError: a port in use, an initial peer that can not be reached, nobody on the local network.
     """
     raised: Exception | None = None
     async with open_host(identity.key_pair, settings) as host:
@@ -58,9 +60,23 @@ async def open_membership(
             trio.open_nursery() as nursery,
         ):
             try:
+                if lan is not None:
+                    await _join_neighbours(host, nursery, lan)
                 yield host, directory, nursery
             except Exception as error:  # kept, not handled: raised again below
                 raised = error
             nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised
+
+
+async def _join_neighbours(host: Host, nursery: trio.Nursery, lan: LanConfig) -> None:
+    somebody = trio.Event()
+    await nursery.start(partial(keep_meeting, host, swarm_tag(lan.swarm), met=somebody.set))
+    with trio.move_on_after(lan.search_s):
+        await somebody.wait()
+    if lan.required and not somebody.is_set() and not host.connected_peers():
+        raise UserError(
+            "nobody to ask: no peer of this swarm answers on the local network; give --initial_peers ADDR, or hold the "
+            "blocks here with --serve"
+        )

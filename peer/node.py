@@ -208,7 +208,7 @@ async def open_peer(
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
     )
-    async with open_membership(identity, settings, config.initial_peers) as (host, directory, nursery):
+    async with open_membership(identity, settings, config.initial_peers, config.lan) as (host, directory, nursery):
         peer = Peer(config, identity, host, directory, nursery, say)
         host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
         if config.nat.relay is not None:

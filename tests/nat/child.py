@@ -11,7 +11,7 @@ from functools import partial
 import trio
 
 from petals.peer.bootstrap import open_bootstrap
-from petals.peer.config import NatConfig, RelayLimits
+from petals.peer.config import LanConfig, NatConfig, RelayLimits
 from petals.peer.host import Host, HostConfig
 from petals.peer.identity import create_identity
 from petals.peer.joining import open_membership
@@ -68,6 +68,18 @@ async def client(initial: str, *addrs: str) -> None:
             await trio.sleep(0.05)
 
 
+async def neighbour(swarm: str) -> None:
+    lan = LanConfig(swarm=swarm)
+    async with open_membership(create_identity(), HostConfig(listen=LISTEN), (), lan) as (host, _, _nursery):
+        say(peer_id=host.peer_id)
+        known: tuple[str, ...] = ()
+        while True:
+            if (now := host.connected_peers()) != known:
+                known = now
+                say(neighbours=sorted(now))
+            await trio.sleep(0.05)
+
+
 async def keep_asking(host: Host, peer_id: str, addrs: tuple[str, ...]) -> None:
     """Something is always under way, as in a generation."""
     answers = 0
@@ -93,5 +105,5 @@ if __name__ == "__main__":
         logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     else:
         logging.basicConfig(level=logging.INFO)
-    role = {"relay": relay, "server": server, "client": client}[sys.argv[1]]
+    role = {"relay": relay, "server": server, "client": client, "neighbour": neighbour}[sys.argv[1]]
     trio.run(role, *sys.argv[2:])

@@ -53,7 +53,7 @@ class Machine:
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     homes: dict[str, str] = request.param
     try:
-        with Lab(homes, ("relay-a", "relay-b")) as lab:
+        with Lab(homes, ("relay-a", "relay-b", "relay-c", "relay-d")) as lab:
             yield lab
     except NoLab as error:
         if os.environ.get("PETALS_NAT") == "required":
@@ -127,3 +127,19 @@ async def test_a_forwarded_port_is_found_and_announced(lab: Lab, start: Callable
     assert [addr for addr in found["addrs"] if addr.startswith("/ip4/1.0.0.21/tcp/4001/")]
     client = await start("relay-b", "client", entry, *[addr for addr in found["addrs"] if "1.0.0.21" in addr])
     await client.until(lambda line: "answers" in line and line["link"] == "direct")
+
+
+@pytest.mark.parametrize("lab", [{}], indirect=True)
+async def test_neighbours_of_one_swarm_find_each_other_and_no_others(lab: Lab, start: Callable[..., Any]) -> None:
+    other = await start("relay-c", "neighbour", "theirs")
+    one = await start("relay-a", "neighbour", "ours")
+    two = await start("relay-b", "neighbour", "ours")
+    name = (await one.until(lambda line: "peer_id" in line))["peer_id"]
+    await two.until(lambda line: line.get("neighbours") == [name])
+    await other.until(lambda line: "peer_id" in line)
+    third = await start(
+        "relay-d", "neighbour", "theirs"
+    )  # when these two have met, the strangers had their chance, too
+    theirs = (await other.until(lambda line: "peer_id" in line))["peer_id"]
+    await third.until(lambda line: line.get("neighbours") == [theirs])
+    assert all(line.get("neighbours", [name]) == [name] for line in two.said)
