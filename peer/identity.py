@@ -76,21 +76,30 @@ def create_identity(path: Path | None = None, key_type: str = "ed25519") -> Iden
         raise IdentityError(f"unknown key type {key_type!r}: choose ed25519 or rsa")
     key_pair = new_rsa(2048) if key_type == "rsa" else new_ed25519()
     if path is not None:
-        draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(descriptor, "wb") as stream:
-                    stream.write(key_pair.private_key.serialize())
-                os.link(draft, path)  # whole or not at all, and never over another key
-            finally:
-                draft.unlink(missing_ok=True)
-        except OSError as error:
-            if path.exists():
-                raise IdentityError(f"{path} exists already and is not overwritten; choose another name") from None
-            raise IdentityError(f"can not write the key file {path}: {error.strerror}") from None
+        write_private(path, key_pair.private_key.serialize())
     return _identity(key_pair)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """A new file for its owner's eyes only (mode 0600): whole or not at all, and never over another one.
+
+    Raises:
+        IdentityError: the file exists or can not be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+            os.link(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        if path.exists():
+            raise IdentityError(f"{path} exists already and is not overwritten; choose another name") from None
+        raise IdentityError(f"can not write the key file {path}: {error.strerror}") from None
 
 
 def load_or_create_identity(path: Path) -> Identity:

@@ -13,6 +13,7 @@ What of the library's Swarm (0.8.1) is replaced, and why:
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -51,10 +52,12 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import shielded_for
-from petals.peer.transport.multistream import Dialler, Listener, proposal
+from petals.peer.transport.multistream import MULTISTREAM, Dialler, Listener, encode_line, proposal
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
 from petals.peer.transport.pipe import Pipe, RawPipe, TcpPipe
+from petals.peer.transport.pnet import NONCE_BYTES, SwarmCipher, SwarmKey, WrongSwarmKey
+from petals.peer.transport.private import PrivateConnection, PrivatePipe
 from petals.peer.transport.yamux import PROTOCOL as YAMUX_ID
 from petals.protocols.errors import ProtocolViolation, RemoteError
 from petals.protocols.types import PeerId
@@ -82,11 +85,20 @@ def peer_id_text(peer_id: ID) -> PeerId:
 # -- from a socket to a connection -----------------------------------------------------------------------------------
 
 
+_GREETING = encode_line(MULTISTREAM)
+
+
 class _Lines:
-    """multistream-select in the clear, on a raw connection."""
+    """multistream-select before Noise, on a raw connection."""
 
     def __init__(self, raw: IRawConnection) -> None:
         self._raw = raw
+        self._heard = b""
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the peer has said the first word of every libp2p connection."""
+        return self._heard == _GREETING
 
     async def dial(self, protocol: str) -> None:
         dialler = Dialler(protocol)
@@ -110,6 +122,10 @@ class _Lines:
         data = await self._raw.read(n)
         if not data:
             raise EOFError("peer closed the connection during the handshake")
+        if not self.greeted:  # bytes under a swarm key would else be a length, and waited for
+            self._heard += data[: len(_GREETING) - len(self._heard)]
+            if not _GREETING.startswith(self._heard):
+                raise ProtocolViolation("what is there speaks no libp2p, or wants a swarm key (--swarm_key FILE)")
         return data
 
 
@@ -147,15 +163,25 @@ async def upgrade(
     expected: ID | None,
     on_stream: Callable[[MuxedStream], None],
     config: MuxerConfig,
+    swarm_key: SwarmKey | None = None,
 ) -> tuple[ID, Connection]:
     """Secure and mux a raw connection.
 
     Args:
         expected: whom we dialled; None: we listened, and take whoever can prove who it is.
-    Raises: one of _HANDSHAKE_ERRORS. The caller closes `raw` then.
+        swarm_key: what both ends must have; None: neither has one.
+    Raises: one of _HANDSHAKE_ERRORS; WrongSwarmKey as soon as it shows. The caller closes `raw` then.
     """
+    if swarm_key is not None:
+        raw = PrivateConnection(raw, SwarmCipher(swarm_key, secrets.token_bytes(NONCE_BYTES)))
+        await raw.begin()
     lines = _Lines(raw)
-    await (lines.listen(NOISE_ID) if expected is None else lines.dial(NOISE_ID))
+    try:
+        await (lines.listen(NOISE_ID) if expected is None else lines.dial(NOISE_ID))
+    except _HANDSHAKE_ERRORS as error:
+        if swarm_key is not None and not lines.greeted:  # whoever reads our bytes with another key hangs up
+            raise WrongSwarmKey from error
+        raise
     session = await _shake_hands(raw, noise, expected)
     # The library's handshake, our transport messages: take the two keys out of its state.
     protocol = cast(Any, session.conn).noise_state.noise_protocol
@@ -205,6 +231,8 @@ async def _agree_on_yamux(channel: _Channel, *, is_client: bool) -> bytes:
 
 
 def _pipe_of(raw: IRawConnection) -> Pipe:
+    if isinstance(raw, PrivateConnection):
+        return PrivatePipe(_pipe_of(raw.carrier), raw.cipher)
     if isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream):
         return TcpPipe(raw.stream.stream)
     return RawPipe(raw)
@@ -369,7 +397,9 @@ class Network(Swarm):
         handshake_s: float,
         max_connections: int,
         max_connections_per_peer: int,
+        swarm_key: SwarmKey | None = None,
     ) -> None:
+        self._swarm_key = swarm_key
         self._noise = NoiseTransport(key_pair, noise_privkey=new_noise_key_pair().private_key)
         self._muxer, self._transport = muxer, transport
         self._connect_s, self._handshake_s = connect_s, handshake_s
@@ -410,7 +440,10 @@ class Network(Swarm):
             with trio.fail_after(self._handshake_s):
                 await self.upgrade_inbound_raw_conn(raw, maddr)
         except _HANDSHAKE_ERRORS as error:
-            log.debug("inbound connection at %s refused: %r", maddr, error)
+            if isinstance(error.__cause__, WrongSwarmKey):
+                log.info("connection at %s refused: %s", maddr, error.__cause__)
+            else:
+                log.debug("inbound connection at %s refused: %r", maddr, error)
 
     async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
         return (await self._upgrade(raw_conn, None)).muxed_conn
@@ -447,6 +480,7 @@ class Network(Swarm):
             expected=expected,
             on_stream=on_stream,
             config=self._muxer,
+            swarm_key=self._swarm_key,
         )
         connection.on_frozen = lambda: self.on_frozen(peer_id)
         muxed = LibraryConn(connection, peer_id, raw)
