@@ -86,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)"
     )
+    network.add_argument("--swarm_key", metavar="FILE", type=Path,
+                         help="key of a private swarm: only peers with the same one can connect; "
+                         "`petals keygen --swarm FILE` makes one")  # fmt: skip
     network.add_argument(
         "--transport", choices=("petals", "stock"), default="petals", help="stock: py-libp2p's own, for comparison"
     )
@@ -186,6 +189,7 @@ async def run(options: argparse.Namespace) -> None:
         listen=tuple(options.listen or PeerConfig().listen),
         announce=tuple(options.announce),
         initial_peers=tuple(options.initial_peers),
+        swarm_key=options.swarm_key,
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),
     )

@@ -20,6 +20,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
         identity=options.identity,
         listen=tuple(options.listen or ("/ip4/127.0.0.1/tcp/0",)),
         initial_peers=tuple(options.initial_peers),
+        swarm_key=options.swarm_key,
         transport=options.transport,
     ) as host:
         if options.json:

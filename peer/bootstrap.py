@@ -12,6 +12,7 @@ from petals.peer.host import Host, HostConfig
 from petals.peer.identity import create_identity, load_or_create_identity
 from petals.peer.info import answer_info
 from petals.peer.joining import open_membership
+from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.info import INFO_V1
 
 
@@ -21,6 +22,7 @@ async def open_bootstrap(
     identity: Path | None,
     listen: Sequence[str],
     initial_peers: Sequence[str] = (),
+    swarm_key: Path | None = None,
     transport: Literal["petals", "stock"] = "petals",
 ) -> AsyncIterator[Host]:
     """Keep the swarm's directory until the context is left.
@@ -29,7 +31,7 @@ async def open_bootstrap(
         UserError: as `open_peer`.
     """
     own = load_or_create_identity(identity) if identity is not None else create_identity()
-    settings = HostConfig(listen=tuple(listen), transport=transport)
+    settings = HostConfig(listen=tuple(listen), swarm_key=load_swarm_key(swarm_key), transport=transport)
     async with open_membership(own, settings, initial_peers) as (host, _, _):
         host.set_handler(INFO_V1, partial(answer_info, lambda digest: []))
         yield host

@@ -119,6 +119,8 @@ class PeerConfig:
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the listening ones (a router's forwarded port)."""
     initial_peers: tuple[str, ...] = ()
+    swarm_key: Path | None = None
+    """The file of a private swarm's key (`petals keygen --swarm`): only peers with the same one can connect."""
     transport: Literal["petals", "stock"] = "petals"
     keep_alive_s: float = 10.0
     timeouts: Timeouts = field(default_factory=Timeouts)

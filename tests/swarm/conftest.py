@@ -27,9 +27,18 @@ class Swarm:
     peers: list[Peer] = field(default_factory=list)
     scopes: dict[str, trio.CancelScope] = field(default_factory=dict)
     gone: dict[str, trio.Event] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=dict)
+    """What every peer's `PeerConfig` has besides."""
 
-    async def add(self, blocks: range | None = None, *, identity: Path | None = None, **serve: Any) -> Peer:
-        """A peer that serves `blocks`, or only asks."""
+    async def add(
+        self,
+        blocks: range | None = None,
+        *,
+        identity: Path | None = None,
+        also: dict[str, Any] | None = None,
+        **serve: Any,
+    ) -> Peer:
+        """A peer that serves `blocks`, or only asks; `also` has more of its `PeerConfig`."""
         settings = None
         if blocks is not None or serve:
             settings = ServeConfig(blocks=blocks, **{"throughput": 100.0, "cache_bytes": 256 << 20, **serve})
@@ -38,7 +47,7 @@ class Swarm:
             serve=settings,
             identity=identity,
             initial_peers=self.peers[0].addrs if self.peers else (),
-            timeouts=Timeouts(route_s=8.0),
+            **{"timeouts": Timeouts(route_s=8.0), **self.common, **(also or {})},
         )
         peer: Peer = await self.nursery.start(self._run, config)
         self.peers.append(peer)
