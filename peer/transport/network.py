@@ -56,7 +56,7 @@ from petals.peer.transport.multistream import MULTISTREAM, Dialler, Listener, en
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
 from petals.peer.transport.pipe import Pipe, RawPipe, TcpPipe
-from petals.peer.transport.pnet import NONCE_BYTES, SwarmCipher, SwarmKey, WrongSwarmKey
+from petals.peer.transport.pnet import NONCE_BYTES, SwarmCipher, SwarmKey, WrongSwarmKey, make_nonce
 from petals.peer.transport.private import PrivateConnection, PrivatePipe
 from petals.peer.transport.yamux import PROTOCOL as YAMUX_ID
 from petals.protocols.errors import ProtocolViolation, RemoteError
@@ -173,7 +173,7 @@ async def upgrade(
     Raises: one of _HANDSHAKE_ERRORS; WrongSwarmKey as soon as it shows. The caller closes `raw` then.
     """
     if swarm_key is not None:
-        raw = PrivateConnection(raw, SwarmCipher(swarm_key, secrets.token_bytes(NONCE_BYTES)))
+        raw = PrivateConnection(raw, SwarmCipher(swarm_key, make_nonce(secrets.token_bytes(NONCE_BYTES))))
         await raw.begin()
     lines = _Lines(raw)
     try:
@@ -583,7 +583,8 @@ class Network(Swarm):
         if not addrs:
             raise SwarmException("no address of it is known")
         winners: list[NetworkConn] = []
-        failures: dict[str, str] = {str(addr): f"no answer in {self._connect_s:g} s" for addr in addrs}
+        under = " under our swarm key" if self._swarm_key is not None else ""
+        failures: dict[str, str] = {str(addr): f"no answer in {self._connect_s:g} s{under}" for addr in addrs}
         with trio.move_on_after(self._connect_s):
             async with trio.open_nursery() as nursery:
 

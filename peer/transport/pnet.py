@@ -113,6 +113,16 @@ def xsalsa20(key: SwarmKey, nonce: bytes) -> Salsa20.Salsa20Cipher:
     return Salsa20.new(key=hsalsa20(key.secret, nonce[:16]), nonce=nonce[16:])
 
 
+def make_nonce(random: bytes) -> bytes:
+    """24 random bytes -> a nonce that a peer without a key takes for the length of a line, and for far too long a one.
+
+    Else half of all nonces would look to it like a short line that has not come yet, and it would wait. 187 random bits
+    are left, and a nonce need only be new.
+    """
+    long = bytes(byte | 0x80 for byte in random[:3]) + bytes([random[3] & 0x7F | 1])  # a varint of 2^21 or more
+    return long + random[4:NONCE_BYTES]
+
+
 class SwarmCipher:
     """Both directions of one connection.
 

@@ -38,7 +38,9 @@ async def meeting(
     kind: str, folder: Path, *, ours: SwarmKey | None = None, theirs: SwarmKey | None = None
 ) -> AsyncIterator[tuple[Host, str, Dial]]:
     """Our host, the foreign peer's address, and a way to have it dial; each with a swarm key, where one is given."""
-    config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=ours)
+    # A foreign listener with another key may take our first words for a short line, and wait for the rest of it.
+    connect_s = 2.0 if ours != theirs and ours is not None else 5.0
+    config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=ours, connect_s=connect_s)
     async with (
         js_peer(encode_swarm_key(theirs) if theirs else b"") if kind == "js" else go_peer(folder) as (addr, dial),
         open_host(create_new_key_pair(), config) as host,

@@ -16,10 +16,19 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 
 from petals.peer.host import HostConfig, open_host
 from petals.peer.swarm_key import create_swarm_key, load_swarm_key
-from petals.peer.transport.pnet import NONCE_BYTES, SwarmCipher, SwarmKey, encode_swarm_key, hsalsa20, parse_swarm_key
+from petals.peer.transport.multistream import Listener
+from petals.peer.transport.pnet import (
+    NONCE_BYTES,
+    SwarmCipher,
+    SwarmKey,
+    encode_swarm_key,
+    hsalsa20,
+    make_nonce,
+    parse_swarm_key,
+)
 from petals.peer.transport.pnet import xsalsa20 as stream_of
 from petals.peer.transport.private import PrivatePipe
-from petals.protocols.errors import PeerUnreachable, UserError
+from petals.protocols.errors import PeerUnreachable, ProtocolViolation, UserError
 from tests.transport.conftest import LOOPBACK, two_hosts
 
 SHARED = bytes.fromhex("4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742")
@@ -59,6 +68,16 @@ def test_what_was_said_survives_any_slicing(messages: list[bytes], cuts: list[in
             got += piece
         del wire[: len(piece)]
     assert got == b"".join(messages)
+
+
+@given(random=st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES))
+def test_a_nonce_is_no_line_that_a_peer_without_a_key_would_wait_for(random: bytes) -> None:
+    nonce = make_nonce(random)
+    assert len(nonce) == NONCE_BYTES
+    listener = Listener(())
+    listener.receive_data(nonce[:4])
+    with pytest.raises(ProtocolViolation):
+        listener.chosen()
 
 
 class Narrow:
