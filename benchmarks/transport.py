@@ -32,10 +32,14 @@ from cryptography.x509.oid import NameOID
 from libp2p.crypto.ed25519 import create_new_key_pair
 
 from petals.peer.host import Host, HostConfig, open_host
+from petals.peer.transport.pnet import SwarmKey
 from petals.protocols.stream import ByteStream
 
-STACKS = ("tcp", "tls", "stock", "petals")
-NAMES = {"tcp": "raw trio TCP", "tls": "raw trio TLS", "stock": "py-libp2p's own", "petals": "ours"}
+STACKS = ("tcp", "tls", "stock", "petals", "private")
+NAMES = {
+    "tcp": "raw trio TCP", "tls": "raw trio TLS", "stock": "py-libp2p's own", "petals": "ours",
+    "private": "ours, swarm key",
+}  # fmt: skip
 PROTOCOL = "/bench/1"
 SIZES = {"64 B": 64, "8 KB": 8 << 10, "28 KB": 28 << 10, "256 KB": 256 << 10}
 ONE_WAY_BYTES = 64 << 20
@@ -130,6 +134,14 @@ def make_certificate(folder: Path) -> Path:
     return path
 
 
+def config_of(stack: str, *, listen: bool) -> HostConfig:
+    return HostConfig(
+        listen=("/ip4/127.0.0.1/tcp/0",) if listen else (),
+        transport="stock" if stack == "stock" else "petals",
+        swarm_key=SwarmKey(bytes(range(32))) if stack == "private" else None,
+    )
+
+
 async def serve(stack: str, certificate: str) -> None:
     """The server process: prints where it is, serves until it is killed."""
     if stack in ("tcp", "tls"):
@@ -143,7 +155,7 @@ async def serve(stack: str, certificate: str) -> None:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         print(json.dumps(listeners[0].socket.getsockname()[1]), flush=True)
         await trio.serve_listeners(handle, listeners)
-    async with open_host(create_new_key_pair(), HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), transport=stack)) as host:
+    async with open_host(create_new_key_pair(), config_of(stack, listen=True)) as host:
 
         async def handle_stream(stream: ByteStream) -> None:
             await serve_stream(stream)
@@ -180,11 +192,11 @@ async def client_of(stack: str, address: Any, certificate: str) -> AsyncIterator
         client.open, client.reconnect = connect, reconnect
         yield client
         return
-    async with open_host(create_new_key_pair(), HostConfig(listen=(), transport=stack)) as host:  # type: ignore[arg-type]
+    async with open_host(create_new_key_pair(), config_of(stack, listen=False)) as host:
         peer_id = await host.connect(address)
 
         async def fresh() -> None:
-            async with open_host(keys, HostConfig(listen=(), transport=stack)) as other:  # type: ignore[arg-type]
+            async with open_host(keys, config_of(stack, listen=False)) as other:
                 nonlocal connect_s
                 started = perf_counter()
                 await other.connect(address)
@@ -281,14 +293,15 @@ async def compare(rounds: int, scale: float, certificate: str) -> dict[str, dict
 
 
 def show(table: dict[str, dict[str, list[float]]]) -> None:
-    print("| | " + " | ".join(NAMES[stack] for stack in STACKS) + " | ours : stock | ours : TLS |")
-    print("|---" * (len(STACKS) + 3) + "|")
+    print("| | " + " | ".join(NAMES[stack] for stack in STACKS) + " | ours : stock | ours : TLS | key : none |")
+    print("|---" * (len(STACKS) + 4) + "|")
     for name, row in table.items():
         cells = [
             f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
             for values in (row[stack] for stack in STACKS)
         ]
         cells += [ratio(row["petals"], row["stock"]), ratio(row["petals"], row["tls"])]
+        cells.append(ratio(row["private"], row["petals"]))
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -327,8 +340,8 @@ async def profile(stack: str, certificate: str) -> dict[str, float]:
         calls += event == "call"
 
     async with (
-        open_host(create_new_key_pair(), HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), transport=stack)) as server,  # type: ignore[arg-type]
-        open_host(create_new_key_pair(), HostConfig(listen=(), transport=stack)) as client,  # type: ignore[arg-type]
+        open_host(create_new_key_pair(), config_of(stack, listen=True)) as server,
+        open_host(create_new_key_pair(), config_of(stack, listen=False)) as client,
     ):
         server.set_handler(PROTOCOL, serve_stream)
         stream = await open_between(client, server)
