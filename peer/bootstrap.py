@@ -14,6 +14,7 @@ from petals.peer.info import answer_info
 from petals.peer.joining import open_membership
 from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.info import INFO_V1
+from petals.protocols.types import PeerId
 
 
 @asynccontextmanager
@@ -23,6 +24,7 @@ async def open_bootstrap(
     listen: Sequence[str],
     initial_peers: Sequence[str] = (),
     swarm_key: Path | None = None,
+    blocked: frozenset[PeerId] = frozenset(),
     transport: Literal["petals", "stock"] = "petals",
 ) -> AsyncIterator[Host]:
     """Keep the swarm's directory until the context is left.
@@ -31,7 +33,9 @@ async def open_bootstrap(
         UserError: as `open_peer`.
     """
     own = load_or_create_identity(identity) if identity is not None else create_identity()
-    settings = HostConfig(listen=tuple(listen), swarm_key=load_swarm_key(swarm_key), transport=transport)
+    settings = HostConfig(
+        listen=tuple(listen), swarm_key=load_swarm_key(swarm_key), blocked=blocked, transport=transport
+    )
     async with open_membership(own, settings, initial_peers) as (host, _, _):
         host.set_handler(INFO_V1, partial(answer_info, lambda digest: []))
         yield host

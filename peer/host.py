@@ -74,6 +74,8 @@ class HostConfig:
     """What to tell others instead of what we listen on (a router's forwarded port); with or without /p2p/."""
     transport: Literal["petals", "stock"] = "petals"
     """"stock": py-libp2p's own muxer and secure channel, for comparison. docs/transport.md says what it cannot."""
+    blocked: frozenset[PeerId] = frozenset()
+    """Peers we do not want to be connected to, whoever dials."""
     swarm_key: SwarmKey | None = field(default=None, repr=False)
     """Only peers with the same one can connect; None: everybody who has none."""
     keep_alive_s: float = 10.0
@@ -129,6 +131,7 @@ async def open_host(key_pair: KeyPair, config: HostConfig | None = None) -> Asyn
         max_connections=config.max_connections,
         max_connections_per_peer=config.max_connections_per_peer,
         swarm_key=config.swarm_key,
+        blocked=config.blocked,
     )
     libp2p = BasicHost(
         network,

@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import multihash  # type: ignore[import-untyped]
 from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519
 from libp2p.crypto.keys import KeyPair, KeyType
 from libp2p.crypto.rsa import create_new_key_pair as new_rsa
@@ -110,6 +111,20 @@ def load_or_create_identity(path: Path) -> Identity:
         if not path.exists():
             raise
         return load_identity(path)
+
+
+def parse_peer_id(text: str) -> PeerId:
+    """The peer ID that a user has written.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        peer_id = ID.from_base58(text)
+        multihash.decode(peer_id.to_bytes())
+    except Exception:  # base58 and multihash raise half a dozen unrelated kinds
+        raise UserError(f"{text[:80]!r} is no peer ID; `petals keygen` prints them, like 12D3KooW...") from None
+    return PeerId(str(peer_id))
 
 
 def verify(peer_id: PeerId, public_key: bytes, data: bytes, signature: bytes) -> bool:

@@ -191,6 +191,7 @@ async def open_peer(
     settings = HostConfig(
         listen=config.listen,
         announce=config.announce,
+        blocked=config.blocked,
         swarm_key=load_swarm_key(config.swarm_key),
         transport=config.transport,
         keep_alive_s=config.keep_alive_s,

@@ -78,6 +78,9 @@ _STAGGER_S = 0.1
 """Between the starts of dials to several addresses of one peer: the first listed gets a head start."""
 
 
+_BLOCKED = "it is blocked here"
+
+
 def peer_id_text(peer_id: ID) -> PeerId:
     return PeerId(str(peer_id))
 
@@ -398,8 +401,9 @@ class Network(Swarm):
         max_connections: int,
         max_connections_per_peer: int,
         swarm_key: SwarmKey | None = None,
+        blocked: frozenset[PeerId] = frozenset(),
     ) -> None:
-        self._swarm_key = swarm_key
+        self._swarm_key, self._blocked = swarm_key, blocked
         self._noise = NoiseTransport(key_pair, noise_privkey=new_noise_key_pair().private_key)
         self._muxer, self._transport = muxer, transport
         self._connect_s, self._handshake_s = connect_s, handshake_s
@@ -433,6 +437,9 @@ class Network(Swarm):
                 return conn
         return None
 
+    def is_blocked(self, peer_id: ID) -> bool:
+        return peer_id_text(peer_id) in self._blocked
+
     async def accept(self, stream: trio.SocketStream, maddr: Multiaddr) -> None:
         """A stranger's socket: make it a connection within `handshake_s`, or close it. Never raises."""
         raw = RawConnection(TrioTCPStream(stream), False)
@@ -459,6 +466,8 @@ class Network(Swarm):
             if self.get_total_connections() >= self.connection_config.max_connections:
                 raise SwarmException(f"{self.connection_config.max_connections} connections are open already")
             muxed = await (self._mux_stock(raw, expected) if self._transport == "stock" else self._mux(raw, expected))
+            if self.is_blocked(muxed.peer_id):
+                raise SwarmException(_BLOCKED)
             return await self.add_conn(muxed, "inbound" if expected is None else "outbound")
         except BaseException as error:
             with trio.CancelScope(shield=True):
@@ -560,6 +569,8 @@ class Network(Swarm):
                 return conn
             if self.is_frozen(peer_id):
                 raise SwarmException("it has stopped answering")
+            if self.is_blocked(peer_id):
+                raise SwarmException(_BLOCKED)
             if (dial := self._dials.get(peer_id)) is None:
                 return await self._dial_first(peer_id, addrs)
             await dial.done.wait()
