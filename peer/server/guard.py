@@ -143,7 +143,8 @@ class Guard:
         patience_s = PATIENCE_S if tokens <= DECODE_TOKENS else LONG_PATIENCE_S
         turn = self._rates.take(peer_id, tokens=tokens, nbytes=nbytes, patience_s=patience_s)
         if turn.refused:
-            raise Refused(pb.QUOTA, "one peer may not ask so much so fast here", retry_after_s=turn.wait_s)
+            when = f"; again in {turn.wait_s:.0f} s" if turn.wait_s else ", however long it waits"
+            raise Refused(pb.QUOTA, f"one peer may not ask so much so fast here{when}", retry_after_s=turn.wait_s)
         if turn.wait_s:
             try:
                 await trio.sleep(turn.wait_s)

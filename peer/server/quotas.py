@@ -41,7 +41,8 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a peer is told: `wait_s` seconds until its turn, which is booked; or, `refused`, until it may ask again."""
+    """What a peer is told: `wait_s` seconds until its turn, which is booked; or, `refused`, until it may ask again (0:
+    it asks for more than it will ever get at once)."""
 
     wait_s: float
     refused: bool = False
@@ -67,6 +68,8 @@ class Rates:
         """Book a request, unless its turn would come later than `patience_s` from now."""
         pairs = self._paired(peer_id, tokens, nbytes)
         wait_s = max((bucket.wait_s(cost) for bucket, cost in pairs), default=0.0)
+        if any(cost > bucket.rate * (BURST_S + patience_s) for bucket, cost in pairs):
+            return Turn(0.0, refused=True)
         if wait_s > patience_s:
             return Turn(wait_s - patience_s, refused=True)
         for bucket, cost in pairs:

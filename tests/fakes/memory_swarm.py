@@ -128,13 +128,13 @@ class MemorySwarm:
         self.watcher = SwarmWatcher(self.host, self, MODEL, update_s=5.0)  # type: ignore[arg-type]
         self._names = iter(range(1_000_000))
 
-    def add(self, span: BlockSpan) -> MemoryServer:
+    def add(self, span: BlockSpan, *, rates: Rates | None = None) -> MemoryServer:
         """A new server of these blocks."""
         peer_id = PeerId(f"server-{next(self._names)}")
         lane: Any = InlineLane(self.dice)
         speed = Speedometer(Throughput(100.0, 100.0), fixed=True)
         host: Any = MemoryHost(self, peer_id)
-        admission, rates = Admission(peer_id), Rates(None, None, frozenset(), trio.current_time)
+        admission, rates = Admission(peer_id), rates or Rates(None, None, frozenset(), trio.current_time)
         inbound = Inbound(
             MODEL, span, lane, CacheBudget(64 << 20), ServeConfig(), admission, rates, speed=speed, pusher=Pusher(host)
         )

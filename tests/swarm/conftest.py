@@ -46,8 +46,12 @@ class Swarm:
             model=self.model,
             serve=settings,
             identity=identity,
-            initial_peers=self.peers[0].addrs if self.peers else (),
-            **{"timeouts": Timeouts(route_s=8.0), **self.common, **(also or {})},
+            **{
+                "initial_peers": self.peers[0].addrs if self.peers else (),
+                "timeouts": Timeouts(route_s=8.0),
+                **self.common,
+                **(also or {}),
+            },
         )
         peer: Peer = await self.nursery.start(self._run, config)
         self.peers.append(peer)
