@@ -22,7 +22,11 @@ def server(*words: str, threads: int | None = None, inside: Sequence[str] = ()) 
         threads: of its torch; more servers than cores wait for each other's threads if each has several.
     """
     command = [*inside, sys.executable, "-m", "petals.cli.main", "peer", *words, "--json"]
-    environment = {"PETALS_LISTEN": "/ip4/127.0.0.1/tcp/0"} | os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    environment = (
+        {"PETALS_LISTEN": "/ip4/127.0.0.1/tcp/0"}
+        | os.environ
+        | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    )
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["addrs"][0]

@@ -33,15 +33,17 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 
 from petals.peer.config import RelayLimits
 from petals.peer.host import Host, HostConfig, open_host
+from petals.peer.transport.pnet import SwarmKey
 from petals.protocols.stream import ByteStream
 
-STACKS = ("tcp", "tls", "stock", "petals", "relayed")
+STACKS = ("tcp", "tls", "stock", "petals", "relayed", "private")
 NAMES = {
     "tcp": "raw trio TCP",
     "tls": "raw trio TLS",
     "stock": "py-libp2p's own",
     "petals": "ours",
     "relayed": "ours, through a relay",
+    "private": "ours, swarm key",
 }
 PROTOCOL = "/bench/1"
 SIZES = {"64 B": 64, "8 KB": 8 << 10, "28 KB": 28 << 10, "256 KB": 256 << 10}
@@ -137,6 +139,14 @@ def make_certificate(folder: Path) -> Path:
     return path
 
 
+def config_of(stack: str, *, listen: bool) -> HostConfig:
+    return HostConfig(
+        listen=("/ip4/127.0.0.1/tcp/0",) if listen else (),
+        transport="stock" if stack == "stock" else "petals",
+        swarm_key=SwarmKey(bytes(range(32))) if stack == "private" else None,
+    )
+
+
 async def serve(stack: str, certificate: str, relay: str) -> None:
     """The server process: prints where it is, serves until it is killed."""
     if stack == "relay":
@@ -155,9 +165,7 @@ async def serve(stack: str, certificate: str, relay: str) -> None:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         print(json.dumps(listeners[0].socket.getsockname()[1]), flush=True)
         await trio.serve_listeners(handle, listeners)
-    hidden = HostConfig(listen=())
-    config = hidden if relay else HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), transport=stack)  # type: ignore[arg-type]
-    async with open_host(create_new_key_pair(), config) as host:
+    async with open_host(create_new_key_pair(), config_of(stack, listen=not relay)) as host:
 
         async def handle_stream(stream: ByteStream) -> None:
             await serve_stream(stream)
@@ -196,12 +204,11 @@ async def client_of(stack: str, address: Any, certificate: str) -> AsyncIterator
         client.open, client.reconnect = connect, reconnect
         yield client
         return
-    dialler = HostConfig(listen=(), transport="stock" if stack == "stock" else "petals")
-    async with open_host(create_new_key_pair(), dialler) as host:
+    async with open_host(create_new_key_pair(), config_of(stack, listen=False)) as host:
         peer_id = await host.connect(address)
 
         async def fresh() -> None:
-            async with open_host(keys, dialler) as other:
+            async with open_host(keys, config_of(stack, listen=False)) as other:
                 nonlocal connect_s
                 started = perf_counter()
                 await other.connect(address)
@@ -302,14 +309,15 @@ async def compare(rounds: int, scale: float, certificate: str) -> dict[str, dict
 
 
 def show(table: dict[str, dict[str, list[float]]]) -> None:
-    print("| | " + " | ".join(NAMES[stack] for stack in STACKS) + " | ours : stock | ours : TLS | relayed : ours |")
-    print("|---" * (len(STACKS) + 4) + "|")
+    ratios = " | ".join(("ours : stock", "ours : TLS", "relayed : ours", "key : none"))
+    print("| | " + " | ".join(NAMES[stack] for stack in STACKS) + f" | {ratios} |")
+    print("|---" * (len(STACKS) + 5) + "|")
     for name, row in table.items():
         cells = [
             f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
             for values in (row[stack] for stack in STACKS)
         ]
-        pairs = (("petals", "stock"), ("petals", "tls"), ("relayed", "petals"))
+        pairs = (("petals", "stock"), ("petals", "tls"), ("relayed", "petals"), ("private", "petals"))
         cells += [ratio(row[one], row[other]) for one, other in pairs]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
@@ -349,8 +357,8 @@ async def profile(stack: str, certificate: str) -> dict[str, float]:
         calls += event == "call"
 
     async with (
-        open_host(create_new_key_pair(), HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), transport=stack)) as server,  # type: ignore[arg-type]
-        open_host(create_new_key_pair(), HostConfig(listen=(), transport=stack)) as client,  # type: ignore[arg-type]
+        open_host(create_new_key_pair(), config_of(stack, listen=True)) as server,
+        open_host(create_new_key_pair(), config_of(stack, listen=False)) as client,
     ):
         server.set_handler(PROTOCOL, serve_stream)
         stream = await open_between(client, server)

@@ -5,27 +5,38 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from petals.protocols.errors import UserError
+
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "keygen",
-        help="make a key file for --identity, or an API key",
-        description="Write a new private key (libp2p's protobuf form, mode 0600) and print the peer ID that it gives.",
+        help="make a key file for --identity, a private swarm's key, or an API key",
+        description="Write a new private key (libp2p's protobuf form, mode 0600) and print the peer ID that it gives. "
+        "With --swarm, write the key that the peers of a private swarm share, and print its fingerprint.",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="where to write; an existing file is never overwritten")
     parser.add_argument("--api", action="store_true", help="make an API key instead, and add its hash to FILE")
+    parser.add_argument("--swarm", action="store_true", help="make a key for --swarm_key instead; keep it secret")
     parser.add_argument("--name", default="", help="whom the API key is for; stands beside its hash")
     parser.add_argument("--type", choices=("ed25519", "rsa"), default="ed25519", help="kind of key (default: ed25519)")
     parser.set_defaults(run=run, synchronous=True, verbose=False)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the key and print its peer ID; or make an API key and print that."""
+    """Write the key and print its peer ID; or a swarm key and its fingerprint; or make an API key and print that."""
+    if options.api and options.swarm:
+        raise UserError("--api and --swarm make different keys: give one of them")
     if options.api:
         from petals.gateway.keys import create_key
 
         print(create_key(options.file, options.name))
+        return
+    if options.swarm:
+        from petals.peer.swarm_key import create_swarm_key
+
+        print(create_swarm_key(options.file).fingerprint)
         return
     from petals.peer.identity import create_identity
 

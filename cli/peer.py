@@ -7,12 +7,13 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petals.protocols.errors import UserError
+from petals.protocols.types import PeerId
 
 if TYPE_CHECKING:
     from petals.peer.client.generation import GenerationOptions, TokenStream
@@ -43,6 +44,24 @@ def block_range(text: str) -> range:
     raise argparse.ArgumentTypeError(
         f"{text!r} is no block range; write START:END, half-open, like 0:12 (and MODEL in front of the flags)"
     )
+
+
+def peer_ids(words: Sequence[str]) -> frozenset[PeerId]:
+    """Peer IDs as they are written; @FILE stands for those in a file, one per line, # and what follows aside."""
+    from petals.peer.identity import parse_peer_id
+
+    found: set[PeerId] = set()
+    for word in words:
+        lines = [word]
+        if word.startswith("@"):
+            try:
+                lines = Path(word[1:]).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"can not read the list {word[1:]}: {getattr(error, 'strerror', None) or error}"
+                ) from None
+        found.update(parse_peer_id(text) for line in lines if (text := line.partition("#")[0].strip()))
+    return frozenset(found)
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -99,6 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)"
     )
+    network.add_argument("--block", metavar="PEER_ID", nargs="+", default=[],
+                         help="close the connections of these peers; @FILE: those listed there")  # fmt: skip
+    network.add_argument("--swarm_key", metavar="FILE", type=Path,
+                         help="key of a private swarm: only peers with the same one can connect; "
+                         "`petals keygen --swarm FILE` makes one")  # fmt: skip
     network.add_argument(
         "--transport", choices=("petals", "stock"), default="petals", help="stock: py-libp2p's own, for comparison"
     )
@@ -147,7 +171,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--share_prefixes", action="store_true",
                          help="let every client begin with what any client left: they trust each other")  # fmt: skip
     serving.add_argument("--favour", metavar="PEER_ID", nargs="+", default=[],
-                         help="peers whose work goes before others' of the same kind, such as your own")  # fmt: skip
+                         help="peers whose work goes before others' of the same kind, such as your own, and who are "
+                         "free of the rates below; @FILE: those listed there")  # fmt: skip
+    serving.add_argument("--allow", metavar="PEER_ID", nargs="+",
+                         help="only these peers may use the blocks; @FILE: those listed there")  # fmt: skip
+    serving.add_argument("--max_peer_sessions", metavar="N", type=int, default=64,
+                         help="sessions and requests of one peer at a time (default: 64)")  # fmt: skip
+    serving.add_argument("--max_peer_share", metavar="S", type=float, default=1.0,
+                         help="the most of the KV-cache one peer may hold, 0 to 1 (default: 1, all)")  # fmt: skip
+    serving.add_argument("--max_peer_tokens_s", metavar="N", type=float,
+                         help="tokens per second of one peer; more wait their turn (default: no limit)")  # fmt: skip
+    serving.add_argument("--max_peer_bytes_s", metavar="N", type=float,
+                         help="bytes of tensors per second, in and out, of one peer (default: no limit)")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
@@ -210,7 +245,12 @@ async def run(options: argparse.Namespace) -> None:
             device=options.device,
             public_name=options.public_name,
             throughput=options.throughput,
-            favoured=frozenset(options.favour),
+            favoured=peer_ids(options.favour),
+            allowed=None if options.allow is None else peer_ids(options.allow),
+            max_sessions_per_peer=options.max_peer_sessions,
+            max_peer_share=options.max_peer_share,
+            max_peer_tokens_s=options.max_peer_tokens_s,
+            max_peer_bytes_s=options.max_peer_bytes_s,
             deterministic=options.deterministic,
             prefix_idle_s=options.prefix_idle,
             share_prefixes=options.share_prefixes,
@@ -229,6 +269,8 @@ async def run(options: argparse.Namespace) -> None:
         initial_peers=tuple(options.initial_peers),
         nat=nat_config(options),
         lan=lan_config(options),
+        swarm_key=options.swarm_key,
+        blocked=peer_ids(options.block),
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),
     )

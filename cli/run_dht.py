@@ -14,13 +14,15 @@ async def keep_directory(options: argparse.Namespace) -> None:
     """Hold the swarm's directory until cancelled."""
     import trio
 
-    from petals.cli.peer import lan_config, nat_config
+    from petals.cli.peer import lan_config, nat_config, peer_ids
     from petals.peer.bootstrap import open_bootstrap
 
     async with open_bootstrap(
         identity=options.identity,
         listen=tuple(options.listen),
         initial_peers=tuple(options.initial_peers),
+        swarm_key=options.swarm_key,
+        blocked=peer_ids(options.block),
         transport=options.transport,
         relay=nat_config(options).relay,
         lan=lan_config(options),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         allow_abbrev=False,
     )
     parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", required=True, help="peers of the swarm")
+    parser.add_argument("--swarm_key", metavar="FILE", type=Path, help="key of a private swarm")
     parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
     parser.add_argument("--interval", metavar="S", type=float, default=2.0, help="of --watch (default: 2 s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per look on stdout")
@@ -39,7 +41,7 @@ async def run(options: argparse.Namespace) -> None:
     from petals.peer.status import open_observer
 
     live = options.watch and sys.stdout.isatty() and not options.json
-    async with open_observer(tuple(options.initial_peers)) as observer:
+    async with open_observer(tuple(options.initial_peers), swarm_key=options.swarm_key) as observer:
         while True:
             models = await observer.look()
             if options.json:

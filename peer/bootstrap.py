@@ -15,7 +15,9 @@ from petals.peer.identity import create_identity, load_or_create_identity
 from petals.peer.info import answer_info
 from petals.peer.joining import open_membership
 from petals.peer.reachability import Ladder
+from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.info import INFO_V1
+from petals.protocols.types import PeerId
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ async def open_bootstrap(
     identity: Path | None,
     listen: Sequence[str],
     initial_peers: Sequence[str] = (),
+    swarm_key: Path | None = None,
+    blocked: frozenset[PeerId] = frozenset(),
     transport: Literal["petals", "stock"] = "petals",
     relay: RelayLimits | None = None,
     lan: LanConfig | None = None,
@@ -42,7 +46,9 @@ async def open_bootstrap(
         UserError: as `open_peer`.
     """
     own = load_or_create_identity(identity) if identity is not None else create_identity()
-    settings = HostConfig(listen=tuple(listen), transport=transport)
+    settings = HostConfig(
+        listen=tuple(listen), swarm_key=load_swarm_key(swarm_key), blocked=blocked, transport=transport
+    )
     async with open_membership(own, settings, initial_peers, lan) as (host, directory, nursery):
         if relay is not None:
             ladder = Ladder(host, directory, NatConfig(relay=relay), _nobody_to_tell, progress)

@@ -61,6 +61,12 @@ class ServeConfig:
     max_wait_s: float = 60.0
     """The longest a request may queue for cache room, whatever it offers to wait."""
     max_sessions_per_peer: int = 64
+    max_peer_tokens_s: float | None = None
+    """Tokens (rows x new ones) per second that one peer may ask; favoured ones may ask more. None: no such limit."""
+    max_peer_bytes_s: float | None = None
+    """Bytes of tensors per second, in and out, of one peer; favoured ones may have more. None: no such limit."""
+    allowed: frozenset[PeerId] | None = None
+    """Only these may use the blocks; None: everybody."""
     max_batch_tokens: int = 16384
     """Most tokens (batch x length) of one step, forward or backward."""
     prefill_chunk_tokens: int = 512
@@ -102,6 +108,13 @@ class ServeConfig:
             raise UserError("prefix_idle_s must not be negative")
         if self.mean_balance_check_period <= 0:
             raise UserError("mean_balance_check_period must be positive")
+        if not 0 < self.max_peer_share <= 1:
+            raise UserError("max_peer_share must be above 0 and at most 1 (all of the cache)")
+        if self.max_sessions_per_peer < 1:
+            raise UserError("max_peer_sessions must be at least 1")
+        for rate in (self.max_peer_tokens_s, self.max_peer_bytes_s):
+            if rate is not None and rate <= 0:
+                raise UserError("max_peer_tokens_s and max_peer_bytes_s must be positive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +179,10 @@ class PeerConfig:
     nat: NatConfig = field(default_factory=NatConfig)
     lan: LanConfig | None = None
     """Join peers on the local network; None: do not, and do not tell them."""
+    blocked: frozenset[PeerId] = frozenset()
+    """Peers whose connections are closed, whoever dials."""
+    swarm_key: Path | None = None
+    """The file of a private swarm's key (`petals keygen --swarm`): only peers with the same one can connect."""
     transport: Literal["petals", "stock"] = "petals"
     keep_alive_s: float = 10.0
     timeouts: Timeouts = field(default_factory=Timeouts)

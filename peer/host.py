@@ -35,6 +35,7 @@ from petals.peer.transport.loopback import loopback_pair
 from petals.peer.transport.multistream import Listener
 from petals.peer.transport.muxer import MuxedStream, MuxerConfig
 from petals.peer.transport.network import LibraryConn, Network, NetworkConn, share_port
+from petals.peer.transport.pnet import SwarmKey
 from petals.peer.transport.traversal import Traversal
 from petals.peer.transport.yamux import YamuxLimits
 from petals.protocols.errors import (
@@ -75,6 +76,10 @@ class HostConfig:
     """What to tell others instead of what we listen on (a router's forwarded port); with or without /p2p/."""
     transport: Literal["petals", "stock"] = "petals"
     """"stock": py-libp2p's own muxer and secure channel, for comparison. docs/transport.md says what it cannot."""
+    blocked: frozenset[PeerId] = frozenset()
+    """Peers we do not want to be connected to, whoever dials."""
+    swarm_key: SwarmKey | None = field(default=None, repr=False)
+    """Only peers with the same one can connect; None: everybody who has none."""
     keep_alive_s: float = 10.0
     """A peer that says nothing for this long, asked or not, is dead."""
     connect_s: float = 5.0
@@ -100,6 +105,10 @@ class HostConfig:
         counts = (self.max_connections, self.max_connections_per_peer, self.max_half_open, self.max_handlers)
         if min(times) <= 0 or min(counts) < 1:
             raise ValueError("times must be positive and limits at least 1")
+        if self.swarm_key is not None and self.transport == "stock":
+            raise UserError(
+                "py-libp2p's own transport has no private swarms: leave out --swarm_key or --transport stock"
+            )
 
 
 @asynccontextmanager
@@ -123,6 +132,8 @@ async def open_host(key_pair: KeyPair, config: HostConfig | None = None) -> Asyn
         handshake_s=config.handshake_s,
         max_connections=config.max_connections,
         max_connections_per_peer=config.max_connections_per_peer,
+        swarm_key=config.swarm_key,
+        blocked=config.blocked,
     )
     libp2p = _BasicHost(
         network,

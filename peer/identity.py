@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import multihash  # type: ignore[import-untyped]
 from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519
 from libp2p.crypto.keys import KeyPair, KeyType
 from libp2p.crypto.rsa import create_new_key_pair as new_rsa
@@ -76,21 +77,30 @@ def create_identity(path: Path | None = None, key_type: str = "ed25519") -> Iden
         raise IdentityError(f"unknown key type {key_type!r}: choose ed25519 or rsa")
     key_pair = new_rsa(2048) if key_type == "rsa" else new_ed25519()
     if path is not None:
-        draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(descriptor, "wb") as stream:
-                    stream.write(key_pair.private_key.serialize())
-                os.link(draft, path)  # whole or not at all, and never over another key
-            finally:
-                draft.unlink(missing_ok=True)
-        except OSError as error:
-            if path.exists():
-                raise IdentityError(f"{path} exists already and is not overwritten; choose another name") from None
-            raise IdentityError(f"can not write the key file {path}: {error.strerror}") from None
+        write_private(path, key_pair.private_key.serialize())
     return _identity(key_pair)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """A new file for its owner's eyes only (mode 0600): whole or not at all, and never over another one.
+
+    Raises:
+        IdentityError: the file exists or can not be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+            os.link(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        if path.exists():
+            raise IdentityError(f"{path} exists already and is not overwritten; choose another name") from None
+        raise IdentityError(f"can not write the key file {path}: {error.strerror}") from None
 
 
 def load_or_create_identity(path: Path) -> Identity:
@@ -101,6 +111,20 @@ def load_or_create_identity(path: Path) -> Identity:
         if not path.exists():
             raise
         return load_identity(path)
+
+
+def parse_peer_id(text: str) -> PeerId:
+    """The peer ID that a user has written.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        peer_id = ID.from_base58(text)
+        multihash.decode(peer_id.to_bytes())
+    except Exception:  # base58 and multihash raise half a dozen unrelated kinds
+        raise UserError(f"{text[:80]!r} is no peer ID; `petals keygen` prints them, like 12D3KooW...") from None
+    return PeerId(str(peer_id))
 
 
 def verify(peer_id: PeerId, public_key: bytes, data: bytes, signature: bytes) -> bool:

@@ -61,7 +61,8 @@ async def open_membership(
         ):
             try:
                 if lan is not None:
-                    await _join_neighbours(host, nursery, lan)
+                    key = b"" if settings.swarm_key is None else settings.swarm_key.fingerprint.encode()
+                    await _join_neighbours(host, nursery, lan, swarm_tag(lan.swarm, key))
                 yield host, directory, nursery
             except Exception as error:  # kept, not handled: raised again below
                 raised = error
@@ -70,9 +71,9 @@ async def open_membership(
         raise raised
 
 
-async def _join_neighbours(host: Host, nursery: trio.Nursery, lan: LanConfig) -> None:
+async def _join_neighbours(host: Host, nursery: trio.Nursery, lan: LanConfig, tag: str) -> None:
     somebody = trio.Event()
-    await nursery.start(partial(keep_meeting, host, swarm_tag(lan.swarm), met=somebody.set))
+    await nursery.start(partial(keep_meeting, host, tag, met=somebody.set))
     with trio.move_on_after(lan.search_s):
         await somebody.wait()
     if lan.required and not somebody.is_set() and not host.connected_peers():

@@ -27,6 +27,7 @@ from petals.peer.reachability import Ladder
 from petals.peer.server.capacity import capacity_of
 from petals.peer.server.placement import choose_blocks
 from petals.peer.server.service import Server, Service, check_blocks
+from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.errors import UserError
 from petals.protocols.info import INFO_V1
 from petals.protocols.types import ModelId, PeerId
@@ -204,6 +205,8 @@ async def open_peer(
     settings = HostConfig(
         listen=config.listen,
         announce=config.announce,
+        blocked=config.blocked,
+        swarm_key=load_swarm_key(config.swarm_key),
         transport=config.transport,
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,

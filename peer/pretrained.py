@@ -13,6 +13,7 @@ import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,8 @@ class ClientConfig(ClientOptions):
 
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs of peers to join the swarm through; empty: those of $PETALS_INITIAL_PEERS."""
+    swarm_key: Path | str | None = None
+    """The key file of a private swarm."""
     connect_timeout: float = 5.0
     """Seconds for one dial."""
     update_period: float = 15.0
@@ -59,7 +62,10 @@ class ClientConfig(ClientOptions):
                 f"set {INITIAL_PEERS}"
             )
         return PeerConfig(
-            initial_peers=peers, timeouts=Timeouts(connect_s=self.connect_timeout), update_s=self.update_period
+            initial_peers=peers,
+            swarm_key=None if self.swarm_key is None else Path(self.swarm_key),
+            timeouts=Timeouts(connect_s=self.connect_timeout),
+            update_s=self.update_period,
         )
 
 

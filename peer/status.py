@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from petals.dht.directory import Directory
 from petals.dht.health import copies_of, health, weakest_stretch
@@ -16,6 +17,7 @@ from petals.peer.host import Host, HostConfig
 from petals.peer.identity import create_identity, verify
 from petals.peer.info import fetch_record
 from petals.peer.joining import open_membership
+from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.errors import UserError
 from petals.protocols.types import ModelId, PeerId
 
@@ -90,12 +92,12 @@ class SwarmObserver:
 
 
 @asynccontextmanager
-async def open_observer(initial_peers: Sequence[str]) -> AsyncIterator[SwarmObserver]:
+async def open_observer(initial_peers: Sequence[str], *, swarm_key: Path | None = None) -> AsyncIterator[SwarmObserver]:
     """A nameless peer that serves nothing.
 
     Raises:
-        UserError: no initial peer answers.
+        UserError: no initial peer answers, or no swarm key is in the file.
     """
-    settings = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+    settings = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=load_swarm_key(swarm_key))
     async with open_membership(create_identity(), settings, initial_peers) as (host, directory, _):
         yield SwarmObserver(host, directory)

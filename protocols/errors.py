@@ -10,6 +10,7 @@ SwarmError
    ├─ PeerUnreachable        silence, a cut link, a frozen peer  another peer; short ban
    ├─ PeerBusy               no room, and it said so             another peer; no ban
    ├─ RequestRefused         it cannot serve what we asked       another peer; no ban
+   │  └─ Forbidden           it serves others, not us            another peer; long ban
    └─ RemoteProtocolError    nonsense on the wire                another peer; long ban
 """
 
@@ -82,6 +83,10 @@ class PeerBusy(RemoteError):
 
 class RequestRefused(RemoteError):
     """The peer understood and cannot serve this (other blocks, another dtype, too long ...)."""
+
+
+class Forbidden(RequestRefused):
+    """The peer serves others, not us; asking again is of no use before its operator has changed that."""
 
 
 class RemoteProtocolError(RemoteError):

@@ -35,6 +35,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LEAVING: _ClassVar[ErrorCode]
     INTERNAL: _ClassVar[ErrorCode]
     QUOTA: _ClassVar[ErrorCode]
+    FORBIDDEN: _ClassVar[ErrorCode]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -55,6 +56,7 @@ UNSUPPORTED: ErrorCode
 LEAVING: ErrorCode
 INTERNAL: ErrorCode
 QUOTA: ErrorCode
+FORBIDDEN: ErrorCode
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "encoding")

@@ -21,6 +21,7 @@ from petals.peer.host import Host
 from petals.peer.lora import encode_lora
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import (
+    Forbidden,
     LocalProtocolError,
     PeerBusy,
     PeerUnreachable,
@@ -84,6 +85,10 @@ def error_of(reply: pb.Error, peer_id: PeerId) -> RemoteError | LocalProtocolErr
     match reply.code:
         case pb.BUSY | pb.LEAVING:
             return PeerBusy(message, peer_id, reply.retry_after_ms / 1000 or None)
+        case pb.QUOTA if reply.retry_after_ms:
+            return PeerBusy(message, peer_id, reply.retry_after_ms / 1000)
+        case pb.FORBIDDEN:
+            return Forbidden(message, peer_id)
         case pb.INTERNAL:
             return PeerUnreachable(message, peer_id)
         case _:

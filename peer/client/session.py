@@ -27,7 +27,7 @@ from petals.peer.concurrency import gather
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import LocalProtocolError, RemoteError, RouteError
+from petals.protocols.errors import Forbidden, LocalProtocolError, RemoteError, RouteError
 from petals.protocols.types import PeerId
 
 log = logging.getLogger(__name__)
@@ -403,12 +403,15 @@ class RemoteSession:
         """Sessions at servers that hold `blocks` together. Whoever refuses is avoided, until nobody is left."""
         deadline = trio.current_time() + self._timeouts.route_s
         refusal: RemoteError | None = None
+        forbidden: dict[PeerId, Forbidden] = {}
         while True:
             try:
                 route = self._find_route(blocks, avoid)
             except RouteError:
+                if forbidden and avoid <= forbidden.keys():  # nobody else has them
+                    raise next(iter(forbidden.values())) from None
                 if avoid:
-                    avoid = frozenset()  # rather somebody who failed before than nobody
+                    avoid = frozenset(forbidden)  # rather somebody who failed before than nobody
                     if refusal is None:
                         continue
                 if trio.current_time() >= deadline:
@@ -431,6 +434,8 @@ class RemoteSession:
                     self._watcher.report(leg.peer_id, result)
                     avoid |= {leg.peer_id}
                     refusal = result
+                    if isinstance(result, Forbidden):
+                        forbidden[leg.peer_id] = result
                 elif not isinstance(result, Hop):
                     raise result
             if trio.current_time() >= deadline and refusal is not None:

@@ -15,6 +15,7 @@ from petals.peer.client.routing import Route
 from petals.peer.host import Host
 from petals.peer.round_trips import RoundTrips
 from petals.protocols.errors import (
+    Forbidden,
     MissingBlocks,
     PeerUnreachable,
     RemoteError,
@@ -80,8 +81,9 @@ class Bans:
     _bans: dict[PeerId, Ban] = field(default_factory=dict)
 
     def report(self, peer_id: PeerId, error: RemoteError) -> None:
-        """Note an offence: silence is banned shortly, nonsense for long, being busy or refusing not at all."""
-        if isinstance(error, RemoteProtocolError):
+        """Note an offence: silence is banned shortly, nonsense for long, being busy or refusing not at all; who serves
+        others and not us is no offender, but not worth asking again soon."""
+        if isinstance(error, RemoteProtocolError | Forbidden):
             first_s = NONSENSE_BAN_S
         elif isinstance(error, PeerUnreachable):
             first_s = SILENCE_BAN_S

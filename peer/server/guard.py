@@ -16,8 +16,10 @@ from petals.models.adapters import Lora
 from petals.models.block import BlockSpan
 from petals.models.errors import ModelError
 from petals.peer.config import ServeConfig
+from petals.peer.server.admission import Admission
 from petals.peer.server.lane import Lane
 from petals.peer.server.leases import CacheBudget, Lease, NoRoom
+from petals.peer.server.quotas import Rates
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES
@@ -30,6 +32,13 @@ log = logging.getLogger(__name__)
 GOODBYE_S = 5.0
 GOODBYE_READS = 4096
 """Of 64 KiB at most: as much as the largest tensor that may have been announced."""
+
+PATIENCE_S = 5.0
+"""How long the step of a peer over its rate is held back rather than refused: less than any client's deadline."""
+LONG_PATIENCE_S = 40.0
+"""The same for a prompt or a batch, which clients wait longer for."""
+DECODE_TOKENS = 8
+"""New tokens of a step up to which it counts as decoding: drafts that are checked, too."""
 
 Adapter = str | Lora | None
 """A hosted one by its name, or one that the client sent."""
@@ -53,12 +62,23 @@ class Refused(SwarmError):
 class Guard:
     """The part of answering that all protocols about one loaded span share."""
 
-    def __init__(self, model: ModelId, span: BlockSpan, lane: Lane, budget: CacheBudget, config: ServeConfig) -> None:
+    def __init__(
+        self,
+        model: ModelId,
+        span: BlockSpan,
+        lane: Lane,
+        budget: CacheBudget,
+        config: ServeConfig,
+        admission: Admission,
+        rates: Rates,
+    ) -> None:
         self.model = model
         self.span = span
         self.lane = lane
         self.budget = budget
         self.config = config
+        self._admission = admission
+        self._rates = rates
         self.leaving = False
         self._sessions: Counter[PeerId] = Counter()
         self._scopes: set[trio.CancelScope] = set()
@@ -87,6 +107,7 @@ class Guard:
         """Serve one stream; what goes wrong by the asker's doing is told to it, and ends this stream only."""
         messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
         try:
+            self._check_admitted(stream.remote_peer)
             with self._count(stream.remote_peer) as scope:
                 await serve(messages)
             if not scope.cancelled_caught:
@@ -107,6 +128,29 @@ class Guard:
         except NoRoom as no_room:
             code = pb.QUOTA if no_room.for_ever else pb.BUSY
             raise Refused(code, str(no_room), 0.0 if no_room.for_ever else 1.0) from None
+
+    def _check_admitted(self, peer_id: PeerId) -> None:
+        if not self._admission.admits(peer_id):
+            raise Refused(pb.FORBIDDEN, f"these blocks are for peers that its operator knows, and not for {peer_id}")
+
+    async def _turn(self, peer_id: PeerId, tokens: int, plan: Plan) -> None:
+        """Wait until the peer may ask so much, before any of its payload is read.
+
+        Raises:
+            Refused: that would take longer than a client waits.
+        """
+        nbytes = sum(size for _, _, size in plan)
+        patience_s = PATIENCE_S if tokens <= DECODE_TOKENS else LONG_PATIENCE_S
+        turn = self._rates.take(peer_id, tokens=tokens, nbytes=nbytes, patience_s=patience_s)
+        if turn.refused:
+            when = f"; again in {turn.wait_s:.0f} s" if turn.wait_s else ", however long it waits"
+            raise Refused(pb.QUOTA, f"one peer may not ask so much so fast here{when}", retry_after_s=turn.wait_s)
+        if turn.wait_s:
+            try:
+                await trio.sleep(turn.wait_s)
+            except trio.Cancelled:
+                self._rates.charge(peer_id, tokens=-tokens, nbytes=-nbytes)
+                raise
 
     def _lora_bytes(self, factors: Plan) -> int:
         nbytes = sum(size for _, _, size in factors)
@@ -139,6 +183,7 @@ class Guard:
 
     async def _answer(self, messages: MessageStream, reply: Reply, *payload: memoryview) -> None:
         """Send an answer; a peer that does not take it in time loses its stream, and with it its lease."""
+        self._rates.charge(messages.remote_peer, nbytes=sum(piece.nbytes for piece in payload))
         with trio.move_on_after(self.config.payload_s) as scope:
             await messages.write_message(reply.SerializeToString(), *payload)
         if scope.cancelled_caught:

@@ -24,6 +24,7 @@ from petals.models.loading import load_span
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
 from petals.peer.reachability import Reach
+from petals.peer.server.admission import Admission
 from petals.peer.server.announcer import Announcer
 from petals.peer.server.compute import ComputeThread
 from petals.peer.server.inbound import Inbound
@@ -32,6 +33,7 @@ from petals.peer.server.leases import CacheBudget
 from petals.peer.server.neighbours import Neighbours
 from petals.peer.server.placement import may_leave, should_move
 from petals.peer.server.push import Pusher
+from petals.peer.server.quotas import Rates
 from petals.peer.server.throughput import Speedometer, Throughput, measure_throughput
 from petals.protocols.errors import SwarmError, UserError
 from petals.protocols.inference import INFERENCE_V1
@@ -111,6 +113,7 @@ class Service:
         progress: Callable[[str], None],
         dice: Callable[[], float],
     ) -> None:
+        self.admission = Admission(host.peer_id, config.allowed)
         self.model = model
         self.server: Server | None = None
         self.announcer = Announcer(directory, self._describe, config.announce_s)
@@ -120,6 +123,12 @@ class Service:
         self._config = config
         self._progress = progress
         self._dice = dice
+        self._rates = Rates(
+            config.max_peer_tokens_s,
+            config.max_peer_bytes_s,
+            free=config.favoured | {host.peer_id},
+            clock=trio.current_time,
+        )
         self._blocks = range(0)
         self._thread = ComputeThread()
         self._neighbours = Neighbours(host, directory, model, lambda: self._blocks, config.announce_s)
@@ -172,7 +181,17 @@ class Service:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)
             speed = await self._speed(lane, span)
-            inbound = Inbound(self.model, span, lane, budget, self._config, speed=speed, pusher=Pusher(self._host))
+            inbound = Inbound(
+                self.model,
+                span,
+                lane,
+                budget,
+                self._config,
+                self.admission,
+                self._rates,
+                speed=speed,
+                pusher=Pusher(self._host),
+            )
             self.server = server = Server(self.model, span, inbound, budget, lane, speed)
             handlers: dict[str, Handler] = {
                 INFERENCE_V1: inbound.answer_inference,

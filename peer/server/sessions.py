@@ -16,12 +16,14 @@ from petals.models.cache import SpanCache
 from petals.peer.concurrency import together
 from petals.peer.config import ServeConfig
 from petals.peer.lora import decode_lora
-from petals.peer.server.guard import Adapter, Guard, Plan, Refused, parse
+from petals.peer.server.admission import Admission
+from petals.peer.server.guard import DECODE_TOKENS, Adapter, Guard, Plan, Refused, parse
 from petals.peer.server.lane import Lane, Priority, Timed, Visitor
 from petals.peer.server.leases import CacheBudget, Lease
 from petals.peer.server.mailbox import Mailbox, Pushed
 from petals.peer.server.prefixes import PrefixStore
 from petals.peer.server.push import Pusher
+from petals.peer.server.quotas import Rates
 from petals.peer.server.steps import StepWork, whole
 from petals.peer.server.throughput import Speedometer
 from petals.protocols import messages_pb2 as pb
@@ -33,9 +35,6 @@ from petals.protocols.push import push_payload
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import WIRE_DTYPES, check_header, decode_tensor, encode_tensor
 from petals.protocols.types import ModelId, PeerId
-
-DECODE_TOKENS = 8
-"""New tokens per row up to which a step counts as decoding: drafts that are checked, too."""
 
 
 @dataclass(slots=True)
@@ -59,11 +58,13 @@ class Sessions(Guard):
         lane: Lane,
         budget: CacheBudget,
         config: ServeConfig,
+        admission: Admission,
+        rates: Rates,
         *,
         speed: Speedometer,
         pusher: Pusher,
     ) -> None:
-        super().__init__(model, span, lane, budget, config)
+        super().__init__(model, span, lane, budget, config, admission, rates)
         self._speed = speed
         self._pusher = pusher
         self._mailboxes: dict[bytes, Mailbox] = {}
@@ -101,6 +102,7 @@ class Sessions(Guard):
         nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length) + self._lora_bytes(factors)
         lease = await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000)
         with lease, self._mailbox(opening) as mailbox:
+            await self._turn(messages.remote_peer, 0, factors)
             adapter = await self._read_adapter(messages, opening, factors)
             cache = self.span.new_cache(blocks, opening.batch_size, opening.max_length)
             session = _Session(cache, adapter, mailbox, Visitor(), lease, plain=not factors)
@@ -161,7 +163,9 @@ class Sessions(Guard):
         if tokens > self.config.max_batch_tokens:
             raise Refused(pb.TOO_LONG, f"{tokens} tokens in one step, at most {self.config.max_batch_tokens}")
         self._check_answer(tokens)
-        tensors = await self._read_payload(messages, step_payload(step, opening, self.span.hidden_size))
+        plan = step_payload(step, opening, self.span.hidden_size)
+        await self._turn(messages.remote_peer, tokens, [*plan, _hidden_of(step)] if step.pushed_by else plan)
+        tensors = await self._read_payload(messages, plan)
         supplied = False
         if step.pushed_by:
             hidden, supplied = await self._pushed(messages, conversation, session.mailbox, step)
@@ -282,6 +286,6 @@ class Sessions(Guard):
             del self._mailboxes[opening.session_id]
 
 
-def _hidden_of(supply: pb.Supply) -> tuple[str, pb.Tensor, int]:
-    """The payload of a supply, whose shape its conversation has checked."""
-    return "hidden", supply.hidden, check_header(supply.hidden, name="hidden", shape=tuple(supply.hidden.shape))
+def _hidden_of(message: pb.Supply | pb.Step) -> tuple[str, pb.Tensor, int]:
+    """The input that a message announces, whose shape has been checked."""
+    return "hidden", message.hidden, check_header(message.hidden, name="hidden", shape=tuple(message.hidden.shape))

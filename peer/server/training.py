@@ -54,6 +54,7 @@ class Trainings(Guard):
         self._check_answer(tokens)
         lora_bytes = self._lora_bytes([entry for entry in plan if entry[0].startswith("lora.")])
         peer_id, wait_s = messages.remote_peer, self.config.max_wait_s
+        await self._turn(peer_id, tokens, plan)
         with await self._lease(peer_id, lora_bytes, wait_s) if lora_bytes else nullcontext():
             tensors = await self._read_payload(messages, plan)
             adapter = decode_lora(request.lora, tensors) or request.adapter or None

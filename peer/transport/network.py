@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -55,10 +56,12 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from petals.peer.concurrency import shielded_for
 from petals.peer.transport.addresses import Circuit, circuit_of, tcp_endpoint
 from petals.peer.transport.circuit import CircuitConn
-from petals.peer.transport.multistream import Dialler, Listener, proposal
+from petals.peer.transport.multistream import MULTISTREAM, Dialler, Listener, encode_line, proposal
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
 from petals.peer.transport.pipe import CircuitPipe, Pipe, RawPipe, TcpPipe
+from petals.peer.transport.pnet import NONCE_BYTES, SwarmCipher, SwarmKey, WrongSwarmKey, make_nonce
+from petals.peer.transport.private import PrivateConnection, PrivatePipe
 from petals.peer.transport.yamux import PROTOCOL as YAMUX_ID
 from petals.protocols.errors import ProtocolViolation, RemoteError
 from petals.protocols.types import PeerId
@@ -80,6 +83,9 @@ _STAGGER_S = 0.1
 """Between the starts of dials to several addresses of one peer: the first listed gets a head start."""
 
 
+_BLOCKED = "it is blocked here"
+
+
 def peer_id_text(peer_id: ID) -> PeerId:
     return PeerId(str(peer_id))
 
@@ -87,11 +93,20 @@ def peer_id_text(peer_id: ID) -> PeerId:
 # -- from a socket to a connection -----------------------------------------------------------------------------------
 
 
+_GREETING = encode_line(MULTISTREAM)
+
+
 class _Lines:
-    """multistream-select in the clear, on a raw connection."""
+    """multistream-select before Noise, on a raw connection."""
 
     def __init__(self, raw: IRawConnection) -> None:
         self._raw = raw
+        self._heard = b""
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the peer has said the first word of every libp2p connection."""
+        return self._heard == _GREETING
 
     async def dial(self, protocol: str) -> None:
         dialler = Dialler(protocol)
@@ -115,6 +130,10 @@ class _Lines:
         data = await self._raw.read(n)
         if not data:
             raise EOFError("peer closed the connection during the handshake")
+        if not self.greeted:  # bytes under a swarm key would else be a length, and waited for
+            self._heard += data[: len(_GREETING) - len(self._heard)]
+            if not _GREETING.startswith(self._heard):
+                raise ProtocolViolation("what is there speaks no libp2p, or wants a swarm key (--swarm_key FILE)")
         return data
 
 
@@ -153,16 +172,26 @@ async def upgrade(
     is_client: bool,
     on_stream: Callable[[MuxedStream], None],
     config: MuxerConfig,
+    swarm_key: SwarmKey | None = None,
 ) -> tuple[ID, Connection]:
     """Secure and mux a raw connection.
 
     Args:
         expected: whom we dialled; None: we listened, and take whoever can prove who it is.
         is_client: who speaks first. Who dials does, but for one of two who dialled each other at once.
-    Raises: one of _HANDSHAKE_ERRORS. The caller closes `raw` then.
+        swarm_key: what both ends must have; None: neither has one.
+    Raises: one of _HANDSHAKE_ERRORS; WrongSwarmKey as soon as it shows. The caller closes `raw` then.
     """
+    if swarm_key is not None:
+        raw = PrivateConnection(raw, SwarmCipher(swarm_key, make_nonce(secrets.token_bytes(NONCE_BYTES))))
+        await raw.begin()
     lines = _Lines(raw)
-    await (lines.dial(NOISE_ID) if is_client else lines.listen(NOISE_ID))
+    try:
+        await (lines.dial(NOISE_ID) if is_client else lines.listen(NOISE_ID))
+    except _HANDSHAKE_ERRORS as error:
+        if swarm_key is not None and not lines.greeted:  # whoever reads our bytes with another key hangs up
+            raise WrongSwarmKey from error
+        raise
     session = await _shake_hands(raw, noise, expected, is_client=is_client)
     # The library's handshake, our transport messages: take the two keys out of its state.
     protocol = cast(Any, session.conn).noise_state.noise_protocol
@@ -221,6 +250,8 @@ async def _agree_on_yamux(channel: _Channel, *, is_client: bool) -> bytes:
 
 
 def _pipe_of(raw: IRawConnection) -> Pipe:
+    if isinstance(raw, PrivateConnection):
+        return PrivatePipe(_pipe_of(raw.carrier), raw.cipher)
     if isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream):
         return TcpPipe(raw.stream.stream)
     return CircuitPipe(raw) if isinstance(raw, CircuitConn) else RawPipe(raw)
@@ -414,7 +445,10 @@ class Network(Swarm):
         handshake_s: float,
         max_connections: int,
         max_connections_per_peer: int,
+        swarm_key: SwarmKey | None = None,
+        blocked: frozenset[PeerId] = frozenset(),
     ) -> None:
+        self._swarm_key, self._blocked = swarm_key, blocked
         self._noise = NoiseTransport(key_pair, noise_privkey=new_noise_key_pair().private_key)
         self._muxer, self._transport = muxer, transport
         self._connect_s, self._handshake_s = connect_s, handshake_s
@@ -459,6 +493,9 @@ class Network(Swarm):
         conn = self.live_conn(peer_id)
         return conn is not None and not conn.is_relayed
 
+    def is_blocked(self, peer_id: ID) -> bool:
+        return peer_id_text(peer_id) in self._blocked
+
     async def accept(self, stream: trio.SocketStream, maddr: Multiaddr) -> None:
         """A stranger's socket: make it a connection within `handshake_s`, or close it. Never raises."""
         raw = RawConnection(TrioTCPStream(stream), False)
@@ -467,7 +504,10 @@ class Network(Swarm):
             with trio.fail_after(self._handshake_s):
                 await self._upgrade(raw, expected, is_client=expected is not None)
         except _HANDSHAKE_ERRORS as error:
-            log.debug("inbound connection at %s refused: %r", maddr, error)
+            if isinstance(error.__cause__, WrongSwarmKey):
+                log.info("connection at %s refused: %s", maddr, error.__cause__)
+            else:
+                log.debug("inbound connection at %s refused: %r", maddr, error)
 
     async def accept_circuit(self, circuit: CircuitConn) -> NetworkConn:
         """A call that came through a relay. Raises SwarmException."""
@@ -492,6 +532,8 @@ class Network(Swarm):
                 muxed = await self._mux_stock(raw, expected)
             else:
                 muxed = await self._mux(raw, expected, is_client=is_client)
+            if self.is_blocked(muxed.peer_id):
+                raise SwarmException(_BLOCKED)
             return await self.add_conn(muxed, "outbound" if is_client else "inbound")
         except BaseException as error:
             with trio.CancelScope(shield=True):
@@ -514,6 +556,7 @@ class Network(Swarm):
             is_client=is_client,
             on_stream=on_stream,
             config=self._muxer,
+            swarm_key=self._swarm_key,
         )
         connection.on_frozen = lambda: self.on_frozen(peer_id)
         muxed = LibraryConn(connection, peer_id, raw)
@@ -595,6 +638,8 @@ class Network(Swarm):
                 return conn
             if self.is_frozen(peer_id):
                 raise SwarmException("it has stopped answering")
+            if self.is_blocked(peer_id):
+                raise SwarmException(_BLOCKED)
             if (dial := self._dials.get(peer_id)) is None:
                 return await self._dial_first(peer_id, addrs)
             await dial.done.wait()
@@ -618,7 +663,8 @@ class Network(Swarm):
         if not addrs:
             raise SwarmException("no address of it is known")
         winners: list[NetworkConn] = []
-        failures: dict[str, str] = {str(addr): f"no answer in {self._connect_s:g} s" for addr in addrs}
+        under = " under our swarm key" if self._swarm_key is not None else ""
+        failures: dict[str, str] = {str(addr): f"no answer in {self._connect_s:g} s{under}" for addr in addrs}
         with trio.move_on_after(self._connect_s):
             async with trio.open_nursery() as nursery:
 
@@ -713,6 +759,7 @@ class Network(Swarm):
                         is_client=True,
                         on_stream=MuxedStream.reset_nowait,
                         config=self._muxer,
+                        swarm_key=self._swarm_key,
                     )
                 except _HANDSHAKE_ERRORS as error:
                     log.debug("no dial-back of %s at %s: %s", peer_id, addr, error)

@@ -30,7 +30,8 @@ class Pipe(Protocol):
         ...
 
     def try_send(self, pieces: Sequence[bytes | memoryview]) -> int:
-        """As much of `pieces`, one after the other, as goes without waiting; returns that number of bytes."""
+        """As much of `pieces`, one after the other, as goes without waiting; returns that number of bytes. What is left
+        is what must be sent next."""
         ...
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None: ...

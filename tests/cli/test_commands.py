@@ -142,6 +142,8 @@ MISTAKES = [
     (["peer", "--serve", "0:1", "--generate", "x", "--route_timeout", "2"], "blocks 1:30"),
     (["peer", "--serve", "0:1", "--colour"], "unrecognized arguments: --colour"),
     (["keygen", "identities/local-1.key"], "exists already"),
+    (["keygen", "--swarm", "--api", "x"], "give one of them"),
+    (["status", "--initial_peers", NOBODY, "--swarm_key", "README.md"], "README.md holds no swarm key"),
 ]  # fmt: skip
 
 

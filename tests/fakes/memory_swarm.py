@@ -24,10 +24,12 @@ from petals.peer.client.routing import find_route
 from petals.peer.client.session import RemoteSession
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.config import ServeConfig, Timeouts
+from petals.peer.server.admission import Admission
 from petals.peer.server.inbound import Inbound
 from petals.peer.server.lane import Priority, Timed
 from petals.peer.server.leases import CacheBudget
 from petals.peer.server.push import Pusher
+from petals.peer.server.quotas import Rates
 from petals.peer.server.throughput import Speedometer, Throughput
 from petals.peer.transport.loopback import LoopbackStream, loopback_pair
 from petals.protocols.errors import PeerUnreachable, SwarmError
@@ -126,13 +128,16 @@ class MemorySwarm:
         self.watcher = SwarmWatcher(self.host, self, MODEL, update_s=5.0)  # type: ignore[arg-type]
         self._names = iter(range(1_000_000))
 
-    def add(self, span: BlockSpan) -> MemoryServer:
+    def add(self, span: BlockSpan, *, rates: Rates | None = None) -> MemoryServer:
         """A new server of these blocks."""
         peer_id = PeerId(f"server-{next(self._names)}")
         lane: Any = InlineLane(self.dice)
         speed = Speedometer(Throughput(100.0, 100.0), fixed=True)
         host: Any = MemoryHost(self, peer_id)
-        inbound = Inbound(MODEL, span, lane, CacheBudget(64 << 20), ServeConfig(), speed=speed, pusher=Pusher(host))
+        admission, rates = Admission(peer_id), rates or Rates(None, None, frozenset(), trio.current_time)
+        inbound = Inbound(
+            MODEL, span, lane, CacheBudget(64 << 20), ServeConfig(), admission, rates, speed=speed, pusher=Pusher(host)
+        )
         self.servers[peer_id] = server = MemoryServer(peer_id, inbound, lane)
         return server
 

@@ -114,10 +114,15 @@ class JsPeer:
 
 
 @asynccontextmanager
-async def js_peer() -> AsyncIterator[tuple[str, Callable[[str, str], object]]]:
+async def js_peer(swarm_key: bytes = b"") -> AsyncIterator[tuple[str, Callable[[str, str], object]]]:
+    """
+    Args:
+        swarm_key: a key file's content, for a private network.
+    """
     script = install_js()
+    environment = {**os.environ, "SWARM_KEY": swarm_key.decode()}
     process = await trio.lowlevel.open_process(
-        ["node", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=script.parent
+        ["node", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=script.parent, env=environment
     )
     try:
         peer = JsPeer(process)

@@ -13,6 +13,7 @@ import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
 from petals.peer.host import Host, HostConfig, open_host
+from petals.peer.transport.pnet import SwarmKey, encode_swarm_key
 from petals.protocols.errors import PeerUnreachable
 from petals.protocols.stream import ByteStream
 from petals.protocols.types import PeerId
@@ -33,11 +34,16 @@ async def reset(stream: ByteStream) -> None:
 
 
 @asynccontextmanager
-async def meeting(kind: str, folder: Path) -> AsyncIterator[tuple[Host, str, Dial]]:
-    """Our host, the foreign peer's address, and a way to have it dial."""
+async def meeting(
+    kind: str, folder: Path, *, ours: SwarmKey | None = None, theirs: SwarmKey | None = None
+) -> AsyncIterator[tuple[Host, str, Dial]]:
+    """Our host, the foreign peer's address, and a way to have it dial; each with a swarm key, where one is given."""
+    # A foreign listener with another key may take our first words for a short line, and wait for the rest of it.
+    connect_s = 2.0 if ours != theirs and ours is not None else 5.0
+    config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=ours, connect_s=connect_s)
     async with (
-        js_peer() if kind == "js" else go_peer(folder) as (addr, dial),
-        open_host(create_new_key_pair(), HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))) as host,
+        js_peer(encode_swarm_key(theirs) if theirs else b"") if kind == "js" else go_peer(folder) as (addr, dial),
+        open_host(create_new_key_pair(), config) as host,
     ):
         host.set_handler(ECHO, echo)
         host.set_handler(RESET, reset)
@@ -66,6 +72,37 @@ async def test_we_dial_them(kind: str, tmp_path: Path) -> None:
         await stream.write(b"x")
         assert await end_of(stream) == ("ended" if kind == "go" else "reset")
         assert await host.ping(peer_id) > 0
+
+
+KEY, OTHER = SwarmKey(bytes(range(32))), SwarmKey(bytes(range(1, 33)))
+
+
+async def test_a_private_network_with_js() -> None:
+    """Their pnet is the specification's, and so is ours."""
+    async with meeting("js", Path(), ours=KEY, theirs=KEY) as (host, addr, dial):
+        for command in ("ping", "echo", "many", "reset"):
+            assert await dial(command, host.addrs[0]) is True, command
+        peer_id = await host.connect(addr)
+        await ask(host, peer_id, 16 * MIB, half_close=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "theirs"),
+    [("js", KEY, OTHER), ("js", KEY, None), ("js", None, KEY), ("go", KEY, None)],  # go's daemon takes no key
+    ids=["js has another", "js has none", "js has one, we none", "go has none"],
+)
+async def test_strangers_to_a_private_network(
+    kind: str, ours: SwarmKey | None, theirs: SwarmKey | None, tmp_path: Path
+) -> None:
+    async with meeting(kind, tmp_path, ours=ours, theirs=theirs) as (host, addr, dial):
+        with pytest.raises(PeerUnreachable, match=r"swarm.key"):
+            await host.connect(addr)
+        try:
+            answer = await dial("ping", host.addrs[0])
+        except AssertionError as error:  # the daemon's way of saying no
+            answer = str(error)
+        assert answer is not True
+        assert host.connected_peers() == ()
 
 
 async def end_of(stream: ByteStream) -> str:

@@ -13,7 +13,7 @@ import trio
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.peer.config import NatConfig, PeerConfig, ServeConfig, Timeouts
+from petals.peer.config import PeerConfig, ServeConfig, Timeouts
 from petals.peer.node import Peer, open_peer
 from tests.models.tiny import CASES, save_tiny
 
@@ -27,17 +27,18 @@ class Swarm:
     peers: list[Peer] = field(default_factory=list)
     scopes: dict[str, trio.CancelScope] = field(default_factory=dict)
     gone: dict[str, trio.Event] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=dict)
+    """What every peer's `PeerConfig` has besides."""
 
     async def add(
         self,
         blocks: range | None = None,
         *,
         identity: Path | None = None,
-        listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",),
-        nat: NatConfig | None = None,
+        also: dict[str, Any] | None = None,
         **serve: Any,
     ) -> Peer:
-        """A peer that serves `blocks`, or only asks."""
+        """A peer that serves `blocks`, or only asks; `also` has more of its `PeerConfig`."""
         settings = None
         if blocks is not None or serve:
             settings = ServeConfig(blocks=blocks, **{"throughput": 100.0, "cache_bytes": 256 << 20, **serve})
@@ -45,10 +46,12 @@ class Swarm:
             model=self.model,
             serve=settings,
             identity=identity,
-            listen=listen,
-            nat=nat or NatConfig(),
-            initial_peers=self.peers[0].addrs if self.peers else (),
-            timeouts=Timeouts(route_s=8.0),
+            **{
+                "initial_peers": self.peers[0].addrs if self.peers else (),
+                "timeouts": Timeouts(route_s=8.0),
+                **self.common,
+                **(also or {}),
+            },
         )
         peer: Peer = await self.nursery.start(self._run, config)
         self.peers.append(peer)

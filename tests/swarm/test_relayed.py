@@ -43,7 +43,7 @@ def circuits(peer: Peer) -> int:
 
 async def hidden_server(swarm: Swarm, relays: int) -> Peer:
     """A server that listens on nothing, once it has places at so many relays, which it found by itself."""
-    server = await swarm.add(range(4), listen=())
+    server = await swarm.add(range(4), also={"listen": ()})
     await until(lambda: len([addr for addr in server.addrs if "p2p-circuit" in addr]) == relays)
     return server
 
@@ -53,7 +53,7 @@ async def test_a_server_nobody_can_dial_serves_and_moves_to_a_direct_way_in_the_
     make_swarm: Callable[..., Swarm], tiny_truth: Truth
 ) -> None:
     swarm = make_swarm(tiny_truth.directory)
-    relay = await swarm.add(nat=NatConfig(relay=RelayLimits()))
+    relay = await swarm.add(also={"nat": NatConfig(relay=RelayLimits())})
     server = await hidden_server(swarm, 1)
     client = await swarm.add()
     asked = await client.client()
@@ -87,7 +87,7 @@ async def test_a_relay_that_goes_in_the_middle_costs_no_token(
 ) -> None:
     swarm = make_swarm(tiny_truth.directory)
     await swarm.add()
-    relays = [await swarm.add(nat=NatConfig(relay=RelayLimits())) for _ in range(2)]
+    relays = [await swarm.add(also={"nat": NatConfig(relay=RelayLimits())}) for _ in range(2)]
     server = await hidden_server(swarm, 2)
     asked = await (await swarm.add()).client()
     await asked.ready()

@@ -11,6 +11,7 @@ import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
 from petals.peer.host import Host, HostConfig, open_host
+from petals.peer.transport.pnet import SwarmKey
 from petals.protocols.stream import ByteStream
 from tests.fakes.streams import memory_stream_pair
 
@@ -54,7 +55,7 @@ async def meet(client: Host, server: Host) -> tuple[ByteStream, ByteStream]:
         return near, await receive.receive()
 
 
-@pytest.fixture(params=["memory", "petals", pytest.param("stock", marks=pytest.mark.stock)])
+@pytest.fixture(params=["memory", "petals", "private", pytest.param("stock", marks=pytest.mark.stock)])
 async def make_pair(request: pytest.FixtureRequest) -> AsyncIterator[MakePair]:
     """Makes new pairs of stream ends: (the opener's, the other's), all on one connection."""
     if request.param == "memory":
@@ -66,7 +67,10 @@ async def make_pair(request: pytest.FixtureRequest) -> AsyncIterator[MakePair]:
         return
     if request.param == "stock" and (reason := STOCK_CANNOT.get(request.node.originalname)):
         pytest.skip(f"the stock stack cannot: {reason}")
-    async with two_hosts(replace(LOOPBACK, transport=request.param)) as (client, server):
+    config = replace(LOOPBACK, transport="stock" if request.param == "stock" else "petals")
+    if request.param == "private":
+        config = replace(config, swarm_key=SwarmKey(bytes(range(32))))
+    async with two_hosts(config) as (client, server):
 
         async def real() -> tuple[ByteStream, ByteStream]:
             return await meet(client, server)

@@ -12,6 +12,14 @@ const { yamux } = await import('@chainsafe/libp2p-yamux')
 const { ping } = await import('@libp2p/ping')
 const { multiaddr } = await import('@multiformats/multiaddr')
 
+
+// xsalsa20 1.2.0, below @libp2p/pnet: its ciphers share one WebAssembly memory, and once pieces exceed a page each of a
+// connection's two grows it anew whenever the other has, until Node dies. Without WebAssembly it takes its JavaScript.
+const { WebAssembly } = globalThis
+delete globalThis.WebAssembly
+const { preSharedKey } = await import('@libp2p/pnet')
+globalThis.WebAssembly = WebAssembly
+
 const ECHO = '/test/echo/1'
 const RESET = '/test/reset/1'
 const PIECE = 65536
@@ -21,6 +29,7 @@ const node = await createLibp2p({
   transports: [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
+  ...(process.env.SWARM_KEY ? { connectionProtector: preSharedKey({ psk: Buffer.from(process.env.SWARM_KEY) }) } : {}),
   services: { ping: ping() }
 })
 
