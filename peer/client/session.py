@@ -228,6 +228,8 @@ class RemoteSession:
 
     async def _take_better_ways(self) -> None:
         """Go on over a direct connection where a session began over a relay, at the same server."""
+        if self._row_order is not None:
+            return  # the old caches' rows are in an order that no history has; the next step puts them right
         for index, hop in enumerate(self.hops):
             if trio.current_time() < hop.move_at or not self._host.has_better_way(hop.messages.stream):
                 continue
@@ -245,7 +247,6 @@ class RemoteSession:
                 if moved is not None:
                     await moved.reset()
                 raise
-            moved.rebuilt = True
             self.hops[index] = moved
             await hop.close()
             if self.standbys is not None:

@@ -74,6 +74,13 @@ class MemoryHost:
         self._swarm.nursery.start_soon(server.answer, protocol, far)
         return near
 
+    def has_better_way(self, stream: object) -> bool:
+        """Now and then the dice say that a session could leave its relay."""
+        return self._swarm.dice.random() < self._swarm.better_ways
+
+    def link(self, peer_id: PeerId) -> str:
+        return "direct"
+
     async def ping(self, peer_id: PeerId) -> float:
         await trio.lowlevel.checkpoint()
         if peer_id not in self._swarm.servers:
@@ -126,6 +133,8 @@ class MemorySwarm:
         self.servers: dict[PeerId, MemoryServer] = {}
         self.host: Any = MemoryHost(self, CLIENT)
         self.watcher = SwarmWatcher(self.host, self, MODEL, update_s=5.0)  # type: ignore[arg-type]
+        self.better_ways = 0.0
+        """How often, of all steps at all hops, a better connection to a hop's server turns up."""
         self._names = iter(range(1_000_000))
 
     def add(self, span: BlockSpan, *, rates: Rates | None = None) -> MemoryServer:

@@ -96,6 +96,7 @@ async def weather(swarm: MemorySwarm, chain: LocalChain, log: list[float]) -> No
         standby = swarm.nursery if swarm.dice.random() < 0.3 else None
         push = swarm.dice.random() < 0.7
         piece_tokens = swarm.dice.choice((0, 2, 4))
+        swarm.better_ways = swarm.dice.choice((0.0, 0.0, 0.1))
         session = await swarm.open_session(
             range(4), BATCH, LENGTH, push=push, standby_in=standby, piece_tokens=piece_tokens
         )
