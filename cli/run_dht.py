@@ -14,7 +14,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
     """Hold the swarm's directory until cancelled."""
     import trio
 
-    from petals.cli.peer import peer_ids
+    from petals.cli.peer import peer_ids, token_of
     from petals.peer.bootstrap import open_bootstrap
 
     async with open_bootstrap(
@@ -22,6 +22,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
         listen=tuple(options.listen or ("/ip4/127.0.0.1/tcp/0",)),
         initial_peers=tuple(options.initial_peers),
         swarm_key=options.swarm_key,
+        invitation=token_of(options.invitation),
         blocked=peer_ids(options.block),
         transport=options.transport,
     ) as host:

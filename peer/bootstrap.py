@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,8 +12,8 @@ from typing import Literal
 from petals.peer.host import Host, HostConfig
 from petals.peer.identity import create_identity, load_or_create_identity
 from petals.peer.info import answer_info
+from petals.peer.invitation import find_way_in
 from petals.peer.joining import open_membership
-from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.info import INFO_V1
 from petals.protocols.types import PeerId
 
@@ -24,6 +25,7 @@ async def open_bootstrap(
     listen: Sequence[str],
     initial_peers: Sequence[str] = (),
     swarm_key: Path | None = None,
+    invitation: str | None = None,
     blocked: frozenset[PeerId] = frozenset(),
     transport: Literal["petals", "stock"] = "petals",
 ) -> AsyncIterator[Host]:
@@ -33,9 +35,8 @@ async def open_bootstrap(
         UserError: as `open_peer`.
     """
     own = load_or_create_identity(identity) if identity is not None else create_identity()
-    settings = HostConfig(
-        listen=tuple(listen), swarm_key=load_swarm_key(swarm_key), blocked=blocked, transport=transport
-    )
-    async with open_membership(own, settings, initial_peers) as (host, _, _):
+    way_in = find_way_in(initial_peers, swarm_key, invitation, now=time.time())
+    settings = HostConfig(listen=tuple(listen), swarm_key=way_in.swarm_key, blocked=blocked, transport=transport)
+    async with open_membership(own, settings, way_in.initial_peers) as (host, _, _):
         host.set_handler(INFO_V1, partial(answer_info, lambda digest: []))
         yield host
