@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from petals.peer.identity import create_identity, signer_of
 from petals.peer.invitation import accept, find_way_in, issue, shown
+from petals.peer.pretrained import ClientConfig
 from petals.peer.server import admission
 from petals.peer.server.admission import Admission, NotAdmitted
 from petals.peer.transport.pnet import SwarmKey
@@ -162,6 +164,14 @@ def test_what_is_remembered_is_bounded_and_expires(monkeypatch: pytest.MonkeyPat
         server.admit(BOB, request(texts[2], BOB))
     clock.now += 1.5 * 86400
     server.admit(BOB, request(texts[2], BOB))
+
+
+def test_from_pretrained_passes_it_on() -> None:
+    config = ClientConfig(swarm_key="swarm.key", invitation=TOKEN, identity="my.key").peer_config()
+    assert config.swarm_key == Path("swarm.key")
+    assert config.identity == Path("my.key")
+    assert (config.invitation, config.initial_peers) == (TOKEN, ())
+    assert TOKEN not in repr(config)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import trio
 
 from petals.models.causal_lm import load_causal_lm
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.config import PeerConfig
+from petals.peer.config import PeerConfig, Timeouts
 from petals.peer.identity import create_identity
 from petals.peer.invitation import issue
 from petals.peer.node import Peer, open_peer
@@ -73,7 +73,7 @@ async def test_blocks_are_for_the_listed_and_the_directory_for_all(
     friend_key = tmp_path / "friend.key"
     swarm = make_swarm(tiny_truth.directory)
     server = await swarm.add(range(4), allowed=frozenset({name_of(friend_key)}))
-    stranger = await swarm.add()
+    stranger = await swarm.add(also={"timeouts": Timeouts(route_s=120.0)})
     friend = await swarm.add(identity=friend_key)
     assert torch.equal(await generated(friend, tiny_truth), expected(tiny_truth))
     assert torch.equal(await generated(server, tiny_truth), expected(tiny_truth)), "a server may ask itself"
@@ -81,7 +81,7 @@ async def test_blocks_are_for_the_listed_and_the_directory_for_all(
     assert len(await stranger.directory.lookup(client.model)) == 1
     assert await stranger.host.ping(server.peer_id) > 0
     hidden = torch.zeros(1, 2, client.checkpoint.hidden_size)
-    with trio.fail_after(5), pytest.raises(Forbidden, match=f"not for {stranger.peer_id}"):
+    with trio.fail_after(60), pytest.raises(Forbidden, match=f"not for {stranger.peer_id}"):
         await client.open_session(client.blocks, 1, 8)
     chain = client.chain(ClientOptions(max_retries=0))
     for needs_grad in (False, True):
