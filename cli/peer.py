@@ -46,20 +46,25 @@ def block_range(text: str) -> range:
     )
 
 
+def token_of(word: str | None) -> str | None:
+    """An invitation as it is given; @FILE stands for the one in a file."""
+    return _read(word[1:]) if word is not None and word.startswith("@") else word
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can not read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def peer_ids(words: Sequence[str]) -> frozenset[PeerId]:
     """Peer IDs as they are written; @FILE stands for those in a file, one per line, # and what follows aside."""
     from petals.peer.identity import parse_peer_id
 
     found: set[PeerId] = set()
     for word in words:
-        lines = [word]
-        if word.startswith("@"):
-            try:
-                lines = Path(word[1:]).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"can not read the list {word[1:]}: {getattr(error, 'strerror', None) or error}"
-                ) from None
+        lines = _read(word[1:]).splitlines() if word.startswith("@") else [word]
         found.update(parse_peer_id(text) for line in lines if (text := line.partition("#")[0].strip()))
     return frozenset(found)
 
@@ -118,6 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)"
     )
+    network.add_argument("--invitation", metavar="TOKEN",
+                         help="join by what `petals invite` printed, or what is in @FILE")  # fmt: skip
     network.add_argument("--block", metavar="PEER_ID", nargs="+", default=[],
                          help="close the connections of these peers; @FILE: those listed there")  # fmt: skip
     network.add_argument("--swarm_key", metavar="FILE", type=Path,
@@ -175,6 +182,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          "free of the rates below; @FILE: those listed there")  # fmt: skip
     serving.add_argument("--allow", metavar="PEER_ID", nargs="+",
                          help="only these peers may use the blocks; @FILE: those listed there")  # fmt: skip
+    serving.add_argument("--invited_by", metavar="PEER_ID", nargs="*",
+                         help="only bearers of these peers' invitations, or of this server's own, may use the blocks "
+                         "(and whom --allow names)")  # fmt: skip
     serving.add_argument("--max_peer_sessions", metavar="N", type=int, default=64,
                          help="sessions and requests of one peer at a time (default: 64)")  # fmt: skip
     serving.add_argument("--max_peer_share", metavar="S", type=float, default=1.0,
@@ -207,12 +217,13 @@ def lan_config(options: argparse.Namespace) -> LanConfig | None:
     if options.no_mdns or options.transport == "stock" or _stays_here(options):
         return None
     serves = options.bootstrap or options.serve is not None or options.num_blocks is not None
+    joins = bool(options.initial_peers) or options.invitation is not None
     # Who was told where to go, or what to hold, need not wait for others to decide.
-    knows = bool(options.initial_peers) or options.new_swarm or options.bootstrap or bool(options.serve)
+    knows = joins or options.new_swarm or options.bootstrap or bool(options.serve)
     return LanConfig(
         swarm=options.swarm,
         search_s=0.0 if knows else LanConfig().search_s,
-        required=not serves and not options.initial_peers,
+        required=not serves and not joins,
     )
 
 
@@ -247,6 +258,7 @@ async def run(options: argparse.Namespace) -> None:
             throughput=options.throughput,
             favoured=peer_ids(options.favour),
             allowed=None if options.allow is None else peer_ids(options.allow),
+            invited_by=None if options.invited_by is None else peer_ids(options.invited_by),
             max_sessions_per_peer=options.max_peer_sessions,
             max_peer_share=options.max_peer_share,
             max_peer_tokens_s=options.max_peer_tokens_s,
@@ -270,6 +282,7 @@ async def run(options: argparse.Namespace) -> None:
         nat=nat_config(options),
         lan=lan_config(options),
         swarm_key=options.swarm_key,
+        invitation=token_of(options.invitation),
         blocked=peer_ids(options.block),
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),
@@ -293,8 +306,8 @@ async def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.new_swarm and options.initial_peers:
-        raise UserError("--new_swarm starts a swarm and --initial_peers joins one: give one of them")
+    if options.new_swarm and (options.initial_peers or options.invitation):
+        raise UserError("--new_swarm starts a swarm, --initial_peers and --invitation join one: give one of them")
     serves = options.serve is not None or options.num_blocks is not None
     if options.serve and options.num_blocks is not None:
         raise UserError("--serve says which blocks, --num_blocks lets the peer choose: give one of them")
@@ -315,7 +328,10 @@ def _check(options: argparse.Namespace) -> None:
     asks = options.chat or options.generate is not None or options.http is not None
     if not serves and not asks:
         raise UserError('nothing to do: give --serve A:B to hold blocks, --generate "...", --chat or --http to ask')
-    if not serves and not options.initial_peers and (options.no_mdns or _stays_here(options)):
+    if options.invitation is not None and options.identity is None:
+        _say("an invitation holds for the peer ID that uses it first: give --identity FILE to be the same peer again")
+    alone = options.no_mdns or _stays_here(options)
+    if not serves and not options.initial_peers and options.invitation is None and alone:
         raise UserError("nobody to ask: give --initial_peers ADDR, or hold the blocks here with --serve")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise UserError("--max_new_tokens must be at least 1")

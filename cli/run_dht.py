@@ -14,7 +14,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
     """Hold the swarm's directory until cancelled."""
     import trio
 
-    from petals.cli.peer import lan_config, nat_config, peer_ids
+    from petals.cli.peer import lan_config, nat_config, peer_ids, token_of
     from petals.peer.bootstrap import open_bootstrap
 
     async with open_bootstrap(
@@ -22,6 +22,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
         listen=tuple(options.listen),
         initial_peers=tuple(options.initial_peers),
         swarm_key=options.swarm_key,
+        invitation=token_of(options.invitation),
         blocked=peer_ids(options.block),
         transport=options.transport,
         relay=nat_config(options).relay,

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petals.protocols.errors import UserError
+
 if TYPE_CHECKING:
     from petals.dht.records import ServerRecord
     from petals.peer.status import ModelStatus
@@ -25,7 +27,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "how others reach it (direct, mapped, relayed), and how this command did (direct, punched, relayed).",
         allow_abbrev=False,
     )
-    parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", required=True, help="peers of the swarm")
+    parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm")
+    parser.add_argument(
+        "--invitation", metavar="TOKEN", help="instead: they, and the swarm key, may be in it; or @FILE"
+    )
     parser.add_argument("--swarm_key", metavar="FILE", type=Path, help="key of a private swarm")
     parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
     parser.add_argument("--interval", metavar="S", type=float, default=2.0, help="of --watch (default: 2 s)")
@@ -38,10 +43,16 @@ async def run(options: argparse.Namespace) -> None:
     """Look once, or until cancelled."""
     import trio
 
+    from petals.cli.peer import token_of
     from petals.peer.status import open_observer
 
+    if not options.initial_peers and options.invitation is None:
+        raise UserError("which swarm? give --initial_peers ADDR, or --invitation TOKEN")
+    invitation = token_of(options.invitation)
     live = options.watch and sys.stdout.isatty() and not options.json
-    async with open_observer(tuple(options.initial_peers), swarm_key=options.swarm_key) as observer:
+    async with open_observer(
+        tuple(options.initial_peers), swarm_key=options.swarm_key, invitation=invitation
+    ) as observer:
         while True:
             models = await observer.look()
             if options.json:

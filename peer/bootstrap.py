@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,9 +14,9 @@ from petals.peer.config import LanConfig, NatConfig, RelayLimits
 from petals.peer.host import Host, HostConfig
 from petals.peer.identity import create_identity, load_or_create_identity
 from petals.peer.info import answer_info
+from petals.peer.invitation import find_way_in
 from petals.peer.joining import open_membership
 from petals.peer.reachability import Ladder
-from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.info import INFO_V1
 from petals.protocols.types import PeerId
 
@@ -29,6 +30,7 @@ async def open_bootstrap(
     listen: Sequence[str],
     initial_peers: Sequence[str] = (),
     swarm_key: Path | None = None,
+    invitation: str | None = None,
     blocked: frozenset[PeerId] = frozenset(),
     transport: Literal["petals", "stock"] = "petals",
     relay: RelayLimits | None = None,
@@ -46,10 +48,9 @@ async def open_bootstrap(
         UserError: as `open_peer`.
     """
     own = load_or_create_identity(identity) if identity is not None else create_identity()
-    settings = HostConfig(
-        listen=tuple(listen), swarm_key=load_swarm_key(swarm_key), blocked=blocked, transport=transport
-    )
-    async with open_membership(own, settings, initial_peers, lan) as (host, directory, nursery):
+    way_in = find_way_in(initial_peers, swarm_key, invitation, now=time.time())
+    settings = HostConfig(listen=tuple(listen), swarm_key=way_in.swarm_key, blocked=blocked, transport=transport)
+    async with open_membership(own, settings, way_in.initial_peers, lan) as (host, directory, nursery):
         if relay is not None:
             ladder = Ladder(host, directory, NatConfig(relay=relay), _nobody_to_tell, progress)
             nursery.start_soon(ladder.run)

@@ -66,7 +66,10 @@ class ServeConfig:
     max_peer_bytes_s: float | None = None
     """Bytes of tensors per second, in and out, of one peer; favoured ones may have more. None: no such limit."""
     allowed: frozenset[PeerId] | None = None
-    """Only these may use the blocks; None: everybody."""
+    """Only these may use the blocks, and whom `invited_by` or the server itself has invited; None: everybody."""
+    invited_by: frozenset[PeerId] | None = None
+    """Bearers of these peers' invitations may use the blocks, and of the server's own; only they (and `allowed`), if
+    it is not None."""
     max_batch_tokens: int = 16384
     """Most tokens (batch x length) of one step, forward or backward."""
     prefill_chunk_tokens: int = 512
@@ -179,6 +182,8 @@ class PeerConfig:
     nat: NatConfig = field(default_factory=NatConfig)
     lan: LanConfig | None = None
     """Join peers on the local network; None: do not, and do not tell them."""
+    invitation: str | None = field(default=None, repr=False)
+    """A token (`petals invite`): it may bring initial peers and swarm key along, and is shown to servers."""
     blocked: frozenset[PeerId] = frozenset()
     """Peers whose connections are closed, whoever dials."""
     swarm_key: Path | None = None

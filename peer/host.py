@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
+from weakref import WeakKeyDictionary
 
 import trio
 from libp2p.abc import IHost, IListener, INetConn, INetStream, INetwork, INotifee
@@ -187,6 +188,8 @@ class Host:
         self._half_open: dict[trio.CancelScope, None] = {}
         self._frozen: dict[PeerId, None] = {}
         self._on_peer: list[Callable[[PeerId], None]] = []
+        self._introduction: tuple[frozenset[str], Callable[[PeerId], Awaitable[None]]] | None = None
+        self._introduced: WeakKeyDictionary[NetworkConn, _Introduced] = WeakKeyDictionary()
         network.on_stream = self._take_stream
         network.is_frozen = lambda peer_id: PeerId(str(peer_id)) in self._frozen
         network.on_frozen = self._note_frozen
@@ -230,6 +233,11 @@ class Host:
     def on_peer(self, callback: Callable[[PeerId], None]) -> None:
         """Call `callback` with every peer that gets connected from now on, whoever dialled. It must not block."""
         self._on_peer.append(callback)
+
+    def introduce(self, protocols: Collection[str], introduce: Callable[[PeerId], Awaitable[None]]) -> None:
+        """Await `introduce(peer)` once per connection, before we open the first stream of one of `protocols` on it.
+        What it raises is raised there, and it is asked again the next time."""
+        self._introduction = frozenset(protocols), introduce
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -308,7 +316,14 @@ class Host:
         """
         if peer_id == self.peer_id:
             return await self._open_loopback(protocol)
-        return await self.open_stream_on(await self._connect(peer_id, addrs), protocol)
+        conn = await self._connect(peer_id, addrs)
+        if self._introduction is not None and protocol in self._introduction[0]:
+            introduced = self._introduced.setdefault(conn, _Introduced())
+            async with introduced.lock:
+                if not introduced.done:
+                    await self._introduction[1](peer_id)
+                    introduced.done = True
+        return await self.open_stream_on(conn, protocol)
 
     async def open_stream_on(self, conn: NetworkConn, protocol: str) -> ByteStream:
         """A stream of one connection in particular. Raises as `open_stream` does."""
@@ -518,6 +533,14 @@ class _BasicHost(BasicHost):
     def get_addrs(self) -> list[Multiaddr]:
         me = Multiaddr(f"/p2p/{self.get_id()}")
         return [addr.encapsulate(me) for addr in self.own_addrs()]
+
+
+@dataclass(eq=False)
+class _Introduced:
+    """Whether a connection's other end knows why it should serve us."""
+
+    lock: trio.Lock = field(default_factory=trio.Lock)
+    done: bool = False
 
 
 class StockStream:

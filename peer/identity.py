@@ -36,6 +36,11 @@ class Identity:
     peer_id: PeerId
 
     @property
+    def private_key(self) -> bytes:
+        """The secret half, as key files hold it."""
+        return self.key_pair.private_key.serialize()
+
+    @property
     def public_key(self) -> bytes:
         """The public half in libp2p's protobuf form, as signed records carry it."""
         return self.key_pair.public_key.serialize()
@@ -125,6 +130,28 @@ def parse_peer_id(text: str) -> PeerId:
     except Exception:  # base58 and multihash raise half a dozen unrelated kinds
         raise UserError(f"{text[:80]!r} is no peer ID; `petals keygen` prints them, like 12D3KooW...") from None
     return PeerId(str(peer_id))
+
+
+def decode_identity(private_key: bytes) -> Identity:
+    """The identity of a private key in libp2p's protobuf form.
+
+    Raises:
+        IdentityError: it is none. The message quotes nothing of it.
+    """
+    try:
+        private = deserialize_private_key(private_key)
+        return _identity(KeyPair(private, private.get_public_key()))
+    except Exception:  # as in `load_identity`
+        raise IdentityError("no private key in libp2p's encoding") from None
+
+
+def signer_of(public_key: bytes, data: bytes, signature: bytes) -> PeerId | None:
+    """Whose `signature` over `data` this is; None: not the one of that key."""
+    try:
+        key = deserialize_public_key(public_key)
+        return PeerId(ID.from_pubkey(key).to_base58()) if key.verify(data, signature) else None
+    except Exception:  # as in `verify`
+        return None
 
 
 def verify(peer_id: PeerId, public_key: bytes, data: bytes, signature: bytes) -> bool:

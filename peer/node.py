@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import statistics
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,15 +22,17 @@ from petals.peer.config import PeerConfig, ServeConfig
 from petals.peer.host import Host, HostConfig
 from petals.peer.identity import Identity, create_identity, load_or_create_identity
 from petals.peer.info import answer_info
+from petals.peer.invitation import find_way_in, introduce
 from petals.peer.joining import open_membership
 from petals.peer.portal import Portal
 from petals.peer.reachability import Ladder
 from petals.peer.server.capacity import capacity_of
 from petals.peer.server.placement import choose_blocks
 from petals.peer.server.service import Server, Service, check_blocks
-from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.errors import UserError
+from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.info import INFO_V1
+from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId, PeerId
 
 log = logging.getLogger(__name__)
@@ -202,16 +205,21 @@ async def open_peer(
     config = config or PeerConfig()
     say = progress or log.info
     identity = load_or_create_identity(config.identity) if config.identity is not None else create_identity()
+    way_in = find_way_in(
+        config.initial_peers, config.swarm_key, config.invitation, peer_id=identity.peer_id, now=time.time()
+    )
     settings = HostConfig(
         listen=config.listen,
         announce=config.announce,
         blocked=config.blocked,
-        swarm_key=load_swarm_key(config.swarm_key),
+        swarm_key=way_in.swarm_key,
         transport=config.transport,
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
     )
-    async with open_membership(identity, settings, config.initial_peers, config.lan) as (host, directory, nursery):
+    async with open_membership(identity, settings, way_in.initial_peers, config.lan) as (host, directory, nursery):
+        if way_in.token is not None:
+            host.introduce((INFERENCE_V1, FORWARD_V1, BACKWARD_V1), partial(introduce, host, way_in.token))
         peer = Peer(config, identity, host, directory, nursery, say)
         host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
         if config.nat.relay is not None:

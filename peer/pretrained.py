@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +44,11 @@ class ClientConfig(ClientOptions):
     """Multiaddrs of peers to join the swarm through; empty: those of $PETALS_INITIAL_PEERS."""
     swarm_key: Path | str | None = None
     """The key file of a private swarm."""
+    invitation: str | None = field(default=None, repr=False)
+    """A token of `petals invite`; `initial_peers` may be in it."""
+    identity: Path | str | None = None
+    """The key file that gives this peer its name, made on first use; None: another name each time. Invitations and
+    lists are about names."""
     connect_timeout: float = 5.0
     """Seconds for one dial."""
     update_period: float = 15.0
@@ -56,7 +61,7 @@ class ClientConfig(ClientOptions):
             UserError: nobody is named to join through.
         """
         peers = self.initial_peers or tuple(os.environ.get(INITIAL_PEERS, "").replace(",", " ").split())
-        if not peers:
+        if not peers and self.invitation is None:
             raise UserError(
                 f"which swarm? give initial_peers=[...] (a server prints its address when it starts), peer=..., or "
                 f"set {INITIAL_PEERS}"
@@ -64,6 +69,8 @@ class ClientConfig(ClientOptions):
         return PeerConfig(
             initial_peers=peers,
             swarm_key=None if self.swarm_key is None else Path(self.swarm_key),
+            invitation=self.invitation,
+            identity=None if self.identity is None else Path(self.identity),
             timeouts=Timeouts(connect_s=self.connect_timeout),
             update_s=self.update_period,
         )

@@ -16,8 +16,8 @@ from petals.peer.concurrency import gather
 from petals.peer.host import Host, HostConfig
 from petals.peer.identity import create_identity, verify
 from petals.peer.info import fetch_record
+from petals.peer.invitation import find_way_in
 from petals.peer.joining import open_membership
-from petals.peer.swarm_key import load_swarm_key
 from petals.protocols.errors import UserError
 from petals.protocols.types import ModelId, PeerId
 
@@ -92,12 +92,15 @@ class SwarmObserver:
 
 
 @asynccontextmanager
-async def open_observer(initial_peers: Sequence[str], *, swarm_key: Path | None = None) -> AsyncIterator[SwarmObserver]:
+async def open_observer(
+    initial_peers: Sequence[str], *, swarm_key: Path | None = None, invitation: str | None = None
+) -> AsyncIterator[SwarmObserver]:
     """A nameless peer that serves nothing.
 
     Raises:
-        UserError: no initial peer answers, or no swarm key is in the file.
+        UserError: no initial peer answers, no swarm key is in the file, or the invitation does not hold.
     """
-    settings = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=load_swarm_key(swarm_key))
-    async with open_membership(create_identity(), settings, initial_peers) as (host, directory, _):
+    way_in = find_way_in(initial_peers, swarm_key, invitation, now=time.time())
+    settings = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=way_in.swarm_key)
+    async with open_membership(create_identity(), settings, way_in.initial_peers) as (host, directory, _):
         yield SwarmObserver(host, directory)

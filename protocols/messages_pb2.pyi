@@ -281,3 +281,57 @@ class InfoReply(_message.Message):
     records: _containers.RepeatedScalarFieldContainer[bytes]
     version: str
     def __init__(self, records: _Optional[_Iterable[bytes]] = ..., version: _Optional[str] = ...) -> None: ...
+
+class Invitation(_message.Message):
+    __slots__ = ("issuer", "nonce", "expires_at", "model_digest", "bearer", "uses", "addrs", "holder")
+    ISSUER_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BEARER_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    ADDRS_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    issuer: bytes
+    nonce: bytes
+    expires_at: int
+    model_digest: str
+    bearer: str
+    uses: int
+    addrs: _containers.RepeatedScalarFieldContainer[str]
+    holder: bytes
+    def __init__(self, issuer: _Optional[bytes] = ..., nonce: _Optional[bytes] = ..., expires_at: _Optional[int] = ..., model_digest: _Optional[str] = ..., bearer: _Optional[str] = ..., uses: _Optional[int] = ..., addrs: _Optional[_Iterable[str]] = ..., holder: _Optional[bytes] = ...) -> None: ...
+
+class SignedInvitation(_message.Message):
+    __slots__ = ("invitation", "signature")
+    INVITATION_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    invitation: bytes
+    signature: bytes
+    def __init__(self, invitation: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class InvitationToken(_message.Message):
+    __slots__ = ("signed", "swarm_key", "holder_key")
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
+    SWARM_KEY_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_KEY_FIELD_NUMBER: _ClassVar[int]
+    signed: SignedInvitation
+    swarm_key: bytes
+    holder_key: bytes
+    def __init__(self, signed: _Optional[_Union[SignedInvitation, _Mapping]] = ..., swarm_key: _Optional[bytes] = ..., holder_key: _Optional[bytes] = ...) -> None: ...
+
+class AdmitRequest(_message.Message):
+    __slots__ = ("invitation", "proof")
+    INVITATION_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    invitation: SignedInvitation
+    proof: bytes
+    def __init__(self, invitation: _Optional[_Union[SignedInvitation, _Mapping]] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class AdmitReply(_message.Message):
+    __slots__ = ("error", "until")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    until: int
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., until: _Optional[int] = ...) -> None: ...

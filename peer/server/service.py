@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from petals.models.lean import LEAN_ROWS
 from petals.models.loading import load_span
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
+from petals.peer.identity import signer_of
 from petals.peer.reachability import Reach
 from petals.peer.server.admission import Admission
 from petals.peer.server.announcer import Announcer
@@ -35,6 +37,7 @@ from petals.peer.server.placement import may_leave, should_move
 from petals.peer.server.push import Pusher
 from petals.peer.server.quotas import Rates
 from petals.peer.server.throughput import Speedometer, Throughput, measure_throughput
+from petals.protocols.admit import ADMIT_V1
 from petals.protocols.errors import SwarmError, UserError
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.push import PUSH_V1
@@ -113,7 +116,14 @@ class Service:
         progress: Callable[[str], None],
         dice: Callable[[], float],
     ) -> None:
-        self.admission = Admission(host.peer_id, config.allowed)
+        self.admission = Admission(
+            host.peer_id,
+            model.digest,
+            allowed=config.allowed,
+            invited_by=config.invited_by,
+            verify=signer_of,
+            clock=time.time,
+        )
         self.model = model
         self.server: Server | None = None
         self.announcer = Announcer(directory, self._describe, config.announce_s)
@@ -137,6 +147,8 @@ class Service:
         """Serve `blocks`, and others later if the configuration leaves the choice to us. Started: streams are answered,
         and only then the swarm is told ONLINE."""
         self._blocks = blocks
+        if not self.admission.is_open:
+            self._host.set_handler(ADMIT_V1, self.admission.answer)
         async with self._thread.running():
             await self._serve(task_status.started)
 

@@ -143,6 +143,8 @@ MISTAKES = [
     (["peer", "--serve", "0:1", "--colour"], "unrecognized arguments: --colour"),
     (["keygen", "identities/local-1.key"], "exists already"),
     (["keygen", "--swarm", "--api", "x"], "give one of them"),
+    (["invite", "--identity", "identities/local-1.key", "--peer", "nonsense"], "'nonsense' is no peer ID"),
+    (["status"], "which swarm?"),
     (["status", "--initial_peers", NOBODY, "--swarm_key", "README.md"], "README.md holds no swarm key"),
 ]  # fmt: skip
 

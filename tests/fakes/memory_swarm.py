@@ -143,7 +143,8 @@ class MemorySwarm:
         lane: Any = InlineLane(self.dice)
         speed = Speedometer(Throughput(100.0, 100.0), fixed=True)
         host: Any = MemoryHost(self, peer_id)
-        admission, rates = Admission(peer_id), rates or Rates(None, None, frozenset(), trio.current_time)
+        admission = Admission(peer_id, MODEL.digest, verify=lambda *_: None, clock=trio.current_time)
+        rates = rates or Rates(None, None, frozenset(), trio.current_time)
         inbound = Inbound(
             MODEL, span, lane, CacheBudget(64 << 20), ServeConfig(), admission, rates, speed=speed, pusher=Pusher(host)
         )

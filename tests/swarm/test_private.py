@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,11 @@ import trio
 
 from petals.models.causal_lm import load_causal_lm
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.config import PeerConfig
+from petals.peer.config import PeerConfig, Timeouts
 from petals.peer.identity import create_identity
+from petals.peer.invitation import issue
 from petals.peer.node import Peer, open_peer
-from petals.peer.swarm_key import create_swarm_key
+from petals.peer.swarm_key import create_swarm_key, load_swarm_key
 from petals.protocols.errors import Forbidden, PeerUnreachable, UserError
 from petals.protocols.types import PeerId
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
@@ -71,7 +73,7 @@ async def test_blocks_are_for_the_listed_and_the_directory_for_all(
     friend_key = tmp_path / "friend.key"
     swarm = make_swarm(tiny_truth.directory)
     server = await swarm.add(range(4), allowed=frozenset({name_of(friend_key)}))
-    stranger = await swarm.add()
+    stranger = await swarm.add(also={"timeouts": Timeouts(route_s=120.0)})
     friend = await swarm.add(identity=friend_key)
     assert torch.equal(await generated(friend, tiny_truth), expected(tiny_truth))
     assert torch.equal(await generated(server, tiny_truth), expected(tiny_truth)), "a server may ask itself"
@@ -79,7 +81,7 @@ async def test_blocks_are_for_the_listed_and_the_directory_for_all(
     assert len(await stranger.directory.lookup(client.model)) == 1
     assert await stranger.host.ping(server.peer_id) > 0
     hidden = torch.zeros(1, 2, client.checkpoint.hidden_size)
-    with trio.fail_after(5), pytest.raises(Forbidden, match=f"not for {stranger.peer_id}"):
+    with trio.fail_after(60), pytest.raises(Forbidden, match=f"not for {stranger.peer_id}"):
         await client.open_session(client.blocks, 1, 8)
     chain = client.chain(ClientOptions(max_retries=0))
     for needs_grad in (False, True):
@@ -124,3 +126,46 @@ async def ask_for_a_ping(asker: Peer, asked: Peer) -> None:
     """Connect; who dials may be through with that before the other end has hung up."""
     await asker.host.connect(asked.addrs[0])
     await asker.host.ping(asked.peer_id)
+
+
+# -- invitations -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_token_alone_lets_its_bearer_in(make_swarm: MakeSwarm, tiny_truth: Truth, tmp_path: Path) -> None:
+    """Address, swarm key and admission in one line; the second server trusts the issuer, who is the first."""
+    swarm_key, issuer_key, key = tmp_path / "swarm.key", tmp_path / "issuer.key", tmp_path / "bearer.key"
+    create_swarm_key(swarm_key)
+    issuer = create_identity(issuer_key)
+    swarm = make_swarm(tiny_truth.directory)
+    swarm.common["swarm_key"] = swarm_key
+    first = await swarm.add(range(3), identity=issuer_key, invited_by=frozenset())
+    second = await swarm.add(range(3, 4), invited_by=frozenset({issuer.peer_id}))
+    week = time.time() + 7 * 86400
+    text = issue(issuer, expires_at=week, addrs=first.addrs, swarm_key=load_swarm_key(swarm_key))
+    by_token = {"initial_peers": (), "swarm_key": None, "invitation": text}
+    bearer = await swarm.add(identity=key, also=by_token)
+    for server in (first, second):  # servers ask each other only if they are invited, too
+        with pytest.raises(Forbidden, match="its operator knows"):
+            await opened(server)
+    assert torch.equal(await generated(bearer, tiny_truth), expected(tiny_truth))
+    await bearer.host.disconnect(first.peer_id)
+    assert torch.equal(await generated(bearer, tiny_truth), expected(tiny_truth)), "shown again where it must be"
+    another = await swarm.add(also=by_token)
+    with trio.fail_after(20), pytest.raises(Forbidden, match="used up"):
+        await opened(another)
+    for server in (first, second):
+        await all_leases_returned(server)
+
+
+async def test_an_open_server_is_not_shown_an_invitation(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
+    swarm = make_swarm(tiny_truth.directory)
+    await swarm.add(range(4))
+    text = issue(create_identity(), expires_at=time.time() + 60)
+    bearer = await swarm.add(also={"invitation": text})
+    assert torch.equal(await generated(bearer, tiny_truth), expected(tiny_truth))
+
+
+async def opened(peer: Peer) -> None:
+    client = await peer.client()
+    await client.ready()
+    await (await client.open_session(client.blocks, 1, 8)).close()

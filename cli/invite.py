@@ -1,0 +1,71 @@
+"""`petals invite`: make a token that lets its bearer join. Starts without torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from petals.protocols.errors import UserError
+
+EXAMPLES = """
+examples:
+  petals invite --identity my.key --initial_peers ADDR              for whoever comes first, a week
+  petals invite --identity my.key --initial_peers ADDR --peer ID    for the peer of that ID only
+The server must run with this identity, or with --invited_by and its peer ID. The bearer joins with
+  petals peer --generate "..." --identity FILE --invitation TOKEN
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "invite",
+        help="make a token that lets its bearer join",
+        description="Print an invitation, one line: whoever has it may use the blocks of servers that trust you, until "
+        "it expires. It can not be taken back; the server's operator can --block its bearer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--identity", metavar="FILE", type=Path, required=True, help="your key: you answer for it")
+    parser.add_argument("--days", metavar="N", type=float, default=7.0, help="how long it holds (default: 7)")
+    parser.add_argument("--peer", metavar="PEER_ID", help="only for this peer (default: for the first to come)")
+    parser.add_argument("--uses", metavar="N", type=int, default=1,
+                        help="how many peers each server may admit with it (default: 1)")  # fmt: skip
+    parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[],
+                        help="where to join; with them the token is all that its bearer needs")  # fmt: skip
+    parser.add_argument("--model_digest", metavar="HEX", default="", help="only for servers of this model")
+    parser.add_argument("--with_swarm_key", metavar="FILE", type=Path,
+                        help="put the private swarm's key in: the token is then a secret")  # fmt: skip
+    parser.set_defaults(run=run, synchronous=True, verbose=False)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the token."""
+    from petals.peer.identity import load_identity, parse_peer_id
+    from petals.peer.invitation import issue
+    from petals.peer.swarm_key import load_swarm_key
+
+    if not 0 < options.days <= 3660:
+        raise UserError("--days must be above 0 and at most 3660")
+    key = load_swarm_key(options.with_swarm_key)
+    token = issue(
+        load_identity(options.identity),
+        expires_at=time.time() + options.days * 86400,
+        bearer=None if options.peer is None else parse_peer_id(options.peer),
+        uses=options.uses,
+        model_digest=options.model_digest,
+        addrs=options.initial_peers,
+        swarm_key=key,
+    )
+    if key is not None:
+        print(
+            "petals: THIS TOKEN CONTAINS THE SWARM KEY. Whoever reads it can enter the private swarm, for good and "
+            "not only until it expires: pass it on like a password",
+            file=sys.stderr,
+        )
+    if not options.initial_peers:
+        print("petals: no --initial_peers: its bearer must be told an address, too", file=sys.stderr)
+    print(token)
