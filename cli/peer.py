@@ -17,7 +17,6 @@ from petals.protocols.errors import UserError
 if TYPE_CHECKING:
     from petals.peer.client.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
-    from petals.peer.client.routing import RouteChoice, RouteHop
     from petals.peer.node import Peer
 
 EXAMPLES = """
@@ -313,39 +312,10 @@ def _as_json(stream: TokenStream, prompt: str, start_s: float) -> dict[str, Any]
         "token_ids": stream.token_ids,
         "prompt_token_ids": stream.prompt_ids,
         "reused_tokens": stream.reused_tokens,
-        "route": [
-            {
-                "peer_id": hop.peer_id,
-                "blocks": [hop.blocks.start, hop.blocks.stop],
-                "round_trip_s": hop.round_trip_s,
-                "queue_s": hop.queue_s,
-                "compute_s": hop.compute_s,
-            }
-            for hop in stream.route
-        ],
-        **_choice_as_json(stream.choice),
+        "route": [hop.as_json() for hop in stream.route],
+        **({} if stream.choice is None else stream.choice.as_json()),
         "seconds": {"start": start_s, **dataclasses.asdict(stream.seconds)},
         "tokens_per_s": stream.tokens_per_s,
-    }
-
-
-def _choice_as_json(choice: RouteChoice | None) -> dict[str, Any]:
-    """What was expected of the route when the session was opened, and why others were not used."""
-    if choice is None:
-        return {}
-    return {
-        "expected_route": [_hop_as_json(hop) for hop in choice.route.hops],
-        "skipped": [{**_hop_as_json(each.hop), "reason": each.reason} for each in choice.skipped],
-    }
-
-
-def _hop_as_json(hop: RouteHop) -> dict[str, Any]:
-    return {
-        "peer_id": hop.peer_id,
-        "blocks": [hop.blocks.start, hop.blocks.stop],
-        "network_s": hop.network_s,
-        "queue_s": hop.queue_s,
-        "compute_s": hop.compute_s,
     }
 
 
