@@ -17,6 +17,7 @@ from petals.protocols.errors import UserError
 if TYPE_CHECKING:
     from petals.peer.client.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
+    from petals.peer.config import PeerConfig
     from petals.peer.node import Peer
 
 EXAMPLES = """
@@ -138,6 +139,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
 
+    parser.add_argument("--dry_run", action="store_true",
+                        help="only say which blocks would be held, in how much memory and why, and who would be asked; "
+                        "no weights are read")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="results as JSON on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
     parser.set_defaults(run=run, synchronous=False)
@@ -188,6 +192,9 @@ async def run(options: argparse.Namespace) -> None:
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),
     )
+    if options.dry_run:
+        await _dry_run(options, config)
+        return
     async with open_peer(config, progress=_say) as peer:
         if peer.server is not None:
             _print_server(peer, as_json=options.json and options.generate is None)
@@ -206,6 +213,15 @@ async def run(options: argparse.Namespace) -> None:
             await trio.sleep_forever()
 
 
+async def _dry_run(options: argparse.Namespace, config: PeerConfig) -> None:
+    from petals.cli.dry_run import show_plan
+
+    with _tracing(options) as client:
+        asked = client if options.chat or options.generate is not None or options.http is not None else None
+        tokens = options.max_new_tokens or (64 if options.generate is not None else 512)
+        await show_plan(config, asked, tokens, _say, as_json=options.json)
+
+
 def _check(options: argparse.Namespace) -> None:
     if options.new_swarm and options.initial_peers:
         raise UserError("--new_swarm starts a swarm and --initial_peers joins one: give one of them")
@@ -217,10 +233,12 @@ def _check(options: argparse.Namespace) -> None:
     if options.http is None and (options.api_keys or options.cors or options.http_models):
         raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
     if options.bootstrap:
-        if serves or options.chat or options.generate is not None or options.http is not None:
+        if serves or options.chat or options.generate is not None or options.http is not None or options.dry_run:
             raise UserError("--bootstrap only keeps the directory: leave it out to serve, ask, chat or open a door")
         return
-    if options.chat and (options.json or options.generate is not None or options.http is not None):
+    if options.chat and (
+        (options.json and not options.dry_run) or options.generate is not None or options.http is not None
+    ):
         raise UserError("--chat is for people and asks for its own prompts: leave --json, --generate and --http out")
     if options.system is not None and not options.chat:
         raise UserError("--system is for --chat")
