@@ -68,9 +68,14 @@ def capacity_of(checkpoint: Checkpoint, config: ServeConfig) -> tuple[int, str]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on `device`; a container's own limit counts."""
+    """Memory that can still be had on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """Main memory that can still be had; a container's own limit counts."""
     free = psutil.virtual_memory().available
     try:
         limit, used = ((CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
