@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
-from petals.cli import doctor, keygen, peer, settings, status
+from petals.cli import bench, doctor, keygen, peer, settings, status
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def parsers() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     parser.add_argument("--version", action="version", version=f"petals {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (peer, status, doctor, keygen):
+    for verb in (peer, status, doctor, bench, keygen):
         verb.add_parser(verbs)
     for name, each in verbs.choices.items():
         settings.add_config_flag(each, name)
