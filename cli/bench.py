@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from typing import Any
+
+from petals.cli.saying import say
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,18 +37,18 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 async def run(options: argparse.Namespace) -> None:
     """Measure and print."""
     began = time.perf_counter()
-    _say("starting (torch takes a few seconds to import)")
+    say("starting (torch takes a few seconds to import)")
     import trio
 
     from petals.models.checkpoint import open_checkpoint
     from petals.peer.server.bench import run_bench
 
     checkpoint = await trio.to_thread.run_sync(
-        lambda: open_checkpoint(options.model, revision=options.revision, token=options.token, progress=_say)
+        lambda: open_checkpoint(options.model, revision=options.revision, token=options.token, progress=say)
     )
-    found = await run_bench(checkpoint, options.num_blocks, options.dtype, options.quant_type, _say)
+    found = await run_bench(checkpoint, options.num_blocks, options.dtype, options.quant_type, say)
     print(json.dumps(found) if options.json else describe(found), flush=True)
-    _say(f"took {time.perf_counter() - began:.0f} s")
+    say(f"took {time.perf_counter() - began:.0f} s")
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -75,7 +76,3 @@ def describe(found: dict[str, Any]) -> str:
 
 def _ratio(value: float | None) -> str:
     return f"{'-' if value is None else format(value, '.2f'):>6}"
-
-
-def _say(line: str) -> None:
-    print(f"petals: {line}", file=sys.stderr, flush=True)

@@ -6,13 +6,15 @@ import json
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import trio
 
 from petals.cli.conversation import Composer, Conversation, printable
 from petals.cli.peer import summary
+from petals.cli.saying import hush, say
+from petals.models.progress import counting_seconds
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
@@ -133,15 +135,19 @@ class _Chat:
     async def _answer(self, question: str) -> None:
         self._conversation.ask(question)
         text = ""
-        with trio.CancelScope() as self._answering:
+        with ExitStack() as waiting, trio.CancelScope() as self._answering:
             try:
                 stream = self._last = await self._ask()
                 async with stream:
+                    waiting.enter_context(counting_seconds(say, f"computing {len(stream.prompt_ids)} tokens of prompt"))
                     async for token in stream:
+                        waiting.close()
+                        hush()
                         text += token.text
                         print(printable(token.text), end="", flush=True)
             except SwarmError as error:
                 self.say(" ".join(str(error).split()))
+        hush()
         stopped, self._answering = self._answering.cancelled_caught, None
         self._conversation.answered(text)
         print(" [stopped]" if stopped else "", flush=True)
@@ -169,7 +175,7 @@ class _Chat:
             return stream
 
     def say(self, line: str) -> None:
-        print(f"petals: {line}", file=sys.stderr, flush=True)
+        say(line)
 
 
 @contextmanager

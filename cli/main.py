@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
 from petals.cli import bench, doctor, keygen, peer, settings, status
+from petals.cli.saying import hush
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ async def _cancel_on_signal(scope: trio.CancelScope, *, task_status: TaskStatus[
 
 def complain(error: Exception) -> int:
     """One line on stderr: what was wrong, and what to do."""
+    hush()
     kind = "" if isinstance(error, UserError) or not isinstance(error, SwarmError) else f"{type(error).__name__}: "
     print(f"petals: {kind}{' '.join(str(error).split())}", file=sys.stderr)
     return EXIT_MISTAKE

@@ -8,10 +8,13 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petals.cli.saying import hush
+from petals.cli.saying import say as _say
+from petals.models.progress import counting_seconds
 from petals.protocols.errors import UserError
 
 if TYPE_CHECKING:
@@ -301,16 +304,20 @@ def _tracing(options: argparse.Namespace) -> Iterator[ClientOptions]:
 async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> None:
     with _tracing(options) as client:
         stream = await peer.generate(options.generate, options=_wanted(options, 64), client=client)
-        if not options.json:
-            print(options.generate, end="", flush=True)
+        text = options.generate  # said with the first token: a passing line would overwrite it
         async with stream:
-            async for token in stream:
-                if not options.json:
-                    print(token.text, end="", flush=True)
+            with ExitStack() as waiting:
+                waiting.enter_context(counting_seconds(_say, f"computing {len(stream.prompt_ids)} tokens of prompt"))
+                async for token in stream:
+                    waiting.close()
+                    hush()
+                    if not options.json:
+                        print(text + token.text, end="", flush=True)
+                    text = ""
         if options.json:
             print(json.dumps(_as_json(stream, options.generate, start_s)), flush=True)
         else:
-            print(flush=True)
+            print(text, flush=True)
             _say(summary(stream))
 
 
@@ -347,7 +354,3 @@ def _print_server(peer: Peer, *, as_json: bool) -> None:
     _say(f"ready: blocks {blocks.start}:{blocks.stop} of {model.name}. Other peers join with")
     for addr in peer.addrs:
         print(f"--initial_peers {addr}", file=sys.stderr, flush=True)
-
-
-def _say(line: str) -> None:
-    print(f"petals: {line}", file=sys.stderr, flush=True)

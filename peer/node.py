@@ -186,6 +186,8 @@ async def open_peer(
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
     )
+    if config.initial_peers:
+        say(f"joining the swarm through {len(config.initial_peers)} of its peers")
     async with open_membership(identity, settings, config.initial_peers) as (host, directory, nursery):
         peer = Peer(config, identity, host, directory, nursery, say)
         host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))

@@ -44,11 +44,13 @@ async def test_it_foretells_what_a_server_does(
     settings = ServeConfig(num_blocks=2, throughput=100.0, cache_bytes=1 << 20)
     config = PeerConfig(model=swarm.model, serve=settings, initial_peers=first.addrs, timeouts=Timeouts(route_s=0.1))
 
+    said: list[str] = []
+
     async def shown(serve: ServeConfig | None, client: ClientOptions | None) -> tuple[dict[str, Any], str]:
         wanted = replace(config, serve=serve)
-        await show_plan(wanted, client, 8, print, as_json=True)
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        await show_plan(wanted, client, 8, print, as_json=False)
+        await show_plan(wanted, client, 8, said.append, as_json=True)
+        found = json.loads(capsys.readouterr().out)
+        await show_plan(wanted, client, 8, said.append, as_json=False)
         return found, capsys.readouterr().out
 
     no_weights()
