@@ -73,6 +73,7 @@ class Member:
     """A place in the swarm to look from."""
 
     host: Host
+    """Listens as a peer here would, where that is possible."""
     directory: Directory
     peers: tuple[PeerId, ...]
     """Initial peers that were reached."""
@@ -263,9 +264,11 @@ async def _examine_swarm(subject: Subject, tell: Tell) -> None:
     from petals.peer.info import fetch_record
 
     identity = create_identity()
-    settings = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
     async with AsyncExitStack() as stack:
-        host = await stack.enter_async_context(open_host(identity.key_pair, settings))
+        try:
+            host = await stack.enter_async_context(open_host(identity.key_pair, HostConfig(listen=subject.listen)))
+        except UserError:  # `listening` has said so
+            host = await stack.enter_async_context(open_host(identity.key_pair, HostConfig(listen=())))
         reached = [peer for addr in subject.initial_peers if (peer := await _initial_peer(host, addr, tell))]
         if not reached:
             return
