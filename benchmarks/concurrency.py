@@ -16,11 +16,12 @@ import time
 import torch
 import trio
 from servers import server
-from shapes import SHAPES, gigabytes, gigaflops, model_of
+from shapes import SHAPES, model_of
 
 from petals import PeerConfig, open_peer
 from petals.models.checkpoint import open_checkpoint
 from petals.models.loading import block_numel
+from petals.models.machine import gigabytes, gigaflops
 from petals.peer.client.model_client import ModelClient
 
 PROMPT = 1024

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from servers import two_servers
-from shapes import SHAPES, gigabytes, model_of
+from shapes import SHAPES, model_of
 from transformers import AutoModelForCausalLM
 
 from petals import AutoDistributedModelForCausalLM, connect
@@ -27,6 +27,7 @@ from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import open_checkpoint
 from petals.models.loading import load_span
 from petals.models.local import LocalChain
+from petals.models.machine import gigabytes
 from petals.peer.client.chain import RemoteChainSession
 
 

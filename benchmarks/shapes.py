@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,25 +31,3 @@ def model_of(shape: str) -> Iterator[str | None]:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
         yield directory
-
-
-def gigaflops(hidden: int, rows: int = 512) -> float:
-    """Of a float32 matrix product on this machine, now: the limit of a server that computes for many."""
-    return 2 * rows * hidden * 4 * hidden / _best(torch.randn(rows, hidden), torch.randn(4 * hidden, hidden)) / 1e9
-
-
-def gigabytes(hidden: int, total: int = 512 << 20) -> float:
-    """Of weights read per second by one row's products with more than caches hold: the limit of one user."""
-    weights = [torch.full((4 * hidden, hidden), 0.1) for _ in range(total // (16 * hidden * hidden))]
-    return weights[0].nbytes / _best(torch.randn(1, hidden), *weights) / 1e9
-
-
-def _best(rows: torch.Tensor, *weights: torch.Tensor) -> float:
-    """Seconds of one product, the best of ten rounds over all weights."""
-    seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        for weight in weights:
-            torch.nn.functional.linear(rows, weight)
-        seconds.append((time.perf_counter() - started) / len(weights))
-    return min(seconds)

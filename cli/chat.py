@@ -6,18 +6,18 @@ import json
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import trio
 
-from petals.cli.conversation import Composer, Conversation, Message, printable
+from petals.cli.conversation import Composer, Conversation, printable
 from petals.cli.peer import summary
+from petals.cli.saying import hush, say
+from petals.models.progress import counting_seconds
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from petals.peer.client.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
     from petals.peer.node import Peer
@@ -43,9 +43,7 @@ async def chat(peer: Peer, options: GenerationOptions, client: ClientOptions, *,
     _, tokenizer = await asked.language_model()
     if tokenizer.chat_template is None:
         raise UserError(f'{asked.checkpoint.name} has no chat template: use --generate "..." with it')
-    limit = getattr(asked.checkpoint.config, "max_position_embeddings", None)
-    room = None if limit is None else max(1, limit - options.max_new_tokens)
-    talk = _Chat(peer, tokenizer, options, client, Conversation(system), room)
+    talk = _Chat(peer, options, client, Conversation(system))
     talk.say(f"{asked.checkpoint.name}; /help says what can be typed, Ctrl-D leaves")
     with trio.open_signal_receiver(signal.SIGINT) as interrupts, _terminal_put_back():
         async with trio.open_nursery() as nursery:
@@ -58,18 +56,14 @@ class _Chat:
     def __init__(
         self,
         peer: Peer,
-        tokenizer: PreTrainedTokenizerBase,
         options: GenerationOptions,
         client: ClientOptions,
         conversation: Conversation,
-        room: int | None,
     ) -> None:
         self._peer = peer
-        self._tokenizer = tokenizer
         self._options = options
         self._client = client
         self._conversation = conversation
-        self._room = room
         self._composer = Composer()
         self._answering: trio.CancelScope | None = None
         self._last: TokenStream | None = None
@@ -141,39 +135,47 @@ class _Chat:
     async def _answer(self, question: str) -> None:
         self._conversation.ask(question)
         text = ""
-        with trio.CancelScope() as self._answering:
+        with ExitStack() as waiting, trio.CancelScope() as self._answering:
             try:
-                ids, dropped = self._conversation.fit(self._room, self._tokenise)
-                if dropped:
-                    self.say(f"the conversation has grown too long; its oldest {dropped} questions are forgotten")
-                stream = await self._peer.generate(ids, options=self._options, client=self._client)
-                self._last = stream
+                stream = self._last = await self._ask()
                 async with stream:
+                    waiting.enter_context(counting_seconds(say, f"computing {len(stream.prompt_ids)} tokens of prompt"))
                     async for token in stream:
+                        waiting.close()
+                        hush()
                         text += token.text
                         print(printable(token.text), end="", flush=True)
             except SwarmError as error:
                 self.say(" ".join(str(error).split()))
+        hush()
         stopped, self._answering = self._answering.cancelled_caught, None
         self._conversation.answered(text)
         print(" [stopped]" if stopped else "", flush=True)
 
-    def _tokenise(self, messages: list[Message]) -> list[int]:
-        """The model's own template around the messages.
+    async def _ask(self) -> TokenStream:
+        """Let the model go on with the newest part of the conversation that it can look back on.
 
         Raises:
-            UserError: a template that refuses them (some know no system prompt).
+            UserError: the last question alone is too long, or the model's template refuses the conversation.
         """
-        from jinja2 import TemplateError
+        from petals.peer.client.generation import Chat, PromptTooLong
 
-        try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise UserError(f"the model's chat template refuses the conversation: {error}") from None
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        forgotten = 0
+        while True:
+            prompt = Chat(self._conversation.messages)
+            try:
+                stream = await self._peer.generate(prompt, options=self._options, client=self._client)
+            except PromptTooLong:
+                if not self._conversation.forget():
+                    raise
+                forgotten += 1
+                continue
+            if forgotten:
+                self.say(f"the conversation has grown too long; its oldest {forgotten} questions are forgotten")
+            return stream
 
     def say(self, line: str) -> None:
-        print(f"petals: {line}", file=sys.stderr, flush=True)
+        say(line)
 
 
 @contextmanager

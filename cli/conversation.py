@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 BLOCK = '"""'
@@ -39,14 +38,12 @@ class Conversation:
     def reset(self) -> None:
         self.turns.clear()
 
-    def fit(self, room: int | None, tokenise: Callable[[list[Message]], list[int]]) -> tuple[list[int], int]:
-        """The newest part of the conversation that fits into `room` tokens (None: all of it), and how many questions,
-        with their answers, were forgotten for it. The last question always stays, whether it fits or not."""
-        dropped = 0
-        while len(ids := tokenise(self.messages)) > (room if room is not None else len(ids)) and len(self.turns) > 2:
-            del self.turns[:2]
-            dropped += 1
-        return ids, dropped
+    def forget(self) -> bool:
+        """Forget the oldest question and its answer; False: there is only the last question, which stays."""
+        if len(self.turns) <= 2:
+            return False
+        del self.turns[:2]
+        return True
 
 
 class Composer:

@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
-from petals.cli import invite, keygen, peer, settings, status
+from petals.cli import bench, doctor, invite, keygen, peer, settings, status
+from petals.cli.saying import hush
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def parsers() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     parser.add_argument("--version", action="version", version=f"petals {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (peer, status, keygen, invite):
+    for verb in (peer, status, doctor, bench, keygen, invite):
         verb.add_parser(verbs)
     for name, each in verbs.choices.items():
         settings.add_config_flag(each, name)
@@ -84,11 +85,9 @@ def run(options: argparse.Namespace) -> int:
     )
     for noisy in ("libp2p", "kademlia", "asyncio", "trio-websocket"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their failed attempts are our view's business
+    code: int | None = None
     try:
-        if options.synchronous:
-            options.run(options)
-        else:
-            run_async(partial(options.run, options))
+        code = options.run(options) if options.synchronous else run_async(partial(options.run, options))
     except SwarmError as error:
         return complain(error)
     except Exception as error:
@@ -97,26 +96,31 @@ def run(options: argparse.Namespace) -> int:
         return complain(error)
     except KeyboardInterrupt:  # before trio was listening
         pass
-    return 0
+    return code or 0
 
 
-def run_async(verb: Callable[[], Awaitable[None]]) -> None:
-    """Run `verb` in trio until it ends or a signal comes: the first Ctrl-C or SIGTERM ends it cleanly."""
+def run_async(verb: Callable[[], Awaitable[int | None]]) -> int | None:
+    """Run `verb` in trio until it ends or a signal comes: the first Ctrl-C or SIGTERM ends it cleanly.
+
+    Returns: the exit code it wants, None where it has no opinion.
+    """
     import trio
 
-    async def until_signalled() -> None:
+    async def until_signalled() -> int | None:
+        code: int | None = None
         failures: list[Exception] = []
         async with trio.open_nursery() as nursery:
             await nursery.start(_cancel_on_signal, nursery.cancel_scope)
             try:
-                await verb()
+                code = await verb()
             except Exception as error:  # kept, not handled: raised below, outside of the nursery's group
                 failures.append(error)
             nursery.cancel_scope.cancel()
         if failures:
             raise failures[0]
+        return code
 
-    trio.run(until_signalled)
+    return trio.run(until_signalled)
 
 
 async def _cancel_on_signal(scope: trio.CancelScope, *, task_status: TaskStatus[None]) -> None:
@@ -131,6 +135,7 @@ async def _cancel_on_signal(scope: trio.CancelScope, *, task_status: TaskStatus[
 
 def complain(error: Exception) -> int:
     """One line on stderr: what was wrong, and what to do."""
+    hush()
     kind = "" if isinstance(error, UserError) or not isinstance(error, SwarmError) else f"{type(error).__name__}: "
     print(f"petals: {kind}{' '.join(str(error).split())}", file=sys.stderr)
     return EXIT_MISTAKE

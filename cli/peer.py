@@ -8,18 +8,20 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petals.cli.saying import hush
+from petals.cli.saying import say as _say
+from petals.models.progress import counting_seconds
 from petals.protocols.errors import UserError
 from petals.protocols.types import PeerId
 
 if TYPE_CHECKING:
     from petals.peer.client.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
-    from petals.peer.client.routing import RouteChoice, RouteHop
-    from petals.peer.config import LanConfig, NatConfig
+    from petals.peer.config import LanConfig, NatConfig, PeerConfig
     from petals.peer.node import Peer
 
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
@@ -197,6 +199,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
 
+    parser.add_argument("--dry_run", action="store_true",
+                        help="only say which blocks would be held, in how much memory and why, and who would be asked; "
+                        "no weights are read")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="results as JSON on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
     parser.set_defaults(run=run, synchronous=False)
@@ -287,6 +292,9 @@ async def run(options: argparse.Namespace) -> None:
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),
     )
+    if options.dry_run:
+        await _dry_run(options, config)
+        return
     async with open_peer(config, progress=_say) as peer:
         if peer.server is not None:
             _print_server(peer, as_json=options.json and options.generate is None)
@@ -305,6 +313,15 @@ async def run(options: argparse.Namespace) -> None:
             await trio.sleep_forever()
 
 
+async def _dry_run(options: argparse.Namespace, config: PeerConfig) -> None:
+    from petals.cli.dry_run import show_plan
+
+    with _tracing(options) as client:
+        asked = client if options.chat or options.generate is not None or options.http is not None else None
+        tokens = options.max_new_tokens or (64 if options.generate is not None else 512)
+        await show_plan(config, asked, tokens, _say, as_json=options.json)
+
+
 def _check(options: argparse.Namespace) -> None:
     if options.new_swarm and (options.initial_peers or options.invitation):
         raise UserError("--new_swarm starts a swarm, --initial_peers and --invitation join one: give one of them")
@@ -316,10 +333,12 @@ def _check(options: argparse.Namespace) -> None:
     if options.http is None and (options.api_keys or options.cors or options.http_models):
         raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
     if options.bootstrap:
-        if serves or options.chat or options.generate is not None or options.http is not None:
+        if serves or options.chat or options.generate is not None or options.http is not None or options.dry_run:
             raise UserError("--bootstrap only keeps the directory: leave it out to serve, ask, chat or open a door")
         return
-    if options.chat and (options.json or options.generate is not None or options.http is not None):
+    if options.chat and (
+        (options.json and not options.dry_run) or options.generate is not None or options.http is not None
+    ):
         raise UserError("--chat is for people and asks for its own prompts: leave --json, --generate and --http out")
     if options.system is not None and not options.chat:
         raise UserError("--system is for --chat")
@@ -385,16 +404,20 @@ def _tracing(options: argparse.Namespace) -> Iterator[ClientOptions]:
 async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> None:
     with _tracing(options) as client:
         stream = await peer.generate(options.generate, options=_wanted(options, 64), client=client)
-        if not options.json:
-            print(options.generate, end="", flush=True)
+        text = options.generate  # said with the first token: a passing line would overwrite it
         async with stream:
-            async for token in stream:
-                if not options.json:
-                    print(token.text, end="", flush=True)
+            with ExitStack() as waiting:
+                waiting.enter_context(counting_seconds(_say, f"computing {len(stream.prompt_ids)} tokens of prompt"))
+                async for token in stream:
+                    waiting.close()
+                    hush()
+                    if not options.json:
+                        print(text + token.text, end="", flush=True)
+                    text = ""
         if options.json:
             print(json.dumps(_as_json(stream, options.generate, start_s)), flush=True)
         else:
-            print(flush=True)
+            print(text, flush=True)
             _say(summary(stream))
 
 
@@ -414,39 +437,10 @@ def _as_json(stream: TokenStream, prompt: str, start_s: float) -> dict[str, Any]
         "token_ids": stream.token_ids,
         "prompt_token_ids": stream.prompt_ids,
         "reused_tokens": stream.reused_tokens,
-        "route": [
-            {
-                "peer_id": hop.peer_id,
-                "blocks": [hop.blocks.start, hop.blocks.stop],
-                "round_trip_s": hop.round_trip_s,
-                "queue_s": hop.queue_s,
-                "compute_s": hop.compute_s,
-            }
-            for hop in stream.route
-        ],
-        **_choice_as_json(stream.choice),
+        "route": [hop.as_json() for hop in stream.route],
+        **({} if stream.choice is None else stream.choice.as_json()),
         "seconds": {"start": start_s, **dataclasses.asdict(stream.seconds)},
         "tokens_per_s": stream.tokens_per_s,
-    }
-
-
-def _choice_as_json(choice: RouteChoice | None) -> dict[str, Any]:
-    """What was expected of the route when the session was opened, and why others were not used."""
-    if choice is None:
-        return {}
-    return {
-        "expected_route": [_hop_as_json(hop) for hop in choice.route.hops],
-        "skipped": [{**_hop_as_json(each.hop), "reason": each.reason} for each in choice.skipped],
-    }
-
-
-def _hop_as_json(hop: RouteHop) -> dict[str, Any]:
-    return {
-        "peer_id": hop.peer_id,
-        "blocks": [hop.blocks.start, hop.blocks.stop],
-        "network_s": hop.network_s,
-        "queue_s": hop.queue_s,
-        "compute_s": hop.compute_s,
     }
 
 
@@ -460,7 +454,3 @@ def _print_server(peer: Peer, *, as_json: bool) -> None:
     _say(f"ready: blocks {blocks.start}:{blocks.stop} of {model.name}. Other peers join with")
     for addr in peer.addrs:
         print(f"--initial_peers {addr}", file=sys.stderr, flush=True)
-
-
-def _say(line: str) -> None:
-    print(f"petals: {line}", file=sys.stderr, flush=True)

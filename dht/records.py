@@ -190,6 +190,18 @@ def peek(data: bytes) -> Peek:
     return Peek(fields.sequence, fields.expires_at)
 
 
+def dated(data: bytes) -> float:
+    """When the record in `data` was issued, Unix seconds by its author's clock; unchecked: for comparing clocks.
+
+    Raises:
+        RecordError: garbage.
+    """
+    try:
+        return float(pb.ServerRecord.FromString(pb.SignedRecord.FromString(data).record).issued_at)
+    except DecodeError:
+        raise RecordError("a record that does not decode") from None
+
+
 def _check_time(fields: pb.ServerRecord, now: float) -> None:
     _check(math.isfinite(fields.issued_at) and math.isfinite(fields.expires_at), "time that is no number")
     _check(fields.issued_at <= now + MAX_CLOCK_SKEW_S, "dated in the future: one of the two clocks is wrong")

@@ -110,14 +110,8 @@ def _chance(chance: Chance) -> dict[str, Any]:
 
 def route_of(stream: TokenStream) -> dict[str, Any]:
     """Ours: which servers compute, what they took for the last token, and how fast it goes."""
-    hops = [
-        {
-            "peer_id": hop.peer_id,
-            "blocks": [hop.blocks.start, hop.blocks.stop],
-            "round_trip_s": hop.round_trip_s,
-            "queue_s": hop.queue_s,
-            "compute_s": hop.compute_s,
-        }
-        for hop in stream.route
-    ]
-    return {"route": hops, "tokens_per_s": stream.tokens_per_s, "first_token_s": stream.seconds.first_token}
+    return {
+        "route": [hop.as_json() for hop in stream.route],
+        "tokens_per_s": stream.tokens_per_s,
+        "first_token_s": stream.seconds.first_token,
+    }

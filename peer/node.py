@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import statistics
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +12,7 @@ from functools import partial
 import trio
 
 from petals.dht.directory import Directory
-from petals.dht.records import ServerState, sign_record
+from petals.dht.records import sign_record
 from petals.models.checkpoint import Checkpoint, open_checkpoint
 from petals.peer.client.generation import GenerationOptions, Prompt, TokenStream, run_generation
 from petals.peer.client.model_client import ClientOptions, ModelClient
@@ -26,10 +25,8 @@ from petals.peer.invitation import find_way_in, introduce
 from petals.peer.joining import open_membership
 from petals.peer.portal import Portal
 from petals.peer.reachability import Ladder
-from petals.peer.server.capacity import capacity_of
-from petals.peer.server.placement import choose_blocks
-from petals.peer.server.service import Server, Service, check_blocks
-from petals.protocols.errors import UserError
+from petals.peer.server.plan import ServingPlan, choose_place, plan_serving
+from petals.peer.server.service import Server, Service
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.info import INFO_V1
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
@@ -126,12 +123,14 @@ class Peer:
         """
         checkpoint = await self.checkpoint(model)
         named = ModelId(checkpoint.name, await trio.to_thread.run_sync(lambda: checkpoint.digest))
-        blocks = config.blocks or await self._choose_blocks(checkpoint, named, config)
-        check_blocks(blocks, checkpoint)
+        place = await choose_place(self.directory, checkpoint, named, config)
+        if config.blocks is None:
+            for line in place.why:
+                self._progress(line)
         self._service = service = Service(
             self.host, self.directory, checkpoint, named, config, self._progress, random.random
         )
-        await self._nursery.start(service.run, blocks)
+        await self._nursery.start(service.run, place.blocks)
         assert service.server is not None
         self.climb()
         return service.server
@@ -147,18 +146,11 @@ class Peer:
         if self._service is not None:
             self._nursery.start_soon(self._service.announcer.renew)
 
-    async def _choose_blocks(self, checkpoint: Checkpoint, model: ModelId, config: ServeConfig) -> range:
-        if config.num_blocks is not None:
-            capacity = config.num_blocks
-        else:
-            capacity, why = await trio.to_thread.run_sync(capacity_of, checkpoint, config)
-            self._progress(why)
-        if not 0 < capacity <= checkpoint.num_blocks:
-            raise UserError(f"{checkpoint.name} has {checkpoint.num_blocks} blocks; {capacity} is not a number of them")
-        records = [record for record in await self.directory.lookup(model) if record.state is not ServerState.OFFLINE]
-        # Before anything is loaded nothing is measured: an average server of this swarm is assumed.
-        speeds = [record.inference_rps for record in records if record.inference_rps > 0]
-        return choose_blocks(records, checkpoint.num_blocks, capacity, statistics.mean(speeds) if speeds else 1.0)
+    async def plan(self, config: ServeConfig, model: str | None = None) -> ServingPlan:
+        """What `serve` would hold, and why; nothing is loaded and nobody is told. Raises as `serve`."""
+        checkpoint = await self.checkpoint(model)
+        named = ModelId(checkpoint.name, await trio.to_thread.run_sync(lambda: checkpoint.digest))
+        return await plan_serving(self.directory, checkpoint, named, config)
 
     async def generate(
         self,
@@ -217,6 +209,8 @@ async def open_peer(
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
     )
+    if way_in.initial_peers:
+        say(f"joining the swarm through {len(way_in.initial_peers)} of its peers")
     async with open_membership(identity, settings, way_in.initial_peers, config.lan) as (host, directory, nursery):
         if way_in.token is not None:
             host.introduce((INFERENCE_V1, FORWARD_V1, BACKWARD_V1), partial(introduce, host, way_in.token))

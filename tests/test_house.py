@@ -29,6 +29,7 @@ TRIO_LIVES_IN = (
     "dht/",
     "protocols/stream.py",
     "cli/main.py",
+    "cli/bench.py",
     "cli/chat.py",
     "cli/peer.py",
     "cli/run_dht.py",

@@ -297,6 +297,17 @@ class ModelClient:
         deadline = trio.current_time() + self._timeouts.route_s
         await self.watcher.wait_for(self.blocks, deadline)
 
+    def expected_route(self, max_length: int, options: ClientOptions | None = None) -> RouteChoice:
+        """The route that a session of one row would be opened with now; nobody is asked.
+
+        Raises:
+            RouteError: there is none.
+        """
+        options = options or ClientOptions()
+        nobody = frozenset[PeerId]()
+        route = self._latency_route(options, 1, max_length, self.blocks, nobody)
+        return self._explain(options, 1, max_length, self.blocks, route, nobody)
+
     def _deadlines(self, options: ClientOptions) -> Timeouts:
         seconds = options.request_timeout
         if seconds is None:

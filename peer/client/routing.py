@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from petals.dht.records import ServerRecord, ServerState
 from petals.protocols.errors import MissingBlocks
@@ -61,6 +61,16 @@ class RouteHop:
             f"{1e3 * self.queue_s:.1f} queue + {1e3 * self.compute_s:.1f} compute = {1e3 * self.expected_s:.1f} ms)"
         )
 
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "peer_id": self.peer_id,
+            "blocks": [self.blocks.start, self.blocks.stop],
+            "network_s": self.network_s,
+            "queue_s": self.queue_s,
+            "compute_s": self.compute_s,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -96,6 +106,13 @@ class RouteChoice:
 
     route: Route
     skipped: tuple[Skipped, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "expected_route": [hop.as_json() for hop in self.route.hops],
+            "skipped": [{**each.hop.as_json(), "reason": each.reason} for each in self.skipped],
+        }
 
 
 @dataclass(frozen=True, slots=True)

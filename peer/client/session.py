@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import trio
@@ -60,6 +61,16 @@ class HopTrace:
             "compute": self.compute_s,
         }
         return {**known, "network": max(0.0, self.round_trip_s - sum(known.values()))}
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "peer_id": self.peer_id,
+            "blocks": [self.blocks.start, self.blocks.stop],
+            "round_trip_s": self.round_trip_s,
+            "queue_s": self.queue_s,
+            "compute_s": self.compute_s,
+        }
 
 
 @dataclass(frozen=True, slots=True)

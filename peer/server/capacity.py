@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,21 +23,44 @@ WORKSPACE_TENSORS = 8
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What serving takes and what there is, in bytes."""
+
+    free: int
+    cache: int
+    workspace: int
+    """Room that one step computes in."""
+    block: int
+    """Weights of the largest block."""
+
+    def holds(self, blocks: int) -> bool:
+        """Whether so many blocks fit."""
+        return blocks <= blocks_that_fit(self.free, self.block, self.cache, self.workspace)
+
+
+def memory_of(checkpoint: Checkpoint, config: ServeConfig) -> Memory:
+    """Known from the model's configuration; no weights are read."""
+    per_weight = BYTES_PER_WEIGHT.get(config.quant_type, compute_dtype(config, checkpoint).itemsize)
+    return Memory(
+        free=free_bytes(device_of(config)),
+        cache=config.cache_bytes,
+        workspace=WORKSPACE_TENSORS * min(config.max_batch_tokens, 4096) * 4 * checkpoint.hidden_size * 4,
+        block=int(block_numel(checkpoint.config) * per_weight),
+    )
+
+
 def capacity_of(checkpoint: Checkpoint, config: ServeConfig) -> tuple[int, str]:
     """How many blocks to hold, and why, in one line.
 
     Raises:
         UserError: not even one fits; says what to lower.
     """
-    device = device_of(config)
-    free = free_bytes(device)
-    per_weight = BYTES_PER_WEIGHT.get(config.quant_type, compute_dtype(config, checkpoint).itemsize)
-    block = int(block_numel(checkpoint.config) * per_weight)
-    workspace = WORKSPACE_TENSORS * min(config.max_batch_tokens, 4096) * 4 * checkpoint.hidden_size * 4
-    count = min(checkpoint.num_blocks, blocks_that_fit(free, block, config.cache_bytes, workspace))
+    memory = memory_of(checkpoint, config)
+    count = min(checkpoint.num_blocks, blocks_that_fit(memory.free, memory.block, memory.cache, memory.workspace))
     why = (
-        f"{_mb(free)} of memory are free: {_mb(config.cache_bytes)} for the cache, {_mb(workspace)} to compute in, "
-        f"{_mb(block)} for each block"
+        f"{_mb(memory.free)} of memory are free: {_mb(memory.cache)} for the cache, {_mb(memory.workspace)} to compute "
+        f"in, {_mb(memory.block)} for each block"
     )
     if count < 1:
         raise UserError(f"{why}: not one fits; lower --cache_mb or choose --quant_type int8 or nf4")
@@ -44,9 +68,14 @@ def capacity_of(checkpoint: Checkpoint, config: ServeConfig) -> tuple[int, str]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on `device`; a container's own limit counts."""
+    """Memory that can still be had on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """Main memory that can still be had; a container's own limit counts."""
     free = psutil.virtual_memory().available
     try:
         limit, used = ((CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))

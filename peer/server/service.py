@@ -178,7 +178,9 @@ class Service:
         dtype, device = compute_dtype(config, checkpoint), device_of(config)
         name = str(dtype).removeprefix("torch.")
         self._progress(f"loading blocks {blocks.start}:{blocks.stop} of {checkpoint.name} ({name})")
-        load = partial(load_span, quant_type=config.quant_type, deterministic=config.deterministic)
+        load = partial(
+            load_span, quant_type=config.quant_type, deterministic=config.deterministic, progress=self._progress
+        )
         span = await self._thread.run(partial(load, checkpoint, blocks, dtype=dtype, device=str(device)))
         for adapter in config.adapters:
             span.add_adapter(await self._thread.run(partial(load_lora, adapter, span)))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from petals.cli.conversation import BLOCK, MAX_MESSAGE_CHARS, Composer, Conversation, Message, printable
+from typing import cast
 
+import pytest
 
-def one_token_a_message(messages: list[Message]) -> list[int]:
-    return list(range(len(messages)))
+from petals.cli.chat import _Chat
+from petals.cli.conversation import BLOCK, MAX_MESSAGE_CHARS, Composer, Conversation, printable
+from petals.peer.client.generation import Chat, GenerationOptions, PromptTooLong, TokenStream
+from petals.peer.client.model_client import ClientOptions
+from petals.peer.node import Peer
 
 
 def test_lines_become_messages() -> None:
@@ -32,13 +36,45 @@ def test_the_oldest_questions_are_forgotten_and_the_system_prompt_stays() -> Non
         talk.ask(f"question {number}")
         talk.answered(f"answer {number}")
     talk.ask("last")
-    ids, dropped = talk.fit(4, one_token_a_message)
-    assert (len(ids), dropped) == (4, 2)
+    assert talk.forget()
+    assert talk.forget()
     assert [each["content"] for each in talk.messages] == ["be kind", "question 2", "answer 2", "last"]
-    assert talk.fit(1, one_token_a_message) == ([0, 1], 1), "the last question stays though it does not fit"
+    assert talk.forget()
+    assert not talk.forget(), "the last question stays"
+    assert [each["content"] for each in talk.messages] == ["be kind", "last"]
     talk.answered("")
     assert talk.messages == [{"role": "system", "content": "be kind"}], "a question without an answer is taken back"
 
 
 def test_a_terminal_obeys_no_model() -> None:
     assert printable("a\x1b[2J\x9b1m\x07\r\tb\n") == "a[2J1m\tb\n"
+
+
+class Forgetful:
+    """A peer whose model looks back on no more than `room` messages."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    async def generate(self, prompt: Chat, **_: object) -> TokenStream:
+        if len(prompt.messages) > self.room:
+            raise PromptTooLong("too long")
+        return TokenStream([])
+
+
+async def test_a_conversation_too_long_for_the_model_loses_its_oldest_questions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    talk = Conversation("be kind")
+    for number in range(3):
+        talk.ask(f"question {number}")
+        talk.answered(f"answer {number}")
+    talk.ask("last")
+    peer = Forgetful(4)
+    chat = _Chat(cast(Peer, peer), GenerationOptions(), ClientOptions(), talk)
+    (await chat._ask())._ended.set()  # nothing was begun
+    assert [each["content"] for each in talk.messages] == ["be kind", "question 2", "answer 2", "last"]
+    assert "its oldest 2 questions are forgotten" in capsys.readouterr().err
+    peer.room = 1
+    with pytest.raises(PromptTooLong):
+        await chat._ask()

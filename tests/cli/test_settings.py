@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from petals.cli.main import parse, parsers
 from petals.cli.settings import Flag, flags_of
 
+ROOT = Path(__file__).parents[2]
 SAMPLES = ["0:12", "3", "127.0.0.1:9", "abc"]
 """One of them is a value of each flag that has no choices."""
 
@@ -185,3 +188,15 @@ def test_help_says_it(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--config FILE" in said
         assert "PETALS_INITIAL_PEERS" in said
         assert f"in a table such as [{verb}]" in said
+
+
+def test_the_documentation_lists_what_the_parsers_take() -> None:
+    """After a change of flags: python scripts/cli_reference.py"""
+    command = [sys.executable, "scripts/cli_reference.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "cli.md").read_text()
+    for verb, parser in parsers()[1].items():
+        section = page.partition(f"## petals {verb}\n")[2].partition("\n## ")[0]
+        for flag in flags_of(parser):
+            assert flag.names == ("config",) or not flag.action.option_strings or f"`--{flag.names[0]}`" in section

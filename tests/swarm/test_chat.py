@@ -27,17 +27,20 @@ class Terminal:
             [sys.executable, "-c", attach, *PETALS, *words], stdin=other, cwd=ROOT, env=ENVIRONMENT | {"TERM": "dumb"}
         )
         os.close(other)
+        self._unread = b""
 
     def type(self, text: str) -> None:
         os.write(self.keys, text.encode())
 
     def read_until(self, end: str, timeout: float = 90) -> str:
-        seen, deadline = b"", time.monotonic() + timeout
-        while end.encode() not in seen:
+        """All up to `end`; what came after it in the same breath is for the next call."""
+        deadline = time.monotonic() + timeout
+        while end.encode() not in self._unread:
             ready, _, _ = select.select([self.keys], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"waited for {end!r}, saw {seen.decode()!r}"
-            seen += os.read(self.keys, 4096)
-        return seen.decode().replace("\r\n", "\n")
+            assert ready, f"waited for {end!r}, saw {self._unread.decode()!r}"
+            self._unread += os.read(self.keys, 4096)
+        seen, _, self._unread = self._unread.partition(end.encode())
+        return (seen + end.encode()).decode().replace("\r\n", "\n")
 
 
 @pytest.mark.swarm

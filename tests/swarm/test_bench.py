@@ -1,0 +1,40 @@
+"""`petals bench` on a tiny model: every form is measured, and told to people and machines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from petals.cli.bench import describe
+from petals.peer.server.bench import run_bench
+from petals.protocols.errors import UserError
+from tests.swarm.conftest import Truth
+
+
+async def test_every_form_is_measured(tiny_truth: Truth) -> None:
+    said: list[str] = []
+    found = await run_bench(tiny_truth.checkpoint, 2, ["float32", "bfloat16"], ["none", "int8"], said.append)
+    assert json.loads(json.dumps(found)) == found
+    assert [line.partition(":")[0] for line in said] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    forms = [(each["dtype"], each["quant_type"]) for each in found["blocks"] if each["path"] == "transformers"]
+    assert forms == [("float32", "none"), ("bfloat16", "none"), ("float32", "int8")]
+    assert {"lean"} <= {each["path"] for each in found["blocks"]}
+    assert found["blocks"][0]["decode_ratio"] == found["blocks"][0]["prefill_ratio"] == 1
+    for each in found["blocks"]:
+        assert each["decode_blocks_per_s"] > 0
+        assert each["prefill_blocks_per_s"] > 0
+        assert each["of_memory_bound"] > 0
+    assert found["transport"]["mb_s"] > 0
+    assert found["transport"]["round_trip_s"] > 0
+    assert found["measured_blocks"] == 2
+    table = describe(found)
+    assert "float32 int8" in table
+    assert len(table.splitlines()) == 5 + len(found["blocks"])
+
+
+async def test_mistakes_are_the_users(tiny_truth: Truth) -> None:
+    with pytest.raises(UserError, match="5 is not a number of them"):
+        await run_bench(tiny_truth.checkpoint, 5, ["float32"], ["none"], print)
+    with pytest.raises(UserError, match="float33"):
+        await run_bench(tiny_truth.checkpoint, 1, ["float33"], ["none"], print)

@@ -1,0 +1,156 @@
+"""`petals doctor`: what it finds on this machine and in real swarms, and what it says to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from petals.cli.doctor import describe
+from petals.cli.main import parse
+from petals.peer import checks
+from petals.peer.bootstrap import open_bootstrap
+from petals.peer.checks import Finding, Subject, examine
+from petals.peer.host import HostConfig, open_host
+from petals.peer.identity import create_identity
+from tests.cli.test_commands import ENVIRONMENT, PETALS, ROOT
+from tests.swarm.conftest import Swarm, Truth
+
+LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWHtURmmUjrRwSiMY8FcjtDevyhTTAQAMRfBKuz8ErYeAT"
+
+
+async def found(check: str, subject: Subject) -> list[Finding]:
+    """What the doctor says under that heading."""
+    findings: list[Finding] = []
+    await examine(subject, findings.append)
+    return [finding for finding in findings if finding.check == check]
+
+
+@pytest.fixture
+def only_the_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MACHINE", ())
+
+
+@pytest.mark.usefixtures("only_the_swarm")
+async def test_each_initial_peer_is_looked_at(
+    make_swarm: Callable[[str | None], Swarm], tiny_truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_swarm(str(tiny_truth.directory))
+    server = await swarm.add(range(3))
+    findings: list[Finding] = []
+    async with (
+        open_bootstrap(identity=None, listen=LOOPBACK, initial_peers=server.addrs) as keeper,
+        open_host(create_identity().key_pair, HostConfig(listen=LOOPBACK)) as stranger,
+    ):
+        port = keeper.addrs[0].split("/")[4]
+        by_name = f"/dns4/localhost/tcp/{port}/p2p/{keeper.peer_id}"
+        mistaken = f"/ip4/127.0.0.1/tcp/{port}/p2p/{server.peer_id}"
+        lost = NOBODY.replace("/ip4/127.0.0.1", "/dns4/no.such.name.invalid")
+        addrs = (server.addrs[0], by_name, stranger.addrs[0], NOBODY, lost, "nonsense")
+        await examine(Subject(listen=LOOPBACK, initial_peers=addrs), findings.append)
+        taken = (keeper.addrs[0].partition("/p2p/")[0],)
+        wrong = await found("initial peer", Subject(listen=taken, initial_peers=(mistaken,)))
+    peers = [finding for finding in findings if finding.check == "initial peer"]
+    said = [(finding.state, finding.text) for finding in peers]
+    assert said[0][0] == "ok"
+    assert "serves blocks" in said[0][1]
+    assert peers[0].figures["round_trip_s"] > 0
+    assert said[1] == ("ok", "localhost is 127.0.0.1")
+    assert "keeps the directory" in said[2][1]
+    for (state, text), reason in zip(
+        said[3:], ("does not speak our protocols", "refused", "cannot be resolved", "is no full address"), strict=True
+    ):
+        assert state == "problem"
+        assert reason in text
+    assert all(finding.advice for finding in peers if finding.state == "problem")
+    assert "check the peer ID" in wrong[0].advice
+    (clock,) = [finding for finding in findings if finding.check == "clock"]
+    assert clock.state == "ok"
+    assert abs(clock.figures["ahead_s"]) <= clock.figures["exact_s"]
+    (model,) = [finding for finding in findings if finding.check == "model"]
+    assert (model.state, model.figures["health"]) == ("problem", "broken")
+    assert "--serve 3:4" in model.advice
+
+    monkeypatch.setattr(checks, "time", SimpleNamespace(time=lambda: time.time() - 100))
+    (clock,) = await found("clock", Subject(listen=LOOPBACK, initial_peers=server.addrs))
+    assert clock.state == "problem"
+    assert clock.figures["ahead_s"] == pytest.approx(100, abs=1)
+    assert "is 100." in clock.text
+    assert "ahead of ours" in clock.text
+
+
+async def test_versions_out_of_range_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MACHINE", (checks.packages,))
+    assert {each.state for each in await found("packages", Subject(listen=LOOPBACK))} == {"ok"}
+    wanted = ["trio<0.1", "no-such-package>=3", "peft>=99; extra == 'peft'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
+    problems = [each for each in await found("packages", Subject(listen=LOOPBACK)) if each.state == "problem"]
+    assert [each.advice for each in problems] == ['pip install "trio<0.1"', 'pip install "no-such-package>=3"']
+
+    def uninstalled(_: str) -> None:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "metadata", uninstalled)
+    assert {each.state for each in await found("packages", Subject(listen=LOOPBACK))} == {"ok"}
+
+
+async def test_a_broken_package_does_not_end_the_other_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(subject: Subject, tell: checks.Tell) -> None:
+        raise ImportError("libtorch.so: cannot open shared object file")
+
+    monkeypatch.setattr(checks, "MACHINE", (broken, checks.packages))
+    findings: list[Finding] = []
+    await examine(Subject(listen=LOOPBACK), findings.append)
+    assert findings[0].state == "problem"
+    assert "libtorch.so" in findings[0].text
+    assert len(findings) > 1
+
+
+def test_the_command_on_a_machine_with_problems(tmp_path: Path) -> None:
+    """Two of them: the cache is a file, and the port is taken."""
+    (tmp_path / "cache").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        addr = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+        environment = ENVIRONMENT | {"PETALS_CACHE": str(tmp_path / "cache"), "PETALS_LISTEN": addr}
+        done = subprocess.run(
+            [*PETALS, "doctor", "--json"], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+        )
+    assert done.returncode == 1, done.stderr
+    said = json.loads(done.stdout)
+    problems = [finding for finding in said["findings"] if finding["state"] == "problem"]
+    assert said["problems"] == 2
+    assert [finding["check"] for finding in problems] == ["disk", "listening"]
+    assert "PETALS_CACHE" in problems[0]["advice"]
+    (device,) = [finding for finding in said["findings"] if finding["check"] == "device"]
+    assert device["figures"]["memory_read_gb_s"] > 0
+
+
+async def test_exit_codes_and_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PETALS_CACHE", str(tmp_path))
+    monkeypatch.setattr(checks, "MACHINE", (checks.disk, checks.listening))
+    options = parse(["doctor"])
+    assert await options.run(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok      disk: ")
+    assert lines[1].startswith("ok      listening: can listen on /ip4/127.0.0.1/tcp/")
+    assert lines[-1] == "no problems"
+    assert not os.listdir(tmp_path), "what was written to measure is gone"
+    options = parse(["doctor", "--initial_peers", NOBODY])
+    assert await options.run(options) == 1
+    assert capsys.readouterr().out.endswith("1 problem\n")
+    problem = Finding("disk", "problem", "full", "make room")
+    assert describe(problem, bright=True) == "\x1b[31m✗\x1b[0m disk: full\n  -> make room"
+    assert describe(problem, bright=False) == "problem disk: full\n        -> make room"
