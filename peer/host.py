@@ -26,6 +26,7 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamEOF, StreamError
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from multiaddr.utils import get_network_addrs  # type: ignore[import-untyped]
 
@@ -61,6 +62,8 @@ _ADDRESS_TTL_S = 24 * 3600
 _PROBE_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Waits between the calls on a peer that froze; it is forgotten, and may be dialled again, after the last."""
 _MAX_FROZEN = 256
+_MAX_NAME = 128
+"""Characters of a peer ID."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +227,7 @@ class Host:
         await self._network.close_peer(ID.from_base58(peer_id))
 
     async def _connect(self, peer_id: PeerId, addrs: Sequence[str]) -> NetworkConn:
-        target = ID.from_base58(peer_id)
+        target = _id_of(peer_id)
         if (conn := self._network.live_conn(target)) is not None:
             await trio.lowlevel.checkpoint()
             return conn
@@ -251,7 +254,7 @@ class Host:
             peerstore.add_addrs(peer_id, list(given.values()), _ADDRESS_TTL_S)
         try:
             known = peerstore.addrs(peer_id)
-        except BaseLibp2pError:
+        except (BaseLibp2pError, PeerStoreError):
             known = []
         return list(given.values()) + [addr for addr in known if str(addr) not in given]
 
@@ -515,6 +518,16 @@ async def _answer_ping(stream: ByteStream) -> None:
         if len(payload) == PING_BYTES:
             await stream.write(payload)
             payload = bytearray()
+
+
+def _id_of(peer_id: PeerId) -> ID:
+    """The library's form of a name. Raises PeerUnreachable when it is none: a push may name anything as its goal."""
+    try:
+        if 0 < len(peer_id) <= _MAX_NAME:  # decoding base58 takes the square of its length
+            return ID.from_base58(peer_id)
+    except ValueError:
+        pass
+    raise PeerUnreachable(f"{peer_id[:_MAX_NAME]!r} is no peer ID", peer_id)
 
 
 class _deadline:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 from libp2p.network.exceptions import SwarmException
@@ -124,7 +125,7 @@ def kademlia(data: bytes) -> None:
     the_loop().run(partial(directory._dht.handle_stream, stream))
     assert stream.said_bytes < 4 << 20
     message = Message()
-    with suppress(ValueError):  # as `_exchange` does with DecodeError
+    with suppress(DecodeError):  # as `_exchange` does
         message.ParseFromString(data)
     for _, addrs in _peers([*message.closerPeers, *message.providerPeers]):
         assert len(addrs) <= 16

@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from libp2p.crypto.keys import KeyPair
 from libp2p.security.noise.pb import noise_pb2
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -215,7 +216,7 @@ def tensors(data: bytes) -> None:
     """A header and its payload, for each kind of tensor that anybody asks for."""
     try:
         header = pb.Tensor.FromString(data[1 : 1 + data[0]] if data else b"")
-    except ValueError:  # protobuf's own; `parse` turns it into ours
+    except DecodeError:  # protobuf's own; `parse` turns it into ours
         return
     payload = data[1 + data[0] :] if data else b""
     for shape, dtypes in (((None, None, None), FLOATS), ((2, None), BOOL), ((None,), INT64), ((1, None, 32), FLOATS)):
