@@ -65,9 +65,9 @@ class _Header:
         alignment = numbers.get("general.alignment", 32)
         if alignment is None or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment}")
-        infos = {}
+        infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensors):
-            name, *info = self._tensor()
+            name, info = self._tensor()
             if name in infos:
                 raise ValueError(f"tensor {name} stands there twice")
             infos[name] = info
@@ -97,8 +97,8 @@ class _Header:
             self._skip(self._scalar_bytes(kind))
         return None
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, sizes, offset and bytes."""
+    def _tensor(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
+        """Name; sizes, offset and bytes."""
         name, dimensions = self._name(), self._number("<I")
         if not 0 < dimensions <= 4:
             raise ValueError(f"tensor {name} of {dimensions} dimensions")
@@ -109,7 +109,7 @@ class _Header:
         per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if not all(sizes) or sizes[0] % per_block:
             raise ValueError(f"tensor {name} of sizes {sizes}")
-        return name, sizes, offset, math.prod(sizes) // per_block * block_bytes
+        return name, (sizes, offset, math.prod(sizes) // per_block * block_bytes)
 
     def _name(self) -> str:
         size = self._number("<Q")

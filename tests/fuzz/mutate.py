@@ -16,12 +16,14 @@ from petals.protocols.framing import FrameDecoder, encode_frame, encode_varint
 
 Grammar = Literal["bytes", "proto", "frames", "json"]
 
-NUMBERS = (0, 1, 2, 3, 4, 7, 31, 32, 127, 128, 255, 256, 4095, 4096, 65535, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1,
-           1 << 32, (1 << 62), (1 << 63) - 1, (1 << 64) - 1)  # fmt: skip
+NUMBERS = (
+    0, 1, 2, 3, 4, 7, 31, 32, 127, 128, 255, 256, 4095, 4096, 65535, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1,
+    1 << 32, 1 << 62, (1 << 63) - 1, (1 << 64) - 1,
+)  # fmt: skip
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 0.5, 1e308, float("inf"), float("nan"), 10**30, -(10**30), 1 << 31, 1 << 40, "", "x", "\0",
-    "\ud800", "../../etc/passwd", "x" * 5000, "9" * 5000, [], {}, [[]], [None], {"": None}, [1, "a", None], [-1], [1 << 62],
-    ["F32"], {"a": {"b": []}},
+    None, True, False, 0, -1, 1, 0.5, 1e308, float("inf"), float("nan"), 10**30, -(10**30), 1 << 31, 1 << 40, "", "x",
+    "\0", "\ud800", "../../etc/passwd", "x" * 5000, "9" * 5000, [], {}, [[]], [None], {"": None}, [1, "a", None], [-1],
+    [1 << 62], ["F32"], {"a": {"b": []}},
 )  # fmt: skip
 MAX_BYTES = 1 << 17
 
@@ -173,10 +175,7 @@ def _json(data: bytes, others: Sequence[bytes], dice: Random) -> bytes:
     except (ValueError, RecursionError):
         return _bytes(data, others, dice)
     rest = text.decode("utf-8", "surrogateescape")[end:].encode("utf-8", "surrogateescape")
-    if dice.random() < 0.01:
-        body = b"[" * 100_000
-    else:
-        body = json.dumps(_changed(content, dice)).encode()
+    body = b"[" * 100_000 if dice.random() < 0.01 else json.dumps(_changed(content, dice)).encode()
     if len(head) == 8 or (len(head) == 9 and head[0] < 2):  # safetensors: the header's length; an adapter's choice
         head = head[:-8] + struct.pack("<Q", len(body))
     return head + body + rest
@@ -199,7 +198,7 @@ def _changed(content: Any, dice: Random) -> Any:
             case 0:
                 return content[:index] + content[index + 1 :]
             case 1:
-                return content + content[index : index + 1] * dice.choice((1, 20))
+                return [*content, *content[index : index + 1] * dice.choice((1, 20))]
             case _:
                 return content[:index] + [_changed(content[index], dice)] + content[index + 1 :]
     if isinstance(content, int) and not isinstance(content, bool) and dice.random() < 0.5:

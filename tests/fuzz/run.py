@@ -24,10 +24,11 @@ from random import Random
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
-from tests.fuzz.harnesses import CORPUS, HARNESSES, Harness, corpus_of
-from tests.fuzz.mutate import mutate
+from tests.fuzz.harnesses import CORPUS, HARNESSES, Harness, corpus_of  # noqa: E402
+from tests.fuzz.mutate import mutate  # noqa: E402
 
 PEAK_BYTES = 64 << 20
 FOUND = Path(__file__).parent / "found"
@@ -135,7 +136,7 @@ def main() -> int:
     signal.signal(signal.SIGALRM, too_slow)
     tracemalloc.start()
     print("| decoder | inputs | per second | slowest | peak | resident | bugs |\n" + "|---" * 7 + "|")
-    return int(any([fuzz(name, HARNESSES[name], options) for name in options.harness]))
+    return int(sum(fuzz(name, HARNESSES[name], options) for name in options.harness) > 0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import env_to_send_in_RPC
 
-
 from petals.dht.directory import Directory, _peers, _writer, open_directory
 from petals.dht.keys import parse_record_key, record_key, swarm_key
 from petals.dht.records import DOMAIN, RecordError, ServerRecord, ServerState, open_record, peek, sign_record

@@ -222,8 +222,7 @@ def tensors(data: bytes) -> None:
     for shape, dtypes in (((None, None, None), FLOATS), ((2, None), BOOL), ((None,), INT64), ((1, None, 32), FLOATS)):
         try:
             size = check_header(header, name="fuzzed", shape=shape, dtypes=dtypes)
-        except RemoteProtocolError as error:
-            assert len(str(error)) < 1000
+        except RemoteProtocolError:
             continue
         assert 0 < size <= MAX_TENSOR_BYTES
         if size <= MAX_PAYLOAD:
