@@ -200,7 +200,7 @@ def _changed(content: Any, dice: Random) -> Any:
             case 1:
                 return [*content, *content[index : index + 1] * dice.choice((1, 20))]
             case _:
-                return content[:index] + [_changed(content[index], dice)] + content[index + 1 :]
+                return [*content[:index], _changed(content[index], dice), *content[index + 1 :]]
     if isinstance(content, int) and not isinstance(content, bool) and dice.random() < 0.5:
         return content + dice.choice((-1, 1, 1000))
     return dice.choice(VALUES)
