@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ Handler = Callable[[ByteStream], Awaitable[None]]
 
 PING = "/ipfs/ping/1.0.0"
 PING_BYTES = 32
+PING_IDLE_S = 60.0
+"""From one ping on a stream to the next; else a stranger's open streams would be counted for ever."""
 _ADDRESS_TTL_S = 24 * 3600
 _PROBE_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Waits between the calls on a peer that froze; it is forgotten, and may be dialled again, after the last."""
@@ -93,12 +96,20 @@ class HostConfig:
     """Handshakes under way; one more ends the oldest, so that slow strangers cannot lock out quick ones."""
     max_handlers: int = 16384
     """Streams of all peers being answered; one more is refused."""
+    max_handlers_per_peer: int = 1024
+    """The same of one peer, whatever its connections allow."""
     limits: YamuxLimits = field(default_factory=YamuxLimits)
     """Streams, windows and bytes of one connection."""
 
     def __post_init__(self) -> None:
         times = (self.keep_alive_s, self.connect_s, self.handshake_s, self.negotiate_s, self.close_s)
-        counts = (self.max_connections, self.max_connections_per_peer, self.max_half_open, self.max_handlers)
+        counts = (
+            self.max_connections,
+            self.max_connections_per_peer,
+            self.max_half_open,
+            self.max_handlers,
+            self.max_handlers_per_peer,
+        )
         if min(times) <= 0 or min(counts) < 1:
             raise ValueError("times must be positive and limits at least 1")
 
@@ -168,7 +179,7 @@ class Host:
         self._multiselect = libp2p.multiselect
         self._network, self._config, self._nursery = network, config, nursery
         self._handlers: dict[str, Handler] = {}
-        self._n_handlers = 0
+        self._n_handlers: Counter[PeerId] = Counter()
         self._half_open: dict[trio.CancelScope, None] = {}
         self._frozen: dict[PeerId, None] = {}
         self._on_peer: list[Callable[[PeerId], None]] = []
@@ -333,10 +344,11 @@ class Host:
 
     def _take_stream(self, conn: NetworkConn, stream: MuxedStream) -> None:
         """A peer opened `stream`. Called from the connection's reader, so only starts a task."""
-        if self._n_handlers >= self._config.max_handlers:
+        of_peer = self._n_handlers[stream.remote_peer]
+        if of_peer >= self._config.max_handlers_per_peer or self._n_handlers.total() >= self._config.max_handlers:
             stream.reset_nowait()
             return
-        self._n_handlers += 1
+        self._n_handlers[stream.remote_peer] = of_peer + 1
         self._nursery.start_soon(self._answer, conn, stream)
 
     async def _answer(self, conn: NetworkConn, stream: MuxedStream) -> None:
@@ -350,7 +362,9 @@ class Host:
             else:
                 await self._run_library_handler(conn, protocol, stream)
         finally:
-            self._n_handlers -= 1
+            self._n_handlers[stream.remote_peer] -= 1
+            if not self._n_handlers[stream.remote_peer]:
+                del self._n_handlers[stream.remote_peer]
 
     async def _negotiate(self, stream: MuxedStream) -> str | None:
         try:
@@ -511,13 +525,15 @@ class StockStream:
 
 
 async def _answer_ping(stream: ByteStream) -> None:
-    """32 bytes come, the same 32 bytes go back, until the peer has had enough."""
+    """32 bytes come, the same 32 bytes go back, until the peer has had enough, or is silent."""
     payload = bytearray()
-    while piece := await stream.read(PING_BYTES - len(payload)):
-        payload += piece
-        if len(payload) == PING_BYTES:
-            await stream.write(payload)
-            payload = bytearray()
+    with trio.move_on_after(PING_IDLE_S) as scope:
+        while piece := await stream.read(PING_BYTES - len(payload)):
+            payload += piece
+            if len(payload) == PING_BYTES:
+                await stream.write(payload)
+                payload = bytearray()
+                scope.deadline = trio.current_time() + PING_IDLE_S
 
 
 def _id_of(peer_id: PeerId) -> ID:

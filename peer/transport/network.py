@@ -34,7 +34,7 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.rcmgr import Direction
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -54,6 +54,7 @@ from petals.peer.concurrency import shielded_for
 from petals.peer.transport.multistream import Dialler, Listener, proposal
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
+from petals.peer.transport.peerstore import BoundedPeerStore
 from petals.peer.transport.pipe import Pipe, RawPipe, TcpPipe
 from petals.peer.transport.yamux import PROTOCOL as YAMUX_ID
 from petals.protocols.errors import ProtocolViolation, RemoteError
@@ -374,7 +375,7 @@ class Network(Swarm):
         self._muxer, self._transport = muxer, transport
         self._connect_s, self._handshake_s = connect_s, handshake_s
         peer_id = ID.from_pubkey(key_pair.public_key)
-        peerstore: IPeerStore = PeerStore()
+        peerstore: IPeerStore = BoundedPeerStore()
         peerstore.add_key_pair(peer_id, key_pair)
         super().__init__(
             peer_id,
@@ -423,7 +424,7 @@ class Network(Swarm):
     async def _upgrade(self, raw: IRawConnection, expected: ID | None) -> SwarmConn:
         """Raises SwarmException; `raw` is closed then."""
         try:
-            if self.get_total_connections() >= self.connection_config.max_connections:
+            if self._is_full() and self._idle_conn() is None:
                 raise SwarmException(f"{self.connection_config.max_connections} connections are open already")
             muxed = await (self._mux_stock(raw, expected) if self._transport == "stock" else self._mux(raw, expected))
             return await self.add_conn(muxed, "inbound" if expected is None else "outbound")
@@ -468,6 +469,8 @@ class Network(Swarm):
         if len(known) >= self.connection_config.max_connections_per_peer:
             await muxed_conn.close()
             raise SwarmException(f"{len(known)} connections to {peer_id} are open already")
+        if self._is_full() and (idle := self._idle_conn()) is not None:
+            self.nursery.start_soon(idle.close)
         self.connections.setdefault(peer_id, []).append(conn)
         self.nursery.start_soon(self._run_conn, conn)
         await muxed_conn.event_started.wait()
@@ -475,6 +478,18 @@ class Network(Swarm):
         await conn.event_started.wait()
         await self.notify_connected(conn)
         return conn
+
+    def _is_full(self) -> bool:
+        return self.get_total_connections() >= self.connection_config.max_connections
+
+    def _idle_conn(self) -> NetworkConn | None:
+        """The oldest connection that a peer opened and uses for nothing now: it makes room for a newcomer, so that a
+        thousand silent strangers keep nobody out. Who is served has a stream open."""
+        for conn in self.get_connections():
+            muxed = conn.muxed_conn
+            if isinstance(muxed, LibraryConn) and not muxed.is_initiator and muxed.connection.is_idle:
+                return cast(NetworkConn, conn)
+        return None
 
     async def _run_conn(self, conn: NetworkConn) -> None:
         try:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import trio
@@ -162,7 +163,7 @@ class Attacker:
     async def flood_records(self, count: int) -> None:
         """Records and provider entries of models that do not exist, by one key, and fat ones for the one that does."""
         address = Multiaddr("/ip4/127.0.0.1/tcp/1").to_bytes()
-        fat = Multiaddr("/dns4/" + "x" * 60_000 + "/tcp/1").to_bytes()
+        fat = encode_varint(400) + encode_varint(60_000) + b"/" + b"x" * 59_999  # a socket's name of 60,000 bytes
         for number in range(count):
             digest = secrets.token_hex(32) if number % 4 else self.target.model.digest
             model, me = ModelId("none", digest), ID.from_base58(self.identity.peer_id).to_bytes()
@@ -184,16 +185,21 @@ class Attacker:
                     self.note("records")
 
     async def reset_storm(self, count: int) -> None:
-        """Streams that are opened and taken back at once."""
+        """Streams that are opened and taken back at once: one by one, and in bursts that arrive in one piece."""
         await self.host.connect(self.target.addr)
+        target = ID.from_base58(self.target.peer_id)
         for number in range(count):
             try:
                 stream = await self.host.open_stream(self.target.peer_id, PROTOCOLS[number % len(PROTOCOLS)])
                 await stream.reset()
-                self.note("resets")
+                conn: Any = self.host._network.live_conn(target)
+                for _ in range(100 if conn is not None else 0):
+                    conn.muxed_conn.connection.open_stream().reset_nowait()
+                    self.note("resets")
             except RemoteError:
-                self.note("refused resets")
+                self.note("cut off")
                 await self.host.connect_peer(self.target.peer_id, [self.target.addr])
+            await trio.lowlevel.checkpoint()
 
 
 async def run_attacker(
