@@ -2,18 +2,17 @@
 
     python benchmarks/hostile.py [--seconds 10] [--rounds 2] [--connections 1000] [--attack NAME ...]
 
-One server, one client that decodes, and the attackers, each a process of its own; the attackers with the lowest priority,
-since on a machine of their own they would not take the server's processor. For every attack, quiet and attacked seconds
-alternate. Every step of the client is compared, bit by bit, with the same step before the first attack. Told are the
-50th and 95th percentile of a step, their ratio to the quiet ones of the same round, what the attackers got done, the
-server's memory after it, and whether all of its cache could be leased again afterwards.
+One server, one client that decodes, and the attackers, each a process of its own; the attackers with the lowest
+priority, since on a machine of their own they would not take the server's processor. For every attack, quiet and
+attacked seconds alternate. Every step of the client is compared, bit by bit, with the same step before the first attack.
+Told are the 50th and 95th percentile of a step, the ratio of the latter to the quiet one, the server's memory after it,
+whether all of its cache could be leased again afterwards, and what the attackers got done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -51,7 +50,9 @@ async def again(attack: Callable[[Attacker], Awaitable[None]], attacker: Attacke
 
 
 ATTACKS: dict[str, list[Callable[[Attacker], Awaitable[None]]]] = {
-    "slow-loris streams, 200 of them": [Attacker.slow_loris] * 40 + [partial(Attacker.silence, protocol=each) for each in PROTOCOLS] * 32,
+    "slow-loris streams, 200 of them": [
+        *[Attacker.slow_loris] * 40, *[partial(Attacker.silence, protocol=each) for each in PROTOCOLS] * 32
+    ],
     "half handshakes, 200": [Attacker.half_a_handshake] * 200,
     "huge sizes, 4 peers": [partial(again, Attacker.huge_sizes)] * 4,
     "steps out of order, 4 peers": [partial(again, Attacker.out_of_order)] * 4,
@@ -137,40 +138,31 @@ async def measure(address: str, model: Path, process: psutil.Process, options: a
         steps = list(torch.randn(LENGTH - 8, 1, 1, options.hidden, generator=torch.Generator().manual_seed(0)))
         truth: list[torch.Tensor] = []
         await decode(client, 2, truth, steps)
-        print(
-            "| attack | p50 quiet, ms | p50 attacked | p95 quiet | p95 attacked | p95 ratio | server, MiB | free after | done |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|")
+        columns = ("attack", "p50 quiet, ms", "attacked", "p95 quiet, ms", "attacked", "p95 ratio", "server, MiB")
+        print("| " + " | ".join((*columns, "all cache free after", "done")) + " |\n" + "|---" * 9 + "|")
         for name in options.attack:
             quiet: list[float] = []
             attacked: list[float] = []
             done: Counter[str] = Counter()
             for _ in range(options.rounds):
                 quiet += await decode(client, options.seconds, truth, steps)
-                words = [
-                    __file__,
-                    "--strike",
-                    name,
-                    "--target",
-                    json.dumps(told),
-                    "--seconds",
-                    str(options.seconds + 4),
-                    "--connections",
-                    str(options.connections),
-                ]
-                striking = subprocess.Popen(
-                    [sys.executable, *words], stdout=subprocess.PIPE, text=True, preexec_fn=partial(os.nice, 19)
-                )
+                words = ["nice", "-n", "19", sys.executable, __file__, "--strike", name, "--target", json.dumps(told)]
+                words += ["--seconds", str(options.seconds + 4), "--connections", str(options.connections)]
+                striking = await trio.lowlevel.open_process(words, stdout=subprocess.PIPE)
                 await trio.sleep(3)  # imports; and the attack has begun
                 attacked += await decode(client, options.seconds, truth, steps)
-                done.update(json.loads((await trio.to_thread.run_sync(striking.communicate))[0] or "{}"))
+                assert striking.stdout is not None
+                said_so = b"".join([piece async for piece in striking.stdout])
+                await striking.wait()
+                done.update(json.loads(said_so or b"{}"))
                 await trio.sleep(1)
             free = await all_can_be_leased(client, options.lease_tokens)
             resident = process.memory_info().rss >> 20
             said = ", ".join(f"{count:,} {what}" for what, count in sorted(done.items()))
+            ratio = p95(attacked) / p95(quiet)
             print(
                 f"| {name} | {statistics.median(quiet):.1f} | {statistics.median(attacked):.1f} | {p95(quiet):.1f} "
-                f"| {p95(attacked):.1f} | {p95(attacked) / p95(quiet):.2f} | {resident} | {'yes' if free else 'no'} | {said} |",
+                f"| {p95(attacked):.1f} | {ratio:.2f} | {resident} | {'yes' if free else 'no'} | {said} |",
                 flush=True,
             )
 
@@ -202,9 +194,7 @@ def main() -> None:
         options.lease_tokens = int(0.9 * (CACHE_MB << 20) / (BLOCKS * 2 * options.hidden * 4))
         words = ("--serve", f"0:{BLOCKS}", "--cache_mb", str(CACHE_MB))
         with server(directory, *words, threads=1) as address:
-            (process,) = [
-                each for each in psutil.Process().children(recursive=True) if "petals" in " ".join(each.cmdline())
-            ][:1]
+            process = psutil.Process().children()[-1]
             trio.run(measure, address, Path(directory), process, options)
 
 
