@@ -4,8 +4,8 @@
 
 One server, one client that decodes, and the attackers, each a process of its own; the attackers with the lowest
 priority, since on a machine of their own they would not take the server's processor. For every attack, quiet and
-attacked seconds alternate. Every step of the client is compared, bit by bit, with the same step before the first attack.
-Told are the 50th and 95th percentile of a step, the ratio of the latter to the quiet one, the server's memory after it,
+attacked seconds alternate. Every step of the client is compared, bit by bit, with the same step before any attack. Told
+are the 50th and 95th percentile of a step, the ratio of the latter to the quiet one, the server's memory after it,
 whether all of its cache could be leased again afterwards, and what the attackers got done.
 """
 
