@@ -6,9 +6,11 @@ import json
 import os
 import struct
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 from petals.gateway.keys import hash_key, is_known, load_hashes
+from petals.models import checkpoint as checkpoint_module
 from petals.models.adapters import CONFIG, WEIGHTS, load_lora
 from petals.models.checkpoint import INDEX, MANIFEST, SINGLE, open_checkpoint
 from petals.models.errors import ModelError
@@ -95,6 +98,23 @@ def _look_at_everything(directory: Path) -> None:
             checkpoint.other_tensor_names()
 
 
+@cache
+def _config_of(directory: Path) -> Any:
+    """Read once: the library takes longer for it than everything else does."""
+    return checkpoint_module._load_config("fuzzed", directory)
+
+
+@contextmanager
+def _known_config(directory: Path) -> Iterator[None]:
+    """For decoders of other files than config.json."""
+    known, load = _config_of(directory), checkpoint_module._load_config
+    checkpoint_module._load_config = lambda name, directory: known
+    try:
+        yield
+    finally:
+        checkpoint_module._load_config = load
+
+
 def _with(file: str, data: bytes) -> None:
     """The tiny checkpoint with one file changed."""
     path = _checkpoint() / file
@@ -126,7 +146,8 @@ def config_seeds() -> list[bytes]:
 
 def index(data: bytes) -> None:
     """The index of shards."""
-    _with(INDEX, data)
+    with _known_config(_checkpoint()):
+        _with(INDEX, data)
 
 
 def index_seeds() -> list[bytes]:
@@ -136,7 +157,8 @@ def index_seeds() -> list[bytes]:
 
 def manifest(data: bytes) -> None:
     """petals.json, our own note of what a directory holds."""
-    _with(MANIFEST, data)
+    with _known_config(_checkpoint()):
+        _with(MANIFEST, data)
 
 
 def manifest_seeds() -> list[bytes]:
@@ -154,7 +176,7 @@ def safetensors(data: bytes) -> None:
         directory.mkdir()
         (directory / "config.json").write_bytes((_checkpoint() / "config.json").read_bytes())
     (directory / SINGLE).write_bytes(data)
-    with suppress(ModelError):
+    with suppress(ModelError), _known_config(directory):
         checkpoint = open_checkpoint(directory)
         for name in checkpoint.tensor_names():
             with suppress(ModelError):
