@@ -49,6 +49,8 @@ BLOCKS, VOCABULARY, HIDDEN = 4, 199, 32
 SPANS = ("0:4", "0:2", "2:4", "1:3", "0:1", "3:4")
 MOST_SERVERS = 4
 NEW_TOKENS = 24
+SETTLE_S = 30.0
+"""What the server is given to notice that everybody has gone."""
 SAMPLES = [(which, seed) for which in range(3) for seed in range(3)]
 
 
@@ -288,9 +290,35 @@ class Soak:
         """Every lease and session of the stable server has come back; so have all mailboxes and handlers."""
         assert self.stable.server is not None
         budget, inbound = self.stable.server.budget, self.stable.server.inbound
-        with trio.fail_after(30):
+        with trio.move_on_after(SETTLE_S):
             while budget.left_bytes < budget.total_bytes or inbound.sessions or inbound._mailboxes:  # noqa: ASYNC110
                 await trio.sleep(0.05)
+            return
+        whose = {"the asker" if peer == self.asker.peer_id else peer: n for peer, n in inbound._sessions.items()}
+        held = budget.total_bytes - budget.left_bytes
+        raise Left(f"{held} bytes leased, sessions {whose}, after {SETTLE_S:g} s\n" + "\n".join(stacks()))
+
+
+class Left(Exception):
+    """Something stayed that should have gone."""
+
+
+def stacks() -> list[str]:
+    """Where every task that has to do with a session stands."""
+    found: list[str] = []
+
+    def look(task: trio.lowlevel.Task) -> None:
+        frames = [f"{frame.f_code.co_name}:{line}" for frame, line in task.iter_await_frames()]
+        if any(name in " ".join(frames) for name in ("session", "generat", "answer_", "step")):
+            found.append(" < ".join(reversed(frames)))
+        for nursery in task.child_nurseries:
+            for child in nursery.child_tasks:
+                look(child)
+
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    look(root)
+    return found
 
 
 def tasks() -> int:
