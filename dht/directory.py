@@ -30,7 +30,7 @@ from typing import Protocol
 import multihash  # type: ignore[import-untyped]
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.abc import IHost
+from libp2p.abc import IHost, INetStream
 from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
@@ -76,6 +76,10 @@ GOODBYE_S = 0.5
 
 MAX_INBOUND = 64
 """Questions answered at once; more are reset (the library: 12, which a few readers fill)."""
+MAX_INBOUND_PER_PEER = 8
+"""The same of one peer; else one who asks nothing on 64 streams would make a node deaf."""
+INBOUND_S = 20.0
+"""One stream of questions; the library waits for the next one for ever."""
 MAX_FETCHES = 64
 """Servers asked for their records at once."""
 MAX_PROVIDERS = 2000
@@ -90,6 +94,7 @@ PROVIDER_TTL_S = 3600.0
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_CLOSER = 64
 MAX_ADDRS = 16
+MAX_ADDR_BYTES = 256
 _MEET_AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 """A new peer enters the routing table once identify has told its addresses."""
 
@@ -144,8 +149,9 @@ class Directory:
         self._suspects: set[PeerId] = set()
         self._addrs: dict[PeerId, tuple[str, ...]] = {}
         """Of nodes that others have named."""
-        self.dropped_records = 0
-        """Records that were not believed, so far."""
+        self.dropped_records: Counter[str] = Counter()
+        """Records that were not believed so far, by why: what servers said of themselves, and what others wanted us to
+        keep."""
         self.asked = 0
         """Questions sent to other nodes, so far."""
 
@@ -231,6 +237,7 @@ class Directory:
         self._suspects.discard(peer_id)
         records = [record for record in (self._open(data, model, peer_id) for data in words) if record is not None]
         if records and (known := self._known.get(key)) is not None:
+            self.dropped_records["replayed"] += sum(record.sequence < known.sequence for record in records)
             records.append(known)  # so that an old record played again is not believed
         record = max(records, key=lambda record: record.sequence, default=None)
         if record is None or not self._is_live(record):
@@ -246,9 +253,9 @@ class Directory:
         try:
             record = open_record(data, now=self._clock(), verify=self._verify, expected_model=model)
             if record.peer_id != peer_id:
-                raise RecordError("a record of another peer")
+                raise RecordError("a record of another peer", "peer")
         except RecordError as error:
-            self.dropped_records += 1
+            self.dropped_records[error.reason] += 1
             log.info("dropped what …%s says: %s", peer_id[-6:], error)
             return None
         return record
@@ -410,9 +417,27 @@ class _Kademlia(KadDHT):
     its own for each bucket, more than a thousand questions for a newcomer to a swarm of 40."""
 
     refresh: Callable[[], Awaitable[None]]
+    _inbound: Counter[ID]
 
     async def refresh_routing_table(self) -> None:
         await self.refresh()
+
+    async def handle_stream(self, stream: INetStream) -> None:
+        """Answer one stream, for a while, unless its peer has enough of them. Cut short, it is reset by the host."""
+        peer_id = stream.muxed_conn.peer_id
+        if self._inbound[peer_id] >= MAX_INBOUND_PER_PEER:
+            await stream.reset()
+            return
+        self._inbound[peer_id] += 1
+        try:
+            with trio.move_on_after(INBOUND_S) as scope:
+                await super().handle_stream(stream)
+            if scope.cancelled_caught:
+                await stream.reset()
+        finally:
+            self._inbound[peer_id] -= 1
+            if not self._inbound[peer_id]:
+                del self._inbound[peer_id]
 
 
 class _RecordValidator(Validator):
@@ -420,17 +445,29 @@ class _RecordValidator(Validator):
 
     def __init__(self, verify: Verify, clock: Callable[[], float]) -> None:
         self._verify, self._clock = verify, clock
+        self.dropped: Counter[str] = Counter()
 
     def validate(self, key: str, value: bytes) -> None:
+        try:
+            self._check(key, value)
+        except RecordError as error:
+            self.dropped[error.reason] += 1
+            raise
+
+    def _check(self, key: str, value: bytes) -> None:
         parsed = parse_record_key(key)
         if parsed is None:
             raise RecordError("no record key")
         record = open_record(value, now=self._clock(), verify=self._verify)
-        if (record.model.digest, record.peer_id) != parsed:
-            raise RecordError("a record under somebody else's key")
+        if record.model.digest != parsed[0]:
+            raise RecordError("a record under another model's key", "digest")
+        if record.peer_id != parsed[1]:
+            raise RecordError("a record under somebody else's key", "peer")
 
     def select(self, key: str, values: list[bytes]) -> int:
-        return max(range(len(values)), key=lambda index: peek(values[index]).sequence)
+        best = max(range(len(values)), key=lambda index: peek(values[index]).sequence)
+        self.dropped["replayed"] += best == 0 and peek(values[0]).sequence > peek(values[-1]).sequence
+        return best
 
 
 class _Values(ValueStore):
@@ -486,7 +523,9 @@ class _Providers(ProviderStore):
                 log.debug("no room for provider …%s", name[-6:])
                 return
             self._keys_of[name] += 1
-        record = ProviderRecord(PeerInfo(provider.peer_id, provider.addrs[:MAX_ADDRS]), self._clock())
+        # A provider's addresses go to everybody who asks for the key: fat ones would make the answer too long to read.
+        addrs = [addr for addr in provider.addrs if len(addr.to_bytes()) <= MAX_ADDR_BYTES][:MAX_ADDRS]
+        record = ProviderRecord(PeerInfo(provider.peer_id, addrs), self._clock())
         self.providers.setdefault(key, entries)[name] = record
 
     def get_providers(self, key: bytes) -> list[PeerInfo]:
@@ -538,9 +577,8 @@ async def open_directory(
         fetch_direct: asks a server itself for its record; None: only the DHT is asked.
         serve_others: keep records for others (not for a peer that stays a minute).
     """
-    validator = NamespacedValidator(
-        {"pk": PublicKeyValidator(), NAMESPACE: _RecordValidator(verify, clock)}, strict_validation=True
-    )
+    records = _RecordValidator(verify, clock)
+    validator = NamespacedValidator({"pk": PublicKeyValidator(), NAMESPACE: records}, strict_validation=True)
     dht = _Kademlia(
         host.libp2p,
         DHTMode.SERVER if serve_others else DHTMode.CLIENT,
@@ -548,10 +586,12 @@ async def open_directory(
         validator_changed=True,
         strict_validation=True,
     )
+    dht._inbound = Counter()
     dht.value_store = _Values(host.libp2p)
     dht.provider_store = providers = _Providers(host.libp2p, clock)
     dht._inbound_limiter.total_tokens = MAX_INBOUND
     directory = Directory(dht, providers, host, signer, verify, fetch_direct, clock)
+    directory.dropped_records = records.dropped
     dht.refresh = directory.refresh
     tell_new_peer, new_peers = trio.open_memory_channel[PeerId](1024)
 

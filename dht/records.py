@@ -35,7 +35,15 @@ Verify = Callable[[PeerId, bytes, bytes, bytes], bool]
 
 
 class RecordError(SwarmError):
-    """A record that is not believed."""
+    """A record that is not believed.
+
+    Attributes:
+        reason: in one word, to count by: malformed, signature, time, peer or digest.
+    """
+
+    def __init__(self, message: str, reason: str = "malformed") -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class ServerState(enum.IntEnum):
@@ -140,11 +148,11 @@ def open_record(data: bytes, *, now: float, verify: Verify, expected_model: Mode
     peer_id = PeerId(fields.peer_id)
     _check(len(peer_id) <= MAX_TEXT, "peer ID too long")
     signed = verify(peer_id, envelope.public_key, DOMAIN + envelope.record, envelope.signature)
-    _check(signed, "not signed by the peer it names")
+    _check(signed, "not signed by the peer it names", "signature")
     _check_time(fields, now)
     _check_limits(fields)
     if expected_model is not None and fields.model_digest != expected_model.digest:
-        raise RecordError("a record of another model")
+        raise RecordError("a record of another model", "digest")
     return ServerRecord(
         model=ModelId(fields.model_name, fields.model_digest),
         peer_id=peer_id,
@@ -203,10 +211,10 @@ def dated(data: bytes) -> float:
 
 
 def _check_time(fields: pb.ServerRecord, now: float) -> None:
-    _check(math.isfinite(fields.issued_at) and math.isfinite(fields.expires_at), "time that is no number")
-    _check(fields.issued_at <= now + MAX_CLOCK_SKEW_S, "dated in the future: one of the two clocks is wrong")
-    _check(fields.expires_at <= fields.issued_at + MAX_LIFETIME_S, "lives too long")
-    _check(now < fields.expires_at, "expired")
+    _check(math.isfinite(fields.issued_at) and math.isfinite(fields.expires_at), "time that is no number", "time")
+    _check(fields.issued_at <= now + MAX_CLOCK_SKEW_S, "dated in the future: one of the two clocks is wrong", "time")
+    _check(fields.expires_at <= fields.issued_at + MAX_LIFETIME_S, "lives too long", "time")
+    _check(now < fields.expires_at, "expired", "time")
 
 
 def _check_limits(fields: pb.ServerRecord) -> None:
@@ -231,6 +239,6 @@ def _check_limits(fields: pb.ServerRecord) -> None:
     _check(all(math.isfinite(number) and number >= 0 for number in numbers), "a measure that is no measure")
 
 
-def _check(holds: bool, otherwise: str) -> None:
+def _check(holds: bool, otherwise: str, reason: str = "malformed") -> None:
     if not holds:
-        raise RecordError(f"server record: {otherwise}")
+        raise RecordError(f"server record: {otherwise}", reason)

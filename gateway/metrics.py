@@ -62,6 +62,8 @@ class Meter:
             ("_count", self._first_tokens),
         )
         tell("decode_seconds_total", "counter", "Time spent on all tokens after the first.", ("", self._decode_s))
+        dropped = [(f'{{why="{why}"}}', n) for why, n in sorted(peer.directory.dropped_records.items())]
+        tell("directory_dropped_records_total", "counter", "Server records that were not believed.", *dropped)
         server = peer.server
         if server is not None:
             budget, blocks = server.budget, server.span.blocks

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_MAX_ALPHA = 1e6
+_MAX_PATTERN = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ def load_lora(directory: Path, span: BlockSpan, *, name: str | None = None) -> L
         if set(pair) != {"A", "B"}:
             raise CheckpointError(f"adapter {name} has only half of the factors of {path} in block {block}")
         a, b = (pair[side].to(device=span.device, dtype=span.dtype) for side in "AB")
+        if a.ndim != 2 or not a.shape[0]:
+            raise CheckpointError(f"adapter {name}: {path} of block {block} has a factor without rank")
         layers[block, path] = LowRank(a, b, _scaling(config, path, a.shape[0]))
     lora = Lora(name, layers)
     try:
@@ -135,9 +139,11 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
 
 def _read_config(directory: Path, name: str) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{directory} is no PEFT adapter: cannot read {CONFIG} ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory} is no PEFT adapter: {CONFIG} is no JSON object")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"adapter {name} is {config.get('peft_type')}, only LORA can be served")
     refuse_unsupported(config, f"adapter {name}")
@@ -167,7 +173,7 @@ def _read_tensors(directory: Path, name: str, blocks: range) -> dict[tuple[int, 
     try:
         with safe_open(directory / WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                place = re.fullmatch(r"(?:[^.]+\.)*?(\d+)\.(.+)\.lora_(A|B)\.weight", key)
+                place = re.fullmatch(r"(?:[^.]+\.)*?([0-9]{1,4})\.(.+)\.lora_(A|B)\.weight", key)
                 if place is None:
                     raise CheckpointError(f"adapter {name} changes {key}, which is no linear layer of a block")
                 if int(place[1]) in blocks:
@@ -178,12 +184,26 @@ def _read_tensors(directory: Path, name: str, blocks: range) -> dict[tuple[int, 
 
 
 def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """alpha / rank, with PEFT's exceptions for single layers."""
-    alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = float(value)
+    """alpha / rank, with PEFT's exceptions for single layers. Raises CheckpointError for an alpha that is none."""
+    alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{CONFIG}: alpha_pattern is {type(patterns).__name__}, not names and numbers")
+    for pattern, value in patterns.items():
+        if _matches(pattern, path):
+            alpha = value
+    if not isinstance(alpha, int | float) or not abs(alpha) <= _MAX_ALPHA:
+        raise CheckpointError(f"{CONFIG}: {str(alpha)[:40]!r} is no alpha for {path}")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """As PEFT compares names. A repeated group could take for ever to match: `(a+)+`."""
+    if len(pattern) > _MAX_PATTERN or re.search(r"\)[*+{]", pattern) or pattern.count("*") + pattern.count("+") > 4:
+        raise CheckpointError(f"{CONFIG}: alpha_pattern {pattern[:40]!r} is too involved; name the layers")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except (re.error, OverflowError) as error:
+        raise CheckpointError(f"{CONFIG}: alpha_pattern {pattern[:40]!r}: {error}") from error
 
 
 class LoraHook:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -46,6 +47,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 _MAX_HEADER_BYTES = 100 << 20
 """The limit of the safetensors format itself."""
+_MAX_BLOCKS, _MAX_HIDDEN = 4096, 1 << 20
+"""More than any model has; what a configuration claims is a size of lists and tensors before anything proves it."""
 
 _SAMPLE_BYTES = 4096
 _SAMPLES = 4
@@ -126,9 +129,11 @@ class Checkpoint:
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> file."""
         if (self.directory / INDEX).exists():
-            found: dict[str, str] = _read_json(self.directory / INDEX)["weight_map"]
+            found = _read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+                raise CheckpointError(f"{self.name}: {INDEX} has no weight_map of names and files")
             for file in set(found.values()):
-                if Path(file).name != file or not file.endswith(".safetensors"):
+                if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
                     raise CheckpointError(
                         f"{self.name}: {INDEX} names {file!r}, which is no safetensors file beside it"
                     )
@@ -145,7 +150,7 @@ class Checkpoint:
         """For every block, (name, name after the block's index) of its tensors."""
         stacks: dict[str, dict[int, list[tuple[str, str]]]] = {}
         for name in self._weight_map:
-            found = re.match(r"((?:[^.]+\.)*?)(\d+)\.(.+)", name)
+            found = re.match(r"((?:[^.]+\.)*?)([0-9]{1,4})\.(.+)", name)
             if found:
                 stack = stacks.setdefault(found[1], {})
                 stack.setdefault(int(found[2]), []).append((name, found[3]))
@@ -233,8 +238,10 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the checkpoint. Raises CheckpointError when there is none."""
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.directory, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # three libraries read what somebody wrote, and raise what they like
             raise CheckpointError(f"{self.name} has no usable tokenizer: {_first_line(error)}") from error
         return tokenizer
 
@@ -301,12 +308,16 @@ def _written_identity(directory: Path) -> str | None:
 
 def _load_config(name: str, directory: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # False, not unset: unset asks the user, in a prompt, whether to run the code that a checkpoint brings.
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        text: PretrainedConfig = config.get_text_config(decoder=True)
+    except Exception as error:  # somebody else's file; the library's readers raise whatever meets them first
         raise CheckpointError(f"{name} is not a model that transformers knows: {_first_line(error)}") from error
-    text: PretrainedConfig = config.get_text_config(decoder=True)
     if not getattr(text, "num_hidden_layers", None) or not getattr(text, "hidden_size", None):
         raise CheckpointError(f"{name} ({config.model_type}) has no transformer blocks")
+    for size, most in ((text.num_hidden_layers, _MAX_BLOCKS), (text.hidden_size, _MAX_HIDDEN)):
+        if not isinstance(size, int) or not 0 < size <= most:
+            raise CheckpointError(f"{name} claims {str(size)[:40]} blocks or hidden features; allowed are 1 to {most}")
     return text
 
 
@@ -333,12 +344,14 @@ def _parse_header(shard: Any, what: str) -> dict[str, TensorEntry]:
         for name, entry in json.loads(shard.read(size)).items():
             if name == "__metadata__":
                 continue
-            begin, end = entry["data_offsets"]
-            entries[name] = TensorEntry(name, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not isinstance(dtype, str) or not all(type(number) is int for number in (begin, end, *shape)):
+                raise ValueError(f"{name} has no dtype, shape and place")
+            entries[name] = TensorEntry(name, dtype, shape, 8 + size + begin, end - begin)
             if not 0 <= begin <= end <= total - 8 - size:
                 raise CheckpointError(f"{what} is cut short: {name} ends beyond the file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{what} has a damaged header: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{what} has a damaged header: {_first_line(error)}") from error
     return entries
 
 
@@ -346,9 +359,9 @@ def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:
     dtype = _DTYPES.get(entry.dtype)
     if dtype is None:
         raise CheckpointError(f"{entry.name} is stored as {entry.dtype}, which is not supported")
-    tensor = torch.empty(entry.shape, dtype=dtype)
-    if tensor.numel() * tensor.element_size() != entry.nbytes:
+    if min(entry.shape, default=0) < 0 or math.prod(entry.shape) * dtype.itemsize != entry.nbytes:
         raise CheckpointError(f"{entry.name} takes {entry.nbytes} bytes, its shape {list(entry.shape)} says otherwise")
+    tensor = torch.empty(entry.shape, dtype=dtype)
     if entry.nbytes == 0:
         return tensor
     into = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -389,7 +402,7 @@ def _manifest_paths(directory: Path) -> tuple[Path, Path]:
 def _load_manifest(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) and found.get("version") == MANIFEST_VERSION else {}
 
@@ -398,8 +411,14 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     files = _load_manifest(path).get("files")
     if not isinstance(files, dict):
         return {}
-    fields = ("size", "mtime_ns", "sum")
-    return {k: v for k, v in files.items() if isinstance(v, dict) and all(field in v for field in fields)}
+    return {file: entry for file, entry in files.items() if _is_file_identity(entry)}
+
+
+def _is_file_identity(entry: Any) -> bool:
+    if not isinstance(entry, dict) or set(entry) != {"size", "mtime_ns", "sum"}:
+        return False
+    total = entry["sum"]
+    return isinstance(total, str) and re.fullmatch(r"[0-9a-f]{64}", total) is not None
 
 
 def _write_manifest(paths: Iterable[Path], files: dict[str, dict[str, Any]]) -> None:
@@ -428,9 +447,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {_first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"cannot read {path}: it is no JSON object")
     return found
 
 

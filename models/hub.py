@@ -35,6 +35,7 @@ from petals.models.checkpoint import (
     write_identity,
 )
 from petals.models.errors import CheckpointError
+from petals.models.gguf_header import check_gguf
 from petals.models.loading import quiet_library
 from petals.models.progress import counting_seconds
 
@@ -226,9 +227,12 @@ def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     room = Path(tempfile.mkdtemp(dir=directory.parent, prefix="converting-"))
     try:
+        check_gguf(path)
         with _gguf_errors(path):
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         # The library takes a dequantised model for a quantised one and would refuse to save it.
         for attribute, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
             setattr(model, attribute, value)
@@ -255,7 +259,7 @@ def _gguf_errors(path: Path) -> Iterator[None]:
         with quiet_library(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy and gguf about their own internals
             yield
-    except (ValueError, KeyError, NotImplementedError, OSError, ImportError) as error:
+    except Exception as error:  # readers of three libraries, for a file of which only the header has been checked
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"transformers cannot read {path}: {said}") from error
 

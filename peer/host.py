@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamEOF, StreamError
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from multiaddr.utils import get_network_addrs  # type: ignore[import-untyped]
 
@@ -61,10 +63,14 @@ Handler = Callable[[ByteStream], Awaitable[None]]
 
 PING = "/ipfs/ping/1.0.0"
 PING_BYTES = 32
+PING_IDLE_S = 60.0
+"""From one ping on a stream to the next; else a stranger's open streams would be counted for ever."""
 _ADDRESS_TTL_S = 24 * 3600
 _PROBE_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Waits between the calls on a peer that froze; it is forgotten, and may be dialled again, after the last."""
 _MAX_FROZEN = 256
+_MAX_NAME = 128
+"""Characters of a peer ID."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +104,20 @@ class HostConfig:
     """Handshakes under way; one more ends the oldest, so that slow strangers cannot lock out quick ones."""
     max_handlers: int = 16384
     """Streams of all peers being answered; one more is refused."""
+    max_handlers_per_peer: int = 1024
+    """The same of one peer, whatever its connections allow."""
     limits: YamuxLimits = field(default_factory=YamuxLimits)
     """Streams, windows and bytes of one connection."""
 
     def __post_init__(self) -> None:
         times = (self.keep_alive_s, self.connect_s, self.handshake_s, self.negotiate_s, self.close_s)
-        counts = (self.max_connections, self.max_connections_per_peer, self.max_half_open, self.max_handlers)
+        counts = (
+            self.max_connections,
+            self.max_connections_per_peer,
+            self.max_half_open,
+            self.max_handlers,
+            self.max_handlers_per_peer,
+        )
         if min(times) <= 0 or min(counts) < 1:
             raise ValueError("times must be positive and limits at least 1")
         if self.swarm_key is not None and self.transport == "stock":
@@ -184,7 +198,7 @@ class Host:
         self._multiselect = libp2p.multiselect
         self._network, self._config, self._nursery = network, config, nursery
         self._handlers: dict[str, Handler] = {}
-        self._n_handlers = 0
+        self._n_handlers: Counter[PeerId] = Counter()
         self._half_open: dict[trio.CancelScope, None] = {}
         self._frozen: dict[PeerId, None] = {}
         self._on_peer: list[Callable[[PeerId], None]] = []
@@ -271,7 +285,7 @@ class Host:
         await self._network.close_peer(ID.from_base58(peer_id))
 
     async def _connect(self, peer_id: PeerId, addrs: Sequence[str]) -> NetworkConn:
-        target = ID.from_base58(peer_id)
+        target = _id_of(peer_id)
         if (conn := self._network.live_conn(target)) is not None:
             await trio.lowlevel.checkpoint()
             return conn
@@ -297,7 +311,7 @@ class Host:
             peerstore.add_addrs(peer_id, list(given.values()), _ADDRESS_TTL_S)
         try:
             known = peerstore.addrs(peer_id)
-        except BaseLibp2pError:
+        except (BaseLibp2pError, PeerStoreError):
             known = []
         return list(given.values()) + [addr for addr in known if str(addr) not in given]
 
@@ -397,10 +411,11 @@ class Host:
 
     def _take_stream(self, conn: NetworkConn, stream: MuxedStream) -> None:
         """A peer opened `stream`. Called from the connection's reader, so only starts a task."""
-        if self._n_handlers >= self._config.max_handlers:
+        of_peer = self._n_handlers[stream.remote_peer]
+        if of_peer >= self._config.max_handlers_per_peer or self._n_handlers.total() >= self._config.max_handlers:
             stream.reset_nowait()
             return
-        self._n_handlers += 1
+        self._n_handlers[stream.remote_peer] = of_peer + 1
         self._nursery.start_soon(self._answer, conn, stream)
 
     async def _answer(self, conn: NetworkConn, stream: MuxedStream) -> None:
@@ -414,7 +429,9 @@ class Host:
             else:
                 await self._run_library_handler(conn, protocol, stream)
         finally:
-            self._n_handlers -= 1
+            self._n_handlers[stream.remote_peer] -= 1
+            if not self._n_handlers[stream.remote_peer]:
+                del self._n_handlers[stream.remote_peer]
 
     async def _negotiate(self, stream: MuxedStream) -> str | None:
         try:
@@ -593,13 +610,25 @@ class StockStream:
 
 
 async def _answer_ping(stream: ByteStream) -> None:
-    """32 bytes come, the same 32 bytes go back, until the peer has had enough."""
+    """32 bytes come, the same 32 bytes go back, until the peer has had enough, or is silent."""
     payload = bytearray()
-    while piece := await stream.read(PING_BYTES - len(payload)):
-        payload += piece
-        if len(payload) == PING_BYTES:
-            await stream.write(payload)
-            payload = bytearray()
+    with trio.move_on_after(PING_IDLE_S) as scope:
+        while piece := await stream.read(PING_BYTES - len(payload)):
+            payload += piece
+            if len(payload) == PING_BYTES:
+                await stream.write(payload)
+                payload = bytearray()
+                scope.deadline = trio.current_time() + PING_IDLE_S
+
+
+def _id_of(peer_id: PeerId) -> ID:
+    """The library's form of a name. Raises PeerUnreachable when it is none: a push may name anything as its goal."""
+    try:
+        if 0 < len(peer_id) <= _MAX_NAME:  # decoding base58 takes the square of its length
+            return ID.from_base58(peer_id)
+    except ValueError:
+        pass
+    raise PeerUnreachable(f"{peer_id[:_MAX_NAME]!r} is no peer ID", peer_id)
 
 
 class _deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -72,6 +73,59 @@ def test_imports_point_down(path: str, tree: ast.Module) -> None:
         for library, homes in (("libp2p", LIBP2P_LIVES_IN), ("trio", TRIO_LIVES_IN), ("torch", TORCH_LIVES_IN)):
             if top == library:
                 assert path.startswith(homes), f"{path} imports {library}"
+
+
+RUNS_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle", "runpy"}
+"""Modules whose way of reading is running."""
+
+
+def runs_strangers_code(tree: ast.Module) -> Iterator[str]:
+    """Whatever could run what a file or a peer brings, line by line."""
+    for name in imported(tree):
+        if name.split(".")[0] in RUNS_CODE:
+            yield f"imports {name}"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        words = {word.arg: word.value for word in node.keywords}
+        constants = {name: value.value for name, value in words.items() if isinstance(value, ast.Constant)}
+        if called in ("eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "torch.hub.load"):
+            yield f"line {node.lineno} calls {called}"
+        if called.endswith("torch.load") and constants.get("weights_only") is not True:
+            yield f"line {node.lineno}: torch.load without weights_only=True"
+        if "trust_remote_code" in words and constants.get("trust_remote_code") is not False:
+            yield f"line {node.lineno}: trust_remote_code that is not False"
+        is_auto = re.match(r"Auto(Config|Tokenizer|Model\w*|Processor)\.from_(pretrained|config)$", called)
+        if is_auto and "trust_remote_code" not in words:  # unset, the library asks the user in a prompt
+            yield f"line {node.lineno}: {called} without trust_remote_code=False"
+        if constants.get("shell") is True or constants.get("allow_pickle") is True:
+            yield f"line {node.lineno}: {called} with shell or allow_pickle"
+
+
+@pytest.mark.parametrize(("path", "tree"), [pytest.param(*each, id=each[0]) for each in sources()])
+def test_nothing_runs_what_strangers_send(path: str, tree: ast.Module) -> None:
+    assert not list(runs_strangers_code(tree))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "AutoConfig.from_pretrained(path)",
+        "AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
+        "load(path, trust_remote_code=asked)",
+        "eval(text)",
+        "subprocess.run(words, shell=True)",
+        "numpy.load(path, allow_pickle=True)",
+    ],
+)
+def test_what_would_run_it_is_seen(code: str) -> None:
+    assert list(runs_strangers_code(ast.parse(code)))
+    assert not list(runs_strangers_code(ast.parse("torch.load(path, weights_only=True); re.compile('x')")))
 
 
 def tables() -> tuple[set[str], dict[str, str]]:

@@ -218,8 +218,8 @@ class ModelClient:
     def dtype(self) -> torch.dtype:
         """What embeddings and head compute in, and hidden states travel in: what the servers compute in, so that the
         result is that of the unsplit model in that dtype; float32 where they differ among themselves."""
-        announced = {offer.record.dtype for offer in self.watcher.view.offers}
-        return FLOATS_BY_NAME.get(announced.pop(), torch.float32) if len(announced) == 1 else torch.float32
+        announced = self.watcher.dtypes
+        return FLOATS_BY_NAME.get(next(iter(announced)), torch.float32) if len(announced) == 1 else torch.float32
 
     def chain(self, options: ClientOptions | None = None) -> RemoteChain:
         """All blocks as a `BlockChain` for the models, to be used from a torch thread."""

@@ -133,6 +133,12 @@ class SwarmWatcher:
         away = tuple(offer for offer in known if offer.record.state is not ServerState.ONLINE)
         return SwarmView(self.model, online, away)
 
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """What the servers compute in. Unlike `view` it may be asked in any thread: bans ask trio for the time."""
+        records = list(self._records.values())
+        return frozenset(record.dtype for record in records if record.state is ServerState.ONLINE)
+
     def report(self, peer_id: PeerId, error: RemoteError) -> None:
         """Tell the view what went wrong with a peer; it looks around again at once."""
         self._bans.report(peer_id, error)

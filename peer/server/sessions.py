@@ -36,6 +36,9 @@ from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import WIRE_DTYPES, check_header, decode_tensor, encode_tensor
 from petals.protocols.types import ModelId, PeerId
 
+FIRST_WORDS_S = 30.0
+"""From a stream's beginning to what it asks for; only who holds a lease may be silent for longer."""
+
 
 @dataclass(slots=True)
 class _Session:
@@ -91,7 +94,7 @@ class Sessions(Guard):
 
     async def _session(self, messages: MessageStream) -> None:
         conversation = Conversation()
-        request = await self._next_request(messages)
+        request = await self._next_request(messages, min(FIRST_WORDS_S, self.config.session_idle_s))
         if request is None:
             return
         if conversation.request(request) == "close":
@@ -270,8 +273,8 @@ class Sessions(Guard):
             raise refused[0]
         return found, supplying
 
-    async def _next_request(self, messages: MessageStream) -> pb.InferenceRequest | None:
-        with self._deadline(self.config.session_idle_s):
+    async def _next_request(self, messages: MessageStream, idle_s: float | None = None) -> pb.InferenceRequest | None:
+        with self._deadline(idle_s or self.config.session_idle_s):
             data = await messages.read_message()
         return None if data is None else parse(pb.InferenceRequest(), data)
 

@@ -360,6 +360,11 @@ class Connection:
     def takes_streams(self) -> bool:
         return self.error is None and self.session.remote_gone is None and not self.session.local_gone
 
+    @property
+    def is_idle(self) -> bool:
+        """Alive, and without any stream."""
+        return self.takes_streams and not self.session.streams
+
     # -- streams ---------------------------------------------------------------------------------------------------
 
     def open_stream(self) -> MuxedStream:

@@ -37,7 +37,7 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.rcmgr import Direction
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -59,6 +59,7 @@ from petals.peer.transport.circuit import CircuitConn
 from petals.peer.transport.multistream import MULTISTREAM, Dialler, Listener, encode_line, proposal
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
+from petals.peer.transport.peerstore import BoundedPeerStore
 from petals.peer.transport.pipe import CircuitPipe, Pipe, RawPipe, TcpPipe
 from petals.peer.transport.pnet import NONCE_BYTES, SwarmCipher, SwarmKey, WrongSwarmKey, make_nonce
 from petals.peer.transport.private import PrivateConnection, PrivatePipe
@@ -426,6 +427,7 @@ class Network(Swarm):
         open_circuit: dials through a relay, or raises SwarmException.
         on_stream: takes each stream a peer opens, before its protocol is known.
         on_frozen: told, before anybody else, of a peer that the keep-alive has given up.
+        is_wanted: says whether a connection without a stream serves a purpose all the same.
         is_frozen: says whether a peer has stopped answering, so that dialling it would only wait.
     """
 
@@ -434,6 +436,7 @@ class Network(Swarm):
     on_stream: Callable[[NetworkConn, MuxedStream], None]
     on_frozen: Callable[[ID], None]
     is_frozen: Callable[[ID], bool]
+    is_wanted: Callable[[ID], bool]
 
     def __init__(
         self,
@@ -453,7 +456,7 @@ class Network(Swarm):
         self._muxer, self._transport = muxer, transport
         self._connect_s, self._handshake_s = connect_s, handshake_s
         peer_id = ID.from_pubkey(key_pair.public_key)
-        peerstore: IPeerStore = PeerStore()
+        peerstore: IPeerStore = BoundedPeerStore()
         peerstore.add_key_pair(peer_id, key_pair)
         super().__init__(
             peer_id,
@@ -526,7 +529,7 @@ class Network(Swarm):
     async def _upgrade(self, raw: IRawConnection, expected: ID | None, *, is_client: bool) -> SwarmConn:
         """Raises SwarmException; `raw` is closed then."""
         try:
-            if self.get_total_connections() >= self.connection_config.max_connections:
+            if self._is_full() and self._idle_conn() is None:
                 raise SwarmException(f"{self.connection_config.max_connections} connections are open already")
             if self._transport == "stock":
                 muxed = await self._mux_stock(raw, expected)
@@ -578,6 +581,8 @@ class Network(Swarm):
         if len(known) >= self.connection_config.max_connections_per_peer:
             await muxed_conn.close()
             raise SwarmException(f"{len(known)} connections to {peer_id} are open already")
+        if self._is_full() and (idle := self._idle_conn()) is not None:
+            self.nursery.start_soon(idle.close)
         self.connections.setdefault(peer_id, []).append(conn)
         if not conn.is_relayed and (punch := self._punches.get(peer_id)) is not None:
             punch.cancel()
@@ -587,6 +592,20 @@ class Network(Swarm):
         await conn.event_started.wait()
         await self.notify_connected(conn)
         return conn
+
+    def _is_full(self) -> bool:
+        return self.get_total_connections() >= self.connection_config.max_connections
+
+    def _idle_conn(self) -> NetworkConn | None:
+        """The oldest connection that a peer opened and uses for nothing now: it makes room for a newcomer, so that a
+        thousand silent strangers keep nobody out. Who is served has a stream open."""
+        for conn in self.get_connections():
+            muxed = conn.muxed_conn
+            if not isinstance(muxed, LibraryConn) or muxed.is_initiator or self.is_wanted(muxed.peer_id):
+                continue
+            if muxed.connection.is_idle:
+                return cast(NetworkConn, conn)
+        return None
 
     async def _run_conn(self, conn: NetworkConn) -> None:
         try:

@@ -87,6 +87,10 @@ class Relay:
         """Reserved now."""
         return len(self._places)
 
+    def keeps(self, peer_id: PeerId) -> bool:
+        """Whether a peer has a place here: it is called over the connection it has with us."""
+        return self._places.get(peer_id, 0.0) > trio.current_time()
+
     async def answer(self, stream: ByteStream, *, relayed: bool) -> None:
         """One `HOP` stream: a reservation, or a circuit until its end.
 

@@ -83,6 +83,7 @@ class Traversal:
         self._upgrading: set[PeerId] = set()
         self._dial_backs: set[PeerId] = set()
         network.open_circuit = self._open_circuit
+        network.is_wanted = self._has_place
         streams.set_handler(circuit.STOP, self._answer_stop)
         streams.set_handler(dcutr.DCUTR, self._answer_dcutr)
         streams.set_handler(autonat.AUTONAT, self._answer_autonat)
@@ -347,6 +348,9 @@ class Traversal:
 
     async def _open_stop(self, peer_id: PeerId) -> ByteStream:
         return await self._streams.open_stream(peer_id, circuit.STOP)
+
+    def _has_place(self, peer_id: ID) -> bool:
+        return self.relay is not None and self.relay.keeps(PeerId(str(peer_id)))
 
     def _has_direct(self, peer_id: PeerId) -> bool:
         return self._network.has_direct(ID.from_base58(peer_id))

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import trio
-from libp2p.kad_dht.pb.kademlia_pb2 import Record
+from libp2p.kad_dht.common import PROTOCOL_ID
+from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.dht import directory as directory_module
 from petals.dht.keys import record_key, swarm_key
 from petals.dht.records import RecordError, ServerState, sign_record
 from petals.peer.identity import create_identity
 from petals.protocols.errors import PeerUnreachable
+from petals.protocols.framing import encode_varint
 from petals.protocols.types import ModelId, PeerId
 from tests.dht.conftest import MODEL, Net, make_record
 
@@ -105,7 +111,7 @@ async def test_a_peer_speaks_only_for_itself(net: Net) -> None:
     await liar.announce()
     liar.signed = lambda digest: [forged]  # type: ignore[method-assign]
     assert [r.peer_id for r in await reader.directory.lookup(MODEL)] == [honest.peer_id]
-    assert reader.directory.dropped_records == 1
+    assert reader.directory.dropped_records == {"signature": 1}
 
 
 async def test_an_old_record_played_again_is_not_believed(net: Net) -> None:
@@ -167,9 +173,6 @@ async def test_the_dead_leave_the_routing_table(net: Net) -> None:
 
 
 def _info(peer_id: PeerId) -> object:
-    from libp2p.peer.id import ID
-    from libp2p.peer.peerinfo import PeerInfo
-
     return PeerInfo(ID.from_base58(peer_id), [])
 
 
@@ -207,3 +210,68 @@ async def test_comings_and_goings_are_seen_by_the_next_lookup(net: Net) -> None:
         for reader in (net.nodes[0], net.nodes[-1]):
             found = {record.peer_id for record in await reader.directory.lookup(MODEL)}
             assert found == {node.peer_id for node in net.nodes}
+
+
+async def test_what_is_not_believed_is_counted_by_why(net: Net) -> None:
+    """Stored at a node by others, and told by servers of themselves."""
+    node, server, reader = await net.add(), await net.add(), await net.add()
+    validator = node.directory._dht.validator
+    assert validator is not None
+    signer, other = create_identity(), create_identity()
+
+    def put(why: str, key: str, data: bytes) -> None:
+        before = node.directory.dropped_records[why]
+        with pytest.raises(RecordError):
+            validator.validate(key, data)
+        assert node.directory.dropped_records[why] == before + 1
+
+    key = record_key(MODEL, signer.peer_id)
+    signed = partial(sign_record, sign=signer.sign, public_key=signer.public_key)
+    now = time.time()
+    put("malformed", key, b"garbage")
+    put("signature", key, sign_record(make_record(signer.peer_id), other.sign, other.public_key))
+    put("time", key, signed(make_record(signer.peer_id, issued_at=now + 120, expires_at=now + 150)))
+    put("time", key, signed(make_record(signer.peer_id, issued_at=now - 90, expires_at=now - 1)))
+    put("peer", record_key(MODEL, other.peer_id), signed(make_record(signer.peer_id)))
+    put("digest", key, signed(make_record(signer.peer_id, model=ModelId("tiny", "cd" * 32))))
+    old, new = signed(make_record(signer.peer_id, sequence=1)), signed(make_record(signer.peer_id, sequence=2))
+    assert validator.select(key, [new, old]) == 0
+    assert validator.select(key, [old, new]) == 1
+    assert node.directory.dropped_records["replayed"] == 1
+
+    first = await server.announce(blocks=range(2))
+    second = await server.announce(blocks=range(2, 4), sequence=first.sequence + 1)
+    assert await reader.directory.lookup(MODEL) == (second,)
+    server.served[:] = [first]
+    await reader.directory.lookup(MODEL)
+    assert reader.directory.dropped_records == {"replayed": 1}
+
+
+async def test_a_fat_provider_does_not_hide_the_honest_ones(net: Net) -> None:
+    """What one peer says about where it is goes into every answer about its key: it must not fill that answer."""
+    holder, server, reader = await net.add(), await net.add(), await net.add()
+    await server.announce()
+    key = bytes.fromhex(swarm_key(MODEL))
+    for _ in range(64):
+        fat = create_identity()
+        peer_id = ID.from_base58(fat.peer_id)
+        addrs = [Multiaddr(b"\x90\x03" + encode_varint(60_000) + b"/" + b"x" * 59_999)] * 40
+        holder.directory._provided.add_provider(key, PeerInfo(peer_id, addrs))
+        holder.host.libp2p.get_peerstore().add_addrs(peer_id, addrs, 60)
+    assert server.peer_id in {record.peer_id for record in await reader.directory.lookup(MODEL)}
+    assert holder.host.libp2p.get_peerstore().addrs(peer_id) == []
+
+
+async def test_who_asks_nothing_on_many_streams_makes_no_node_deaf(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "MAX_INBOUND", 12)
+    node, silent, reader = await net.add(), await net.add(), await net.add()
+    await node.announce()
+    for _ in range(2 * directory_module.MAX_INBOUND_PER_PEER):
+        await silent.host.open_stream(node.peer_id, str(PROTOCOL_ID))
+    with trio.fail_after(20):
+        while node.directory._dht._inbound[ID.from_base58(silent.peer_id)] < 8:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+    for _ in range(3):
+        answer = await reader.directory._ask(node.peer_id, Message(type=Message.MessageType.PING))
+        assert answer is not None
+    assert node.directory._dht._inbound[ID.from_base58(silent.peer_id)] == 8

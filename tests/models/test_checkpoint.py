@@ -172,6 +172,38 @@ def test_pickles_are_never_read(copy: Path) -> None:
         load_span(open_checkpoint(copy), range(1))
 
 
+def test_the_code_a_checkpoint_brings_is_neither_run_nor_offered(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself, the library asks on the terminal: "Do you wish to run the custom code? [y/N]"."""
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    (copy / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": "evil.Words"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(str(copy))
+    assert not asked
+
+
+@pytest.mark.parametrize("claim", [1 << 40, -1, "4", 4.0, [4], 1 << 20])
+def test_a_configuration_can_not_claim_any_size(copy: Path, claim: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": claim}))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(str(copy)).block_tensors(0)
+
+
+def test_nothing_is_allocated_for_a_tensor_that_is_not_there(tmp_path: Path, copy: Path) -> None:
+    header = {"x": {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    directory = tmp_path / "claims"
+    directory.mkdir()
+    (directory / "config.json").write_bytes((copy / "config.json").read_bytes())
+    (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointError, match=r"its shape .* says otherwise"):
+        open_checkpoint(str(directory)).read(["x"])
+
+
 def test_an_index_may_not_point_elsewhere(copy: Path) -> None:
     index = json.loads((copy / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = "../secret.safetensors"
@@ -305,7 +337,7 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_broken_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="no usable GGUF file"):
         open_checkpoint(tmp_path / "broken.gguf", progress=lambda line: None)
 
 

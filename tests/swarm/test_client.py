@@ -28,7 +28,7 @@ from petals.models.loading import load_span
 from petals.models.local import LocalChain
 from petals.models.tuning import Tuning
 from petals.peer.node import Peer
-from petals.protocols.errors import MissingBlocks, RemoteError, UserError
+from petals.protocols.errors import MissingBlocks, RemoteError, RemoteProtocolError, UserError
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 MakeSwarm = Callable[..., Swarm]
@@ -68,6 +68,17 @@ async def test_a_model_is_opened_by_its_familys_name_or_by_any(make_swarm: MakeS
         mine()
     with pytest.raises(AttributeError, match="DistributedNothing"):
         petals.DistributedNothing  # noqa: B018
+
+
+async def test_a_model_is_opened_while_somebody_is_banned(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
+    """Models are loaded in a thread, where nobody may ask trio what time it is: found by benchmarks/soak.py."""
+    swarm, peer = await asked(make_swarm, tiny_truth)
+    client = await peer.client()
+    offender = swarm.peers[0].peer_id
+    client.watcher.report(offender, RemoteProtocolError("nonsense", offender))
+    model = await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer)
+    said = await model.agenerate(IDS, max_new_tokens=4, do_sample=False)
+    assert torch.equal(said, tiny_truth.model.generate(IDS, max_new_tokens=4, do_sample=False))
 
 
 async def test_several_models_share_one_peer_and_slices_compute(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:

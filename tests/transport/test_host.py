@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,12 @@ import psutil
 import pytest
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.peer.id import ID
 from trio.testing import wait_all_tasks_blocked
 
-from petals.peer.host import Host, HostConfig, open_host
+from petals.peer.host import PING, PING_BYTES, Host, HostConfig, open_host
 from petals.peer.transport.multistream import MULTISTREAM, encode_line, proposal
+from petals.peer.transport.network import LibraryConn
 from petals.protocols.errors import PeerUnreachable, RequestRefused, UserError
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
@@ -400,21 +402,52 @@ async def test_strangers_who_never_speak_are_bounded_in_time_and_number() -> Non
                 await stranger.aclose()
 
 
-async def test_more_connections_than_allowed_are_refused() -> None:
+async def test_who_is_idle_makes_room_and_who_is_served_stays() -> None:
     async with (
         open_host(create_new_key_pair(), replace(LOOPBACK, max_connections=2)) as server,
         open_host(create_new_key_pair(), HostConfig(listen=())) as one,
         open_host(create_new_key_pair(), HostConfig(listen=())) as two,
         open_host(create_new_key_pair(), HostConfig(listen=(), connect_s=2.0)) as three,
     ):
-        await one.connect(server.addrs[0])
-        await two.connect(server.addrs[0])
+        server.set_handler(ECHO, echo)
+        served = []
+        for client in (one, two):
+            await client.connect(server.addrs[0])
+            stream = await client.open_stream(server.peer_id, ECHO)
+            await stream.write(b"x")
+            assert await stream.read(1) == b"x"
+            served.append(stream)
         with pytest.raises(PeerUnreachable):
             await three.connect(server.addrs[0])
-        await one.disconnect(server.peer_id)
-        await until(lambda: len(server.connected_peers()) < 2)
+        await served[0].reset()
+        conn = server._network.live_conn(ID.from_base58(one.peer_id))
+        assert conn is not None
+        assert isinstance(conn.muxed_conn, LibraryConn)
+        idle = conn.muxed_conn.connection
+        await until(lambda: idle.is_idle)
         await three.connect(server.addrs[0])
         assert await three.ping(server.peer_id) > 0
+        await until(lambda: not server.is_connected(one.peer_id))
+        await served[1].write(b"y")
+        assert await served[1].read(1) == b"y"
+
+
+async def test_one_peer_can_not_have_all_handlers() -> None:
+    async with (
+        open_host(create_new_key_pair(), replace(LOOPBACK, max_handlers_per_peer=8)) as server,
+        open_host(create_new_key_pair(), HostConfig(listen=())) as greedy,
+        open_host(create_new_key_pair(), HostConfig(listen=())) as honest,
+    ):
+        await greedy.connect(server.addrs[0])
+        answered = 0
+        with suppress(PeerUnreachable):
+            for _ in range(9):
+                stream = await greedy.open_stream(server.peer_id, PING)
+                await stream.write(b"x" * PING_BYTES)
+                answered += len(await stream.read(PING_BYTES)) == PING_BYTES
+        assert 0 < answered <= 8
+        await honest.connect(server.addrs[0])
+        assert await honest.ping(server.peer_id) > 0
 
 
 # -- what is left behind ---------------------------------------------------------------------------------------------

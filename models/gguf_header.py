@@ -1,0 +1,154 @@
+"""A look at a GGUF file before the library's reader gets it, which believes every number in it.
+
+A count of 2^60 in a file of 100 bytes keeps that reader busy for ever, a claimed size makes it ask for terabytes, and
+what it raises on the way is no error of anybody's. So the header is walked here first: every length must fit into the
+file, every count into a limit, every tensor's bytes behind the header. Nothing is kept but what bounds the model.
+
+    magic "GGUF" | version u32 | tensors u64 | entries u64 | entries | tensor infos | padding | tensors
+    entry: key string | kind u32 | value          string: length u64, bytes       array: kind u32, count u64, values
+    tensor info: name string | dimensions u32 | size u64 each | type u32 | offset u64         all little-endian
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from petals.models.errors import CheckpointError
+
+VERSIONS = (2, 3)
+MAX_ENTRIES, MAX_TENSORS = 4096, 1 << 16
+MAX_NAME_BYTES = 1024
+MAX_ARRAY = 1 << 22
+"""Values of one array, such as the tokens of a vocabulary; the reader makes an object of each."""
+MAX_BLOCKS, MAX_WIDENING = 4096, 64
+"""Blocks, and how many times wider than a hidden state a feed-forward layer may claim to be."""
+
+_STRING, _ARRAY = 8, 9
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_INTEGERS = {2: "<H", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
+
+
+def check_gguf(path: Path) -> None:
+    """Raise CheckpointError unless the header of a GGUF file makes sense."""
+    try:
+        with path.open("rb") as file:
+            _Header(file, path.stat().st_size).check()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # UnicodeDecodeError too
+        raise CheckpointError(f"{path} is no usable GGUF file: {error}") from None
+
+
+class _Header:
+    def __init__(self, file: BinaryIO, total: int) -> None:
+        self._file = file
+        self._total = total
+
+    def check(self) -> None:
+        if self._take(4) != b"GGUF" or self._number("<I") not in VERSIONS:
+            raise ValueError("it does not begin as one of version 2 or 3")
+        tensors, entries = self._number("<Q"), self._number("<Q")
+        if tensors > MAX_TENSORS or entries > MAX_ENTRIES:
+            raise ValueError(f"{tensors} tensors and {entries} entries")
+        numbers: dict[str, int | None] = {}
+        for _ in range(entries):
+            key = self._name()
+            if key in numbers or key.startswith("GGUF."):
+                raise ValueError(f"{key} stands there twice")
+            numbers[key] = self._value()
+        alignment = numbers.get("general.alignment", 32)
+        if alignment is None or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise ValueError(f"alignment {alignment}")
+        infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(tensors):
+            name, info = self._tensor()
+            if name in infos:
+                raise ValueError(f"tensor {name} stands there twice")
+            infos[name] = info
+        begin = -(-self._file.tell() // alignment) * alignment
+        for name, (_, offset, nbytes) in infos.items():
+            if offset % alignment or begin + offset + nbytes > self._total:
+                raise ValueError(f"tensor {name} ends beyond the file")
+        _check_model(numbers, {name: sizes for name, (sizes, _, _) in infos.items()})
+
+    def _value(self) -> int | None:
+        """An integer; of everything else only that it is there."""
+        kind = self._number("<I")
+        if kind in _INTEGERS:
+            return self._number(_INTEGERS[kind])
+        if kind == _STRING:
+            self._skip(self._number("<Q"))
+        elif kind == _ARRAY:
+            of, count = self._number("<I"), self._number("<Q")
+            if count > MAX_ARRAY:
+                raise ValueError(f"an array of {count}")
+            if of == _STRING:
+                for _ in range(count):
+                    self._skip(self._number("<Q"))
+            else:
+                self._skip(count * self._scalar_bytes(of))
+        else:
+            self._skip(self._scalar_bytes(kind))
+        return None
+
+    def _tensor(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
+        """Name; sizes, offset and bytes."""
+        name, dimensions = self._name(), self._number("<I")
+        if not 0 < dimensions <= 4:
+            raise ValueError(f"tensor {name} of {dimensions} dimensions")
+        sizes = tuple(self._number("<Q") for _ in range(dimensions))
+        kind, offset = self._number("<I"), self._number("<Q")
+        if kind not in set(GGMLQuantizationType):
+            raise ValueError(f"tensor {name} of type {kind}")
+        per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if not all(sizes) or sizes[0] % per_block:
+            raise ValueError(f"tensor {name} of sizes {sizes}")
+        return name, (sizes, offset, math.prod(sizes) // per_block * block_bytes)
+
+    def _name(self) -> str:
+        size = self._number("<Q")
+        if size > MAX_NAME_BYTES:
+            raise ValueError(f"a name of {size} bytes")
+        return self._take(size).decode()
+
+    def _scalar_bytes(self, kind: int) -> int:
+        if kind not in _SCALAR_BYTES:
+            raise ValueError(f"a value of kind {kind}")
+        return _SCALAR_BYTES[kind]
+
+    def _number(self, form: str) -> int:
+        (number,) = struct.unpack(form, self._take(struct.calcsize(form)))
+        return int(number)
+
+    def _take(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise ValueError("it is cut short")
+        return data
+
+    def _skip(self, size: int) -> None:
+        if size > self._total - self._file.tell():
+            raise ValueError("it is cut short")
+        self._file.seek(size, 1)
+
+
+def _check_model(numbers: dict[str, int | None], tensors: dict[str, tuple[int, ...]]) -> None:
+    """The sizes that the library builds a model by must be those of the tensors that are there."""
+    blocks = {int(found[1]) for name in tensors if (found := re.match(r"blk\.([0-9]{1,5})\.", name))}
+    widths = {size for sizes in tensors.values() for size in sizes}
+    for key, number in numbers.items():
+        what = key.partition(".")[2]
+        if number is None:
+            continue
+        if what == "block_count" and not 0 < number <= min(MAX_BLOCKS, len(blocks)):
+            raise ValueError(f"{number} blocks claimed, tensors of {len(blocks)} are there")
+        if what == "embedding_length" and number not in widths:
+            raise ValueError(f"no tensor is {number} wide, as {key} says")
+        if what.endswith("feed_forward_length") and not 0 < number <= MAX_WIDENING * max(widths, default=0):
+            raise ValueError(f"{key} is {number}")

@@ -1,0 +1,222 @@
+"""What a stranger can tell the directory: records, Kademlia's questions and answers, addresses and names of peers."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cache, partial
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519
+from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
+from libp2p.network.exceptions import SwarmException
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import env_to_send_in_RPC
+
+from petals.dht.directory import Directory, _peers, _writer, open_directory
+from petals.dht.keys import parse_record_key, record_key, swarm_key
+from petals.dht.records import DOMAIN, RecordError, ServerRecord, ServerState, open_record, peek, sign_record
+from petals.dht.records_pb2 import SignedRecord
+from petals.peer.host import Host, HostConfig, open_host
+from petals.peer.identity import Identity, _identity, verify
+from petals.peer.info import fetch_record
+from petals.protocols.errors import SwarmError
+from petals.protocols.framing import encode_frame
+from petals.protocols.types import ModelId, PeerId
+from tests.fuzz.loop import played, the_loop
+
+MODEL = ModelId("tiny", "ab" * 32)
+
+
+@cache
+def me() -> Identity:
+    """Who signs; the same in every run, so that what is committed stays valid."""
+    return _identity(new_ed25519(seed=bytes(32)))
+
+
+def a_record(**changes: Any) -> ServerRecord:
+    """A valid one."""
+    fields: dict[str, Any] = {
+        "model": MODEL, "peer_id": me().peer_id, "blocks": range(4), "num_blocks": 4, "state": ServerState.ONLINE,
+        "addrs": ("/ip4/127.0.0.1/tcp/4001/p2p/" + me().peer_id,), "version": "0.1.0", "adapters": ("lora",),
+        "inference_rps": 100.0, "forward_rps": 5.0, "cache_tokens_left": 1000,
+        "round_trips_s": {me().peer_id: 0.01}, "sequence": 1, "issued_at": 1e9, "expires_at": 1e9 + 3600,
+    }  # fmt: skip
+    return ServerRecord(**{**fields, **changes})
+
+
+def records(data: bytes) -> None:
+    """A signed record as it comes; and one that its peer has really signed, whatever is in it."""
+    peer = me()
+    signed = SignedRecord(public_key=peer.public_key, record=data, signature=peer.sign(DOMAIN + data))
+    for value, check in ((data, verify), (signed.SerializeToString(), verify), (signed.SerializeToString(), _anyone)):
+        with suppress(RecordError):
+            record = open_record(value, now=1e9 + 1, verify=check, expected_model=None)
+            assert len(value) <= 16 << 10
+            assert record.blocks.stop <= 4096
+            assert record.expires_at > 1e9 + 1
+            assert check is _anyone or record.peer_id == peer.peer_id
+        with suppress(RecordError):
+            peek(value)
+    parse_record_key(data.decode("utf-8", "replace"))
+    _writer(data)
+
+
+def _anyone(*_: object) -> bool:
+    return True
+
+
+def records_seeds() -> list[bytes]:
+    """Envelope and content."""
+    signed = sign_record(a_record(), me().sign, me().public_key)
+    return [signed, SignedRecord.FromString(signed).record]
+
+
+# -- Kademlia ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def node() -> tuple[Host, Directory]:
+    """A node of the directory that listens nowhere."""
+    host = the_loop().enter(open_host(me().key_pair, HostConfig(listen=(), connect_s=0.01)))
+    fetch = partial(fetch_record, host)
+    directory = the_loop().enter(open_directory(host, me(), verify, fetch_direct=fetch, clock=lambda: 1e9 + 1))
+    return host, directory
+
+
+class _Conn:
+    def __init__(self, peer_id: ID) -> None:
+        self.peer_id = peer_id
+
+
+class _Stream:
+    """A peer's stream as the library's handlers take it."""
+
+    def __init__(self, data: bytes, peer_id: ID) -> None:
+        self._left, self.muxed_conn = data, _Conn(peer_id)
+        self.said_bytes = 0
+
+    async def read(self, n: int | None = None) -> bytes:
+        taken = self._left[:n]
+        self._left = self._left[len(taken) :]
+        return taken
+
+    async def write(self, data: bytes) -> None:
+        self.said_bytes += len(data)
+
+    async def close(self) -> None: ...
+
+    async def reset(self) -> None: ...
+
+    def get_remote_address(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+
+@cache
+def _stranger() -> Identity:
+    return _identity(new_ed25519(seed=bytes([1] * 32)))
+
+
+def kademlia(data: bytes) -> None:
+    """All that a stranger asks on one stream, in frames; and the same bytes as the answer to a question of ours."""
+    host, directory = node()
+    stream: Any = _Stream(data, ID.from_base58(_stranger().peer_id))
+    the_loop().run(partial(directory._dht.handle_stream, stream))
+    assert stream.said_bytes < 4 << 20
+    message = Message()
+    with suppress(DecodeError):  # as `_exchange` does
+        message.ParseFromString(data)
+    for _, addrs in _peers([*message.closerPeers, *message.providerPeers]):
+        assert len(addrs) <= 16
+
+    async def open_stream(*_: object, **__: object) -> object:
+        return (await played(data))[0]
+
+    async def ask() -> None:
+        ask_others, host.open_stream = host.open_stream, open_stream  # type: ignore[method-assign, assignment]
+        try:
+            await directory._ask(_stranger().peer_id, Message(type=message.type))
+        finally:
+            host.open_stream = ask_others  # type: ignore[method-assign]
+
+    the_loop().run(ask)
+
+
+def kademlia_seeds() -> list[bytes]:
+    """One of each question, and an answer that names peers."""
+    host, _ = node()
+    kinds = Message.MessageType
+    record = sign_record(a_record(peer_id=_stranger().peer_id, issued_at=1e9, expires_at=1e9 + 3000),
+                         _stranger().sign, _stranger().public_key)  # fmt: skip
+    key = record_key(MODEL, _stranger().peer_id).encode()
+    provide = Message(type=kinds.ADD_PROVIDER, key=bytes.fromhex(swarm_key(MODEL)))
+    stranger = ID.from_base58(_stranger().peer_id).to_bytes()
+    address = bytes.fromhex("047f000001060fa1")
+    provide.providerPeers.add(id=stranger, addrs=[address])
+    answer = Message(type=kinds.GET_PROVIDERS, key=provide.key)
+    answer.closerPeers.add(id=stranger, addrs=[address] * 3)
+    answer.providerPeers.add(id=stranger, addrs=[address])
+    questions = [
+        Message(type=kinds.PING),
+        Message(type=kinds.FIND_NODE, key=stranger, senderRecord=env_to_send_in_RPC(host.libp2p)[0]),
+        provide,
+        Message(type=kinds.GET_PROVIDERS, key=provide.key),
+        Message(type=kinds.PUT_VALUE, key=key, record=Record(key=key, value=record)),
+        Message(type=kinds.GET_VALUE, key=key),
+    ]
+    frames = [encode_frame(message.SerializeToString()) for message in questions]
+    return [*frames, b"".join(frames), answer.SerializeToString(), encode_frame(answer.SerializeToString())]
+
+
+# -- addresses and names -----------------------------------------------------------------------------------------------
+
+
+def peers(data: bytes) -> None:
+    """Addresses and peer IDs as flags, records and pushes bring them, as text and in bytes."""
+    host, _ = node()
+    text = data.decode("utf-8", "replace")
+    words = text.split("\n")
+    _peers([Message.Peer(id=data[:40], addrs=[data, data[40:]])])
+
+    async def reach() -> None:
+        async def nobody(peer_id: ID, addrs: object) -> None:
+            raise SwarmException("not really")
+
+        dial, host._network.dial = host._network.dial, nobody  # type: ignore[method-assign, assignment]
+        try:
+            with suppress(SwarmError):
+                await host.connect(text)
+            with suppress(SwarmError):
+                await host.open_stream(PeerId(words[0]), "/petals/push/1.0.0", addrs=words[1:17])
+            with suppress(SwarmError):
+                await host.ping(PeerId(words[0]))
+            for addr in words:
+                with suppress(SwarmException):
+                    _endpoint(addr)
+        finally:
+            host._network.dial = dial  # type: ignore[method-assign]
+
+    the_loop().run(reach)
+
+
+def _endpoint(addr: str) -> None:
+    from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+    from petals.peer.transport.addresses import tcp_endpoint
+
+    try:
+        parsed = Multiaddr(addr)
+    except Exception:  # the library's; `_known_addrs` and `connect` catch the same
+        return
+    tcp_endpoint(parsed)
+
+
+def peers_seeds() -> list[bytes]:
+    """Addresses of every kind we may hear of."""
+    name = me().peer_id
+    return [
+        f"/ip4/127.0.0.1/tcp/4001/p2p/{name}".encode(),
+        f"{name}\n/ip6/::1/tcp/4001\n/dns4/example.org/tcp/443/p2p/{name}\n/ip4/1.2.3.4/udp/1/quic-v1".encode(),
+        f"/ip4/1.2.3.4/tcp/1/p2p/{name}/p2p-circuit/p2p/{name}".encode(),
+        ID.from_base58(name).to_bytes() + bytes.fromhex("047f000001060fa1"),
+    ]

@@ -1,0 +1,30 @@
+"""Twenty seconds of benchmarks/soak.py, whose hour runs by hand (docs/security-testing.md)."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import soak
+
+
+@pytest.mark.swarm
+def test_random_clients_and_servers_leave_nothing_and_get_nothing_wrong() -> None:
+    options = soak.parse(["--minutes", "0.35", "--churn", "3", "--pause", "6", "--clients", "3"])
+    figures, wrong = soak.soak(options)
+    assert not wrong, figures
+    assert figures["tokens"] > 0
+    assert figures["done"]["start"] >= 2
+
+
+def test_what_must_not_be_is_found() -> None:
+    """The judge itself."""
+    figures = {"before": (37, 0, 15), "after": (37, 0, 15), "mib_per_minute": 0.2}
+    assert soak.judge(figures, growth=1.0) == []
+    assert soak.judge({**figures, "after": (38, 0, 16)}, growth=1.0) == [
+        "tasks: 38 instead of 37",
+        "descriptors: 16 instead of 15",
+    ]
+    assert soak.judge({**figures, "mib_per_minute": 1.5}, growth=1.0)
+    leaking = [(minute / 10, 400 + 5 * minute / 10 + minute % 2) for minute in range(60)]
+    assert 4.5 < soak.slope(leaking) < 5.5
+    assert abs(soak.slope([(minute, 400 + minute % 2) for minute in range(60)])) < 0.1
