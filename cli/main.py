@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from petals import __version__
-from petals.cli import keygen, peer, status
+from petals.cli import keygen, peer, seal, status
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"petals {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (peer, status, keygen):
+    for verb in (peer, status, keygen, seal):
         verb.add_parser(verbs)
     return parser.parse_args([underscored(word) for word in argv])
 

@@ -28,6 +28,7 @@ examples:
   petals peer --serve 0:30 --generate "A cat sat on"      everything in one process
   petals peer --http --initial_peers ADDR                 a chat page and OpenAI's API on http://127.0.0.1:8000
   petals peer --chat --initial_peers ADDR                 talk to the model
+  petals peer swarm:DIGEST --serve --initial_peers ADDR   fetch the blocks from those who hold them; no hub is needed
   petals peer --bootstrap --listen /ip4/0.0.0.0/tcp/31337 only keep the directory (starts without torch)
 """
 
@@ -61,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="hub name, local directory or .gguf file (default: SmolLM2-135M-Instruct, fetched on first use)",
+        help="hub name, local directory, .gguf file, or swarm:DIGEST for what others serve (default: "
+        "SmolLM2-135M-Instruct, fetched on first use)",
     )
     roles = parser.add_argument_group("roles, any combination")
     roles.add_argument("--serve", metavar="A:B", type=block_range, nargs="?", const=range(0),
@@ -86,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--identity", metavar="FILE", type=Path, help="key file, made on first use (default: a new key)"
     )
+    network.add_argument("--weights_from", choices=("auto", "hub", "swarm"), default="auto",
+                         help="auto: from the hub or the disk, and from the swarm's servers where the hub can not be "
+                         "reached; swarm: from them alone; hub: never from them (default: auto)")  # fmt: skip
     network.add_argument(
         "--transport", choices=("petals", "stock"), default="petals", help="stock: py-libp2p's own, for comparison"
     )
@@ -135,6 +140,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="let every client begin with what any client left: they trust each other")  # fmt: skip
     serving.add_argument("--favour", metavar="PEER_ID", nargs="+", default=[],
                          help="peers whose work goes before others' of the same kind, such as your own")  # fmt: skip
+    serving.add_argument("--share_weights", action="store_true", default=None,
+                         help="let newcomers fetch the model from us, whatever its licence says (default: if that is "
+                         "known to let anybody pass it on)")  # fmt: skip
+    serving.add_argument("--no_share_weights", dest="share_weights", action="store_false",
+                         help="let nobody fetch it from us")  # fmt: skip
+    serving.add_argument("--max_share_mb_s", metavar="MB", type=float, default=50.0,
+                         help="give newcomers at most this much a second, all together (default: 50)")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
@@ -176,9 +188,12 @@ async def run(options: argparse.Namespace) -> None:
             compression=options.compression,
             balance_quality=options.balance_quality,
             mean_balance_check_period=options.mean_balance_check_period,
+            share_weights=options.share_weights,
+            max_share_bytes_s=options.max_share_mb_s * 1e6,
         )
     config = PeerConfig(
         model=options.model,
+        weights_from=options.weights_from,
         revision=options.revision,
         token=options.token,
         serve=serve,

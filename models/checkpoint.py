@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from petals.models.errors import BlockRangeError, CheckpointError
+from petals.models.licence import find_licence
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -43,6 +44,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_BYTES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
+"""Names of dtypes in safetensors files, and bytes of one element."""
 _MAX_HEADER_BYTES = 100 << 20
 """The limit of the safetensors format itself."""
 
@@ -103,7 +106,15 @@ class Checkpoint:
         num_blocks, hidden_size: as configured.
     """
 
-    def __init__(self, name: str, directory: Path, *, identity: str | None = None, fetch: Fetch | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        identity: str | None = None,
+        fetch: Fetch | None = None,
+        licence: str | None = None,
+    ) -> None:
         """`identity` names the block weights if the source does (a hub commit); `fetch` brings shards when needed.
 
         Raises: CheckpointError when the directory is no safetensors checkpoint.
@@ -111,6 +122,7 @@ class Checkpoint:
         self.name = name
         self.directory = directory
         self._identity = identity
+        self._licence = licence
         self._fetch: Fetch = fetch or (lambda file: directory / file)
         self._raw_config = _read_json(directory / "config.json")
         self.config = _load_config(name, directory)
@@ -142,16 +154,12 @@ class Checkpoint:
     @cached_property
     def _block_names(self) -> tuple[tuple[tuple[str, str], ...], ...]:
         """For every block, (name, name after the block's index) of its tensors."""
-        stacks: dict[str, dict[int, list[tuple[str, str]]]] = {}
-        for name in self._weight_map:
-            found = re.match(r"((?:[^.]+\.)*?)(\d+)\.(.+)", name)
-            if found:
-                stack = stacks.setdefault(found[1], {})
-                stack.setdefault(int(found[2]), []).append((name, found[3]))
-        for _, stack in sorted(stacks.items(), key=lambda item: "vision" in item[0] or "audio" in item[0]):
-            if sorted(stack) == list(range(self.num_blocks)):
-                return tuple(tuple(sorted(stack[block])) for block in range(self.num_blocks))
-        raise CheckpointError(f"{self.name} has no tensors numbered for {self.num_blocks} blocks; is it a causal LM?")
+        found = find_blocks(self._weight_map, range(self.num_blocks))
+        if found is None:
+            raise CheckpointError(
+                f"{self.name} has no tensors numbered for {self.num_blocks} blocks; is it a causal LM?"
+            )
+        return found
 
     def block_tensors(self, block: int) -> tuple[tuple[str, str], ...]:
         """(name, name within the block) of every tensor of a block: ("model.layers.3.mlp.w", "mlp.w")."""
@@ -198,31 +206,57 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """64 hex digits that tell this model's blocks from any other's, however they are called.
-
-        SHA-256 over who the weights are, as far as the source says so:
-        - hub model: the repository and the commit of the snapshot;
-        - model converted from a GGUF file: that file's SHA-256;
-        - local directory: the configuration and the block weights. The configuration is config.json without the
-          entries that say how it was written (`_VOLATILE`). The block weights are the sum modulo 2**256 of one
-          SHA-256 per block tensor, over its block, name, dtype, shape and four 4-KiB pieces spread evenly from its
-          first to its last byte; a sum, so that it does not depend on how tensors are dealt to shards.
-
-        The pieces make it cheap (four disk reads a tensor) and tell apart whatever training touched; an adversary
-        could hide a change between them, which a digest that servers state about themselves could not prevent anyway.
-
-        A client has no block shards to look at. So the sums of a local directory are written to `petals.json` beside
-        the checkpoint (or, when that is not writable, to the user's cache), one per shard, with the shard's size: a
-        shard that is there is looked at again when its size or time has changed, one that is not is believed.
+        """64 hex digits that tell this model's blocks from any other's, however they are called: SHA-256 of `preimage`.
 
         Raises: CheckpointError when a shard is missing and no manifest knows it.
         """
-        spoken = self._identity or _written_identity(self.directory)
+        return hashlib.sha256(self.preimage).hexdigest()
+
+    @cached_property
+    def preimage(self) -> bytes:
+        """Who the weights are, as far as the source says so; the digest is its SHA-256:
+
+        - hub model: `hub:`, the repository and the commit of the snapshot;
+        - model converted from a GGUF file: `gguf:` and that file's SHA-256;
+        - sealed directory (models/weights.py): the SHA-256 of all its bytes, section by section;
+        - other local directory: the configuration and the block weights, as JSON with sorted keys. The configuration is
+          config.json without the entries that say how it was written (`_VOLATILE`). The block weights are the list of
+          (block, name within the block, SHA-256) of its tensors in order; hashed are block, name, dtype, shape and four
+          4-KiB pieces spread evenly from its first to its last byte. It does not depend on how tensors are dealt to
+          shards.
+
+        The pieces make it cheap (four disk reads a tensor) and tell apart whatever training touched; an adversary could
+        hide a change between them, which a digest that servers state about themselves could not prevent anyway. Whoever
+        fetches weights from strangers, and wants every byte to follow from the digest, names a sealed model.
+
+        A client has no block shards to look at. So the hashes of a local directory are written to `petals.json` beside
+        the checkpoint (or, when that is not writable, to the user's cache), by shard, with the shard's size: a shard
+        that is there is looked at again when its size or time has changed, one that is not is believed.
+
+        Raises: CheckpointError when a shard is missing and no manifest knows it.
+        """
+        spoken = self._identity or _written(self.directory, "identity")
         if spoken is None:
-            config = {key: value for key, value in self._raw_config.items() if key not in _VOLATILE}
-            content = {"config": config, "weights": self._sampled_identity()}
+            content = {"config": stable_config(self._raw_config), "weights": self._sampled_identity()}
             spoken = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(spoken.encode()).hexdigest()
+        return spoken.encode()
+
+    @cached_property
+    def licence(self) -> str:
+        """An identifier in lower case ("apache-2.0") as the source or the model card has it; empty: nobody says."""
+        return (self._licence or _written(self.directory, "licence") or find_licence(self.directory)).lower()
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether the shards of these tensors are on this disk; nothing is fetched."""
+        return all((self.directory / file).exists() for file in {self._weight_map[name] for name in names})
+
+    def locate(self, name: str) -> tuple[Path, TensorEntry]:
+        """The shard of a tensor that `has` knows to be here, and where in it.
+
+        Raises: CheckpointError for a damaged shard.
+        """
+        file = self._weight_map[name]
+        return self.directory / file, self._entry(file, name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the checkpoint. Raises CheckpointError when there is none."""
@@ -250,19 +284,18 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{self.name}: cannot read {file}: {error.strerror or error}") from error
 
-    def _sampled_identity(self) -> str:
+    def _sampled_identity(self) -> list[list[Any]]:
         manifests = _manifest_paths(self.directory)
         known = next((found for path in manifests if (found := _read_manifest(path))), {})
         block_of = {name: (block, rest) for block, names in enumerate(self._block_names) for name, rest in names}
-        files: dict[str, dict[str, Any]] = {}
+        shards: dict[str, dict[str, Any]] = {}
         for file in sorted({self._weight_map[name] for name in block_of}):
-            files[file] = self._file_identity(file, block_of, known.get(file))
-        if files != known:
-            _write_manifest(manifests, files)
-        total = sum(int(entry["sum"], 16) for entry in files.values()) % (1 << 256)
-        return f"sampled:{total:064x}"
+            shards[file] = self._shard_identity(file, block_of, known.get(file))
+        if shards != known:
+            _write_manifest(manifests, shards)
+        return sorted(tensor for shard in shards.values() for tensor in shard["tensors"])
 
-    def _file_identity(
+    def _shard_identity(
         self, file: str, block_of: dict[str, tuple[int, str]], known: dict[str, Any] | None
     ) -> dict[str, Any]:
         try:
@@ -275,21 +308,40 @@ class Checkpoint:
             return known
         if known is not None and (known["size"], known["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
             return known
-        total = 0
-        names = [name for name, home in self._weight_map.items() if home == file and name in block_of]
+        names = sorted(name for name, home in self._weight_map.items() if home == file and name in block_of)
         with self._open(file) as shard:
-            for name in names:
-                total += _tensor_identity(shard, self._entry(file, name), block_of[name])
-        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sum": f"{total % (1 << 256):064x}"}
+            tensors = [[*block_of[name], sample_hash(shard, self._entry(file, name), block_of[name])] for name in names]
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "tensors": tensors}
 
 
-def write_identity(directory: Path, identity: str) -> None:
-    """Record, in a checkpoint made here, what its block weights were made from."""
-    _write_json(directory / MANIFEST, {"version": MANIFEST_VERSION, "identity": identity})
+def find_blocks(names: Iterable[str], blocks: range) -> tuple[tuple[tuple[str, str], ...], ...] | None:
+    """For each of `blocks`, (name, name after the block's index) of its tensors; None: the names do not number just
+    these."""
+    stacks: dict[str, dict[int, list[tuple[str, str]]]] = {}
+    for name in names:
+        found = re.match(r"((?:[^.]+\.)*?)(\d+)\.(.+)", name)
+        if found:
+            stack = stacks.setdefault(found[1], {})
+            stack.setdefault(int(found[2]), []).append((name, found[3]))
+    for _, stack in sorted(stacks.items(), key=lambda item: "vision" in item[0] or "audio" in item[0]):
+        if sorted(stack) == list(blocks):
+            return tuple(tuple(sorted(stack[block])) for block in blocks)
+    return None
 
 
-def _written_identity(directory: Path) -> str | None:
-    found = _load_manifest(directory / MANIFEST).get("identity")
+def stable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without the entries that say how it was written."""
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
+
+
+def write_identity(directory: Path, identity: str, licence: str | None = None) -> None:
+    """Record, in a checkpoint made here, the preimage of its digest: what its weights were made from."""
+    said = {} if licence is None else {"licence": licence}
+    write_json(directory / MANIFEST, {"version": MANIFEST_VERSION, "identity": identity, **said})
+
+
+def _written(directory: Path, entry: str) -> str | None:
+    found = _load_manifest(directory / MANIFEST).get(entry)
     return found if isinstance(found, str) else None
 
 
@@ -356,14 +408,15 @@ def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:
     return tensor
 
 
-def _tensor_identity(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> int:
+def sample_hash(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> str:
+    """What the digest of a local directory says about one tensor; `place`: its block, its name there."""
     spoken = json.dumps([*place, entry.dtype, list(entry.shape)]).encode()
     hashed = hashlib.sha256(spoken)
     last = max(0, entry.nbytes - _SAMPLE_BYTES)
     for offset in sorted({last * piece // (_SAMPLES - 1) for piece in range(_SAMPLES)}):
         shard.seek(entry.offset + offset)
         hashed.update(shard.read(min(_SAMPLE_BYTES, entry.nbytes - offset)))
-    return int.from_bytes(hashed.digest(), "big")
+    return hashed.hexdigest()
 
 
 def cache_directory() -> Path:
@@ -389,25 +442,25 @@ def _load_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    files = _load_manifest(path).get("files")
-    if not isinstance(files, dict):
+    shards = _load_manifest(path).get("shards")
+    if not isinstance(shards, dict):
         return {}
-    fields = ("size", "mtime_ns", "sum")
-    return {k: v for k, v in files.items() if isinstance(v, dict) and all(field in v for field in fields)}
+    fields = ("size", "mtime_ns", "tensors")
+    return {k: v for k, v in shards.items() if isinstance(v, dict) and all(field in v for field in fields)}
 
 
-def _write_manifest(paths: Iterable[Path], files: dict[str, dict[str, Any]]) -> None:
+def _write_manifest(paths: Iterable[Path], shards: dict[str, dict[str, Any]]) -> None:
     """Write it to the first place that can be written; nowhere is fine too, it is computed again next time."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(path, {"version": MANIFEST_VERSION, "files": files})
+            write_json(path, {"version": MANIFEST_VERSION, "shards": shards})
         except OSError:
             continue
         return
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Atomically, so that another process sees the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:

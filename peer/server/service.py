@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -98,6 +98,7 @@ class Service:
 
     Args:
         dice: uniform numbers in [0, 1), for the pauses between looks at the swarm.
+        prepare: brings the weights of blocks to this disk, before they are loaded.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Service:
         config: ServeConfig,
         progress: Callable[[str], None],
         dice: Callable[[], float],
+        prepare: Callable[[range], Awaitable[None]],
     ) -> None:
         self.model = model
         self.server: Server | None = None
@@ -119,6 +121,7 @@ class Service:
         self._config = config
         self._progress = progress
         self._dice = dice
+        self._prepare = prepare
         self._blocks = range(0)
         self._thread = ComputeThread()
         self._neighbours = Neighbours(host, directory, model, lambda: self._blocks, config.announce_s)
@@ -136,8 +139,9 @@ class Service:
             while True:
                 await self.announcer.enter(ServerState.JOINING)
                 try:
+                    await self._prepare(self._blocks)
                     span = await self._load(self._blocks)
-                except ModelError as error:
+                except (ModelError, UserError) as error:
                     if left is None:
                         raise
                     self._progress(f"{error}; going back to blocks {left.start}:{left.stop}")
