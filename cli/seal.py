@@ -1,4 +1,4 @@
-"""`petals seal`: a digest that vouches for every byte of a model, so that whoever fetches it from strangers can tell."""
+"""`petals seal`: a digest that vouches for every byte of a model, whoever it is fetched from."""
 
 from __future__ import annotations
 

@@ -20,7 +20,14 @@ from tests.models.tiny import CASES, save_tiny
 
 ROOT = Path(__file__).parents[2]
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWHtURmmUjrRwSiMY8FcjtDevyhTTAQAMRfBKuz8ErYeAT"
-PROGRESS = ("petals: starting", "petals: loading", "petals: serving", "petals: ready", "--initial_peers")
+PROGRESS = (
+    "petals: starting",
+    "petals: newcomers",
+    "petals: loading",
+    "petals: serving",
+    "petals: ready",
+    "--initial_peers",
+)
 PETALS = [sys.executable, "-m", "petals.cli.main"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
