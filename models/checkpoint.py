@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -55,6 +56,9 @@ _SAMPLES = 4
 
 _VOLATILE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 """Entries of config.json that say how a file was written or used, not which model it is."""
+
+_UNKNOWN_CONFIG = (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError)
+"""What the library raises for entries of config.json that it does not expect; a stranger may have written it."""
 
 Progress = Callable[[str], None]
 """Called with one line for people, when something takes time."""
@@ -348,10 +352,11 @@ def _written(directory: Path, entry: str) -> str | None:
 def _load_config(name: str, directory: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNKNOWN_CONFIG as error:
         raise CheckpointError(f"{name} is not a model that transformers knows: {_first_line(error)}") from error
     text: PretrainedConfig = config.get_text_config(decoder=True)
-    if not getattr(text, "num_hidden_layers", None) or not getattr(text, "hidden_size", None):
+    counts = (getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None))
+    if not all(isinstance(count, int) and count > 0 for count in counts):
         raise CheckpointError(f"{name} ({config.model_type}) has no transformer blocks")
     return text
 

@@ -64,6 +64,8 @@ from petals.protocols.weights import (
 log = logging.getLogger(__name__)
 
 MAX_SENDERS = 8
+SECTIONS_AT_ONCE = 4
+"""Asked for, each on a stream to every sender: senders allow 8."""
 STREAMS_PER_SENDER = 3
 """A request and its answer take turns on a stream: several hide the round trips."""
 DOCUMENT_S = 300.0
@@ -180,7 +182,9 @@ class SwarmWeights:
                 log.info("no index: %s", error)
         raise UserError(f"nobody gives the index of {self.model.name}; ask again later")
 
-    async def _agreed(self, section: int, senders: Sequence[Sender], voucher: Voucher) -> Section:
+    async def _agreed(
+        self, section: int, senders: Sequence[Sender], voucher: Voucher, opened: Checkpoint | None
+    ) -> Section:
         """A section as most of its holders have it; only these are asked for its pieces.
 
         Raises:
@@ -204,7 +208,7 @@ class SwarmWeights:
                         raise DocumentError("another document than announced")
                     voucher.check_section(section, data)
                     content = decode_section(section, data)
-                    await self._check_names(section, content)
+                    _check_names(section, content, opened)
                 except (RemoteProtocolError, DocumentError) as lie:
                     self._ban(sender, str(lie))
                     continue
@@ -219,17 +223,6 @@ class SwarmWeights:
         raise UserError(
             f"nobody gives {_title(section)} of {self.model.name}: {'; '.join(reasons[:3]) or 'it is wrong'}"
         )
-
-    async def _check_names(self, section: int, content: Section) -> None:
-        """Raise DocumentError unless a section holds just the tensors that the index has in it."""
-        names = [item.name for item in content.items]
-        if section == FILES:
-            right = "config.json" in names
-        else:
-            opened = await trio.to_thread.run_sync(self.partial.open)
-            right = opened is not None and section_names(opened, section) == names
-        if not right:
-            raise DocumentError(f"{_title(section)} of other content than the index says")
 
     async def _document(self, sender: Sender, number: int, *, hash_only: bool = False) -> tuple[bytes, bytes]:
         """(document, its SHA-256 as announced).
@@ -255,11 +248,15 @@ class SwarmWeights:
     async def _fetch(self, sections: Sequence[int], senders: Sequence[Sender], voucher: Voucher) -> bool:
         """Bring `sections` here. False: some turned out not to be what the digest vouches for; they are missing, and
         their senders banned."""
+        opened = await trio.to_thread.run_sync(self.partial.open)
         places: dict[int, PartialSection] = {}
-        for section in sections:
-            content = await self._agreed(section, senders, voucher)
-            begin = partial(self.partial.begin, section, content, voucher)
-            places[section] = await trio.to_thread.run_sync(begin)
+        for some in (sections[start : start + SECTIONS_AT_ONCE] for start in range(0, len(sections), SECTIONS_AT_ONCE)):
+            calls = [partial(self._agreed, section, senders, voucher, opened) for section in some]
+            for section, content in zip(some, await gather(calls), strict=True):
+                if isinstance(content, SwarmError):
+                    raise content
+                begin = partial(self.partial.begin, section, content, voucher)
+                places[section] = await trio.to_thread.run_sync(begin)
         missing = [piece for place in places.values() for piece in await trio.to_thread.run_sync(place.missing)]
         wanted = sum(place.content.nbytes for place in places.values())
         what = f"{_titles(sections)} of {self.model.name}"
@@ -468,6 +465,17 @@ def _by_weight(
             "sealed model (petals seal) leaves no such doubt"
         )
     return ranked
+
+
+def _check_names(section: int, content: Section, opened: Checkpoint | None) -> None:
+    """Raise DocumentError unless a section holds just the tensors that the index of `opened` has in it."""
+    names = [item.name for item in content.items]
+    if section == FILES:
+        right = "config.json" in names
+    else:
+        right = opened is not None and section_names(opened, section) == names
+    if not right:
+        raise DocumentError(f"{_title(section)} of other content than the index says")
 
 
 def _sealed(voucher: Voucher, section: int) -> bytes | None:

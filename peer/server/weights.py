@@ -77,7 +77,7 @@ class WeightSender:
         if self.refusal is not None:
             return self.refusal
         licence = self._shared.checkpoint.licence or "licence unknown"
-        return f"newcomers may fetch the weights ({licence}), at most {self._rate / 1e6:,.0f} MB/s"
+        return f"newcomers may fetch swarm:{self._digest} ({licence}), at most {self._rate / 1e6:,.0f} MB/s"
 
     async def answer(self, stream: ByteStream) -> None:
         """Answer requests on one stream until its asker ends it, or asks what can not be given."""

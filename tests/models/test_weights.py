@@ -6,6 +6,7 @@ import copy as copying
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,22 @@ def test_only_a_whole_model_can_be_sealed(copy: Path) -> None:
 
 def test_the_default_model_may_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert may_share(open_checkpoint().licence)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "evil", "auto_map": {"AutoConfig": "somebody/repo--configuration_evil.Evil"}},
+        {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 3},
+        {"model_type": "llama", "num_hidden_layers": "many"},
+        {"model_type": "llama", "num_hidden_layers": -1},
+        {"model_type": ["llama"]},
+        {},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_transformers_does_not_know_is_one_line(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Nor is code of a stranger's ever looked for."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with ThreadPoolExecutor(1) as threads, pytest.raises(CheckpointError):  # as a peer opens it
+        threads.submit(Checkpoint, "x", tmp_path).result()
