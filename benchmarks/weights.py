@@ -1,6 +1,6 @@
 """Weights from a peer: megabytes a second, and what sharing them costs those who decode.
 
-    python benchmarks/weights.py [--blocks 10] [--rounds 5] [--steps 60] [--rates 10 50 100000]
+    python benchmarks/weights.py [--blocks 10] [--rounds 5] [--steps 60] [--rates 5 20 100000]
 
 Fetching: blocks of the default model from one server process, into an empty directory, against the bare transport (the
 same bytes over one stream between two hosts) and the disk (the same tensors read; the page cache has them). Decoding:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rates", type=float, nargs="+", default=[10, 50, 100_000], help="of --max_share_mb_s")
+    parser.add_argument("--rates", type=float, nargs="+", default=[5, 20, 100_000], help="of --max_share_mb_s")
     parser.add_argument("--give", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--fetch", help=argparse.SUPPRESS)
     options = parser.parse_args()

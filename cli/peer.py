@@ -145,8 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          "known to let anybody pass it on)")  # fmt: skip
     serving.add_argument("--no_share_weights", dest="share_weights", action="store_false",
                          help="let nobody fetch it from us")  # fmt: skip
-    serving.add_argument("--max_share_mb_s", metavar="MB", type=float, default=50.0,
-                         help="give newcomers at most this much a second, all together (default: 50)")  # fmt: skip
+    serving.add_argument("--max_share_mb_s", metavar="MB", type=float, default=20.0,
+                         help="give newcomers at most this much a second, all together (default: 20)")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")

@@ -96,7 +96,7 @@ class ServeConfig:
     """Blocks passed per second, decode; None: measure."""
     share_weights: bool | None = None
     """Give the checkpoint to newcomers who ask for it; None: where its licence is known to let anybody pass it on."""
-    max_share_bytes_s: float = 50e6
+    max_share_bytes_s: float = 20e6
     """The most of it a second, to all of them together."""
 
     def __post_init__(self) -> None:

@@ -24,7 +24,6 @@ from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
 from petals.protocols.weights import (
     MAX_DOCUMENT_BYTES,
-    MAX_PART_BYTES,
     MAX_REQUEST_BYTES,
     document_part,
     parse_request,
@@ -38,6 +37,8 @@ IDLE_S = 60.0
 """How long a stream may ask nothing."""
 MAX_WAIT_S = 5.0
 """Longer than this nobody waits in the rate limit's queue: BUSY, come again."""
+BURST_BYTES = 2 << 20
+"""Little, so that decode steps find gaps between pieces, whatever the rate."""
 GOODBYE_S = 5.0
 
 
@@ -65,7 +66,7 @@ class WeightSender:
         self._shared = SharedWeights(checkpoint)
         self._payload_s = config.payload_s
         self._rate = config.max_share_bytes_s
-        self._bucket = TokenBucket(config.max_share_bytes_s, max(config.max_share_bytes_s, MAX_PART_BYTES))
+        self._bucket = TokenBucket(config.max_share_bytes_s, BURST_BYTES)
         self._streams: Counter[PeerId] = Counter()
         self._documents: dict[int, tuple[bytes, bytes]] = {}
         """With their SHA-256."""
