@@ -63,7 +63,8 @@ from petals.protocols.weights import (
 
 log = logging.getLogger(__name__)
 
-MAX_SENDERS = 8
+SENDERS = 8
+"""So many are asked where there are, and more where blocks would have no holder among them."""
 SECTIONS_AT_ONCE = 4
 """Asked for, each on a stream to every sender: senders allow 8."""
 STREAMS_PER_SENDER = 3
@@ -113,7 +114,7 @@ class SwarmWeights:
         async with self._one:
             found = await trio.to_thread.run_sync(self.partial.open)
             while found is None:
-                senders = await self._find_senders()
+                senders = await self._find_senders([FILES])
                 voucher = await self._voucher(senders)
                 if await self._fetch([FILES], senders, voucher):
                     await self._describe(senders, voucher)
@@ -128,7 +129,7 @@ class SwarmWeights:
         """
         async with self._one:
             while wanted := [section for section in sections if not self.partial.has(section)]:
-                senders = await self._find_senders()
+                senders = await self._find_senders(wanted)
                 await self._fetch(wanted, senders, await self._voucher(senders))
 
     async def fetch_blocks(self, blocks: range) -> None:
@@ -141,7 +142,7 @@ class SwarmWeights:
 
     # -- documents -------------------------------------------------------------------------------------------------
 
-    async def _find_senders(self) -> list[Sender]:
+    async def _find_senders(self, sections: Sequence[int]) -> list[Sender]:
         records = [
             record
             for record in await self._directory.lookup(self.model)
@@ -150,7 +151,8 @@ class SwarmWeights:
         if not records:
             others = ", except those that sent what was not right" if self.banned else ""
             raise UserError(f"nobody in the swarm serves {self.model.name} ({self.model.digest[:12]}){others}")
-        return [Sender(record.peer_id, record.addrs) for record in records[:MAX_SENDERS]]
+        blocks = [section - FIRST_BLOCK for section in sections if section >= FIRST_BLOCK]
+        return [Sender(record.peer_id, record.addrs) for record in choose_senders(records, blocks)]
 
     async def _voucher(self, senders: Sequence[Sender]) -> Voucher:
         """What the digest vouches for. Leaves out of `senders`' reach nobody: whoever answers, proves it."""
@@ -444,6 +446,28 @@ class Report:
 
     def _rate(self, now: float) -> float:
         return (self.done - self._began_with) / max(now - self._began_at, 1e-3)
+
+
+def choose_senders(records: Sequence[ServerRecord], blocks: Sequence[int]) -> list[ServerRecord]:
+    """Whom to ask for `blocks`: at least `SENDERS` where there are, those first who serve what few others chosen do.
+
+    Who serves a block has its weights for certain; others may have them.
+    """
+    left, holders = list(records), Counter[int]()
+    chosen: list[ServerRecord] = []
+
+    def worth(record: ServerRecord) -> float:
+        return sum(1 / (1 + holders[block]) for block in blocks if block in record.blocks)
+
+    def is_needed(record: ServerRecord) -> bool:
+        return any(block in record.blocks and not holders[block] for block in blocks)
+
+    while pool := [*filter(is_needed, left)] or (left if len(chosen) < SENDERS else []):
+        best = max(pool, key=worth)
+        left.remove(best)
+        chosen.append(best)
+        holders.update(block for block in blocks if block in best.blocks)
+    return chosen
 
 
 def _by_weight(

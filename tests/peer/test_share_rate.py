@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.peer.client.weights import Report
+from petals.peer.client.weights import SENDERS, Report, choose_senders
 from petals.peer.config import ServeConfig
 from petals.peer.server.bucket import TokenBucket
 from petals.peer.server.guard import Refused
 from petals.peer.server.weights import MAX_WAIT_S, WeightSender
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import UserError
+from petals.protocols.types import PeerId
+from tests.dht.conftest import make_record
 from tests.models.tiny import CASES, save_tiny
 
 
@@ -80,6 +82,19 @@ async def test_a_sender_keeps_to_its_rate_and_says_busy_to_the_rest(
 def test_settings_that_can_not_be() -> None:
     with pytest.raises(UserError, match="--no_share_weights"):
         ServeConfig(max_share_bytes_s=0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), max_size=40), st.integers(0, 30), st.integers(1, 12))
+def test_every_block_that_somebody_serves_is_asked_of_somebody(
+    spans: list[tuple[int, int]], start: int, length: int
+) -> None:
+    records = [make_record(PeerId(f"p{i}"), blocks=range(a, a + n)) for i, (a, n) in enumerate(spans)]
+    wanted = range(start, start + length)
+    chosen = choose_senders(records, wanted)
+    served = {block for record in records for block in record.blocks} & set(wanted)
+    assert {block for record in chosen for block in record.blocks} >= served
+    assert len(chosen) >= min(SENDERS, len(records))
+    assert len({record.peer_id for record in chosen}) == len(chosen) <= max(SENDERS, length)
 
 
 def test_progress_in_words() -> None:
