@@ -473,16 +473,15 @@ def choose_senders(records: Sequence[ServerRecord], blocks: Sequence[int]) -> li
 def _by_weight(
     said: Mapping[bytes, Sequence[Sender]], section: int, voucher: Voucher
 ) -> list[tuple[bytes, Sequence[Sender]]]:
-    """What to believe, best first: what a seal says; else what most say. Honest peers may have other files beside the
-    same blocks (a model card), so there any of the most frequent will do.
+    """What to believe, best first: what most say. A seal leaves no doubt, it is checked afterwards; and honest peers may
+    have other files beside the same blocks (a model card), so there any of the most frequent will do.
 
     Raises:
         UserError: as many say this as that about a block.
     """
-    if voucher.sections is not None:
-        return sorted(said.items(), key=lambda each: each[0] != _sealed(voucher, section))
     ranked = sorted(said.items(), key=lambda each: (-len(each[1]), each[0]))
-    if section >= FIRST_BLOCK and len(ranked) > 1 and len(ranked[0][1]) == len(ranked[1][1]):
+    doubtful = voucher.sections is None and section >= FIRST_BLOCK
+    if doubtful and len(ranked) > 1 and len(ranked[0][1]) == len(ranked[1][1]):
         first, second = (" and ".join(f"…{sender.peer_id[-6:]}" for sender in each) for _, each in ranked[:2])
         raise UserError(
             f"{first} and {second} do not agree about {_title(section)}, and nobody else can tell who is right; a "
@@ -500,11 +499,6 @@ def _check_names(section: int, content: Section, opened: Checkpoint | None) -> N
         right = opened is not None and section_names(opened, section) == names
     if not right:
         raise DocumentError(f"{_title(section)} of other content than the index says")
-
-
-def _sealed(voucher: Voucher, section: int) -> bytes | None:
-    sections = voucher.sections or ()
-    return sections[section - FILES] if section - FILES < len(sections) else None
 
 
 def _title(section: int) -> str:
