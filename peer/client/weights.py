@@ -473,7 +473,7 @@ def choose_senders(records: Sequence[ServerRecord], blocks: Sequence[int]) -> li
 def _by_weight(
     said: Mapping[bytes, Sequence[Sender]], section: int, voucher: Voucher
 ) -> list[tuple[bytes, Sequence[Sender]]]:
-    """What to believe, best first: what most say. A seal leaves no doubt, it is checked afterwards; and honest peers may
+    """What to believe, best first: what most say. A seal is checked afterwards, and leaves no doubt. Honest peers may
     have other files beside the same blocks (a model card), so there any of the most frequent will do.
 
     Raises:
