@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
-from petals.cli import bench, doctor, invite, keygen, peer, settings, status
+from petals.cli import bench, doctor, invite, keygen, peer, seal, settings, status
 from petals.cli.saying import hush
 from petals.protocols.errors import SwarmError, UserError
 
@@ -60,7 +60,7 @@ def parsers() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     parser.add_argument("--version", action="version", version=f"petals {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (peer, status, doctor, bench, keygen, invite):
+    for verb in (peer, status, doctor, bench, keygen, invite, seal):
         verb.add_parser(verbs)
     for name, each in verbs.choices.items():
         settings.add_config_flag(each, name)

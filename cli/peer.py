@@ -34,6 +34,7 @@ examples:
   petals peer --serve 0:30 --generate "A cat sat on"      everything in one process
   petals peer --http --initial_peers ADDR                 a chat page and OpenAI's API on http://127.0.0.1:8000
   petals peer --chat --initial_peers ADDR                 talk to the model
+  petals peer swarm:DIGEST --serve --initial_peers ADDR   fetch the blocks from those who hold them; no hub is needed
   petals peer --bootstrap --listen /ip4/0.0.0.0/tcp/31337 only keep the directory (starts without torch)
 """
 
@@ -90,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="hub name, local directory or .gguf file (default: SmolLM2-135M-Instruct, fetched on first use)",
+        help="hub name, local directory, .gguf file, or swarm:DIGEST for what others serve (default: "
+        "SmolLM2-135M-Instruct, fetched on first use)",
     )
     roles = parser.add_argument_group("roles, any combination")
     roles.add_argument("--serve", metavar="A:B", type=block_range, nargs="?", const=range(0),
@@ -132,6 +134,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--swarm_key", metavar="FILE", type=Path,
                          help="key of a private swarm: only peers with the same one can connect; "
                          "`petals keygen --swarm FILE` makes one")  # fmt: skip
+    network.add_argument("--weights_from", choices=("auto", "hub", "swarm"), default="auto",
+                         help="auto: from the hub or the disk, and from the swarm's servers where the hub can not be "
+                         "reached; swarm: from them alone; hub: never from them (default: auto)")  # fmt: skip
     network.add_argument(
         "--transport", choices=("petals", "stock"), default="petals", help="stock: py-libp2p's own, for comparison"
     )
@@ -195,6 +200,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="tokens per second of one peer; more wait their turn (default: no limit)")  # fmt: skip
     serving.add_argument("--max_peer_bytes_s", metavar="N", type=float,
                          help="bytes of tensors per second, in and out, of one peer (default: no limit)")  # fmt: skip
+    serving.add_argument("--share_weights", action="store_true", default=None,
+                         help="let newcomers fetch the model from us, whatever its licence says (default: if that is "
+                         "known to let anybody pass it on)")  # fmt: skip
+    serving.add_argument("--no_share_weights", dest="share_weights", action="store_false",
+                         help="let nobody fetch it from us")  # fmt: skip
+    serving.add_argument("--max_share_mb_s", metavar="MB", type=float, default=20.0,
+                         help="give newcomers at most this much a second, all together (default: 20)")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
@@ -274,9 +286,12 @@ async def run(options: argparse.Namespace) -> None:
             compression=options.compression,
             balance_quality=options.balance_quality,
             mean_balance_check_period=options.mean_balance_check_period,
+            share_weights=options.share_weights,
+            max_share_bytes_s=options.max_share_mb_s * 1e6,
         )
     config = PeerConfig(
         model=options.model,
+        weights_from=options.weights_from,
         revision=options.revision,
         token=options.token,
         serve=serve,

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from petals.models.errors import BlockRangeError, CheckpointError
+from petals.models.licence import find_licence
 from petals.models.progress import Meter
 
 INDEX = "model.safetensors.index.json"
@@ -45,6 +47,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_BYTES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
+"""Names of dtypes in safetensors files, and bytes of one element."""
 _MAX_HEADER_BYTES = 100 << 20
 """The limit of the safetensors format itself."""
 _MAX_BLOCKS, _MAX_HIDDEN = 4096, 1 << 20
@@ -56,6 +60,9 @@ _SAMPLES = 4
 
 _VOLATILE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 """Entries of config.json that say how a file was written or used, not which model it is."""
+
+_UNKNOWN_CONFIG = (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError)
+"""What the library raises for entries of config.json that it does not expect; a stranger may have written it."""
 
 Progress = Callable[[str], None]
 """Called with one line for people, when something takes time."""
@@ -107,7 +114,15 @@ class Checkpoint:
         num_blocks, hidden_size: as configured.
     """
 
-    def __init__(self, name: str, directory: Path, *, identity: str | None = None, fetch: Fetch | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        identity: str | None = None,
+        fetch: Fetch | None = None,
+        licence: str | None = None,
+    ) -> None:
         """`identity` names the block weights if the source does (a hub commit); `fetch` brings shards when needed.
 
         Raises: CheckpointError when the directory is no safetensors checkpoint.
@@ -115,6 +130,7 @@ class Checkpoint:
         self.name = name
         self.directory = directory
         self._identity = identity
+        self._licence = licence
         self._fetch: Fetch = fetch or (lambda file: directory / file)
         self._raw_config = _read_json(directory / "config.json")
         self.config = _load_config(name, directory)
@@ -148,16 +164,12 @@ class Checkpoint:
     @cached_property
     def _block_names(self) -> tuple[tuple[tuple[str, str], ...], ...]:
         """For every block, (name, name after the block's index) of its tensors."""
-        stacks: dict[str, dict[int, list[tuple[str, str]]]] = {}
-        for name in self._weight_map:
-            found = re.match(r"((?:[^.]+\.)*?)([0-9]{1,4})\.(.+)", name)
-            if found:
-                stack = stacks.setdefault(found[1], {})
-                stack.setdefault(int(found[2]), []).append((name, found[3]))
-        for _, stack in sorted(stacks.items(), key=lambda item: "vision" in item[0] or "audio" in item[0]):
-            if sorted(stack) == list(range(self.num_blocks)):
-                return tuple(tuple(sorted(stack[block])) for block in range(self.num_blocks))
-        raise CheckpointError(f"{self.name} has no tensors numbered for {self.num_blocks} blocks; is it a causal LM?")
+        found = find_blocks(self._weight_map, range(self.num_blocks))
+        if found is None:
+            raise CheckpointError(
+                f"{self.name} has no tensors numbered for {self.num_blocks} blocks; is it a causal LM?"
+            )
+        return found
 
     def block_tensors(self, block: int) -> tuple[tuple[str, str], ...]:
         """(name, name within the block) of every tensor of a block: ("model.layers.3.mlp.w", "mlp.w")."""
@@ -209,31 +221,57 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """64 hex digits that tell this model's blocks from any other's, however they are called.
-
-        SHA-256 over who the weights are, as far as the source says so:
-        - hub model: the repository and the commit of the snapshot;
-        - model converted from a GGUF file: that file's SHA-256;
-        - local directory: the configuration and the block weights. The configuration is config.json without the
-          entries that say how it was written (`_VOLATILE`). The block weights are the sum modulo 2**256 of one
-          SHA-256 per block tensor, over its block, name, dtype, shape and four 4-KiB pieces spread evenly from its
-          first to its last byte; a sum, so that it does not depend on how tensors are dealt to shards.
-
-        The pieces make it cheap (four disk reads a tensor) and tell apart whatever training touched; an adversary
-        could hide a change between them, which a digest that servers state about themselves could not prevent anyway.
-
-        A client has no block shards to look at. So the sums of a local directory are written to `petals.json` beside
-        the checkpoint (or, when that is not writable, to the user's cache), one per shard, with the shard's size: a
-        shard that is there is looked at again when its size or time has changed, one that is not is believed.
+        """64 hex digits that tell this model's blocks from any other's, however they are called: SHA-256 of `preimage`.
 
         Raises: CheckpointError when a shard is missing and no manifest knows it.
         """
-        spoken = self._identity or _written_identity(self.directory)
+        return hashlib.sha256(self.preimage).hexdigest()
+
+    @cached_property
+    def preimage(self) -> bytes:
+        """Who the weights are, as far as the source says so; the digest is its SHA-256:
+
+        - hub model: `hub:`, the repository and the commit of the snapshot;
+        - model converted from a GGUF file: `gguf:` and that file's SHA-256;
+        - sealed directory (models/weights.py): the SHA-256 of all its bytes, section by section;
+        - other local directory: the configuration and the block weights, as JSON with sorted keys. The configuration is
+          config.json without the entries that say how it was written (`_VOLATILE`). The block weights are the list of
+          (block, name within the block, SHA-256) of its tensors in order; hashed are block, name, dtype, shape and four
+          4-KiB pieces spread evenly from its first to its last byte. It does not depend on how tensors are dealt to
+          shards.
+
+        The pieces make it cheap (four disk reads a tensor) and tell apart whatever training touched; an adversary could
+        hide a change between them, which a digest that servers state about themselves could not prevent anyway. Whoever
+        fetches weights from strangers, and wants every byte to follow from the digest, names a sealed model.
+
+        A client has no block shards to look at. So the hashes of a local directory are written to `petals.json` beside
+        the checkpoint (or, when that is not writable, to the user's cache), by shard, with the shard's size: a shard
+        that is there is looked at again when its size or time has changed, one that is not is believed.
+
+        Raises: CheckpointError when a shard is missing and no manifest knows it.
+        """
+        spoken = self._identity or _written(self.directory, "identity")
         if spoken is None:
-            config = {key: value for key, value in self._raw_config.items() if key not in _VOLATILE}
-            content = {"config": config, "weights": self._sampled_identity()}
+            content = {"config": stable_config(self._raw_config), "weights": self._sampled_identity()}
             spoken = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(spoken.encode()).hexdigest()
+        return spoken.encode()
+
+    @cached_property
+    def licence(self) -> str:
+        """An identifier in lower case ("apache-2.0") as the source or the model card has it; empty: nobody says."""
+        return (self._licence or _written(self.directory, "licence") or find_licence(self.directory)).lower()
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether the shards of these tensors are on this disk; nothing is fetched."""
+        return all((self.directory / file).exists() for file in {self._weight_map[name] for name in names})
+
+    def locate(self, name: str) -> tuple[Path, TensorEntry]:
+        """The shard of a tensor that `has` knows to be here, and where in it.
+
+        Raises: CheckpointError for a damaged shard.
+        """
+        file = self._weight_map[name]
+        return self.directory / file, self._entry(file, name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the checkpoint. Raises CheckpointError when there is none."""
@@ -263,19 +301,18 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{self.name}: cannot read {file}: {error.strerror or error}") from error
 
-    def _sampled_identity(self) -> str:
+    def _sampled_identity(self) -> list[list[Any]]:
         manifests = _manifest_paths(self.directory)
         known = next((found for path in manifests if (found := _read_manifest(path))), {})
         block_of = {name: (block, rest) for block, names in enumerate(self._block_names) for name, rest in names}
-        files: dict[str, dict[str, Any]] = {}
+        shards: dict[str, dict[str, Any]] = {}
         for file in sorted({self._weight_map[name] for name in block_of}):
-            files[file] = self._file_identity(file, block_of, known.get(file))
-        if files != known:
-            _write_manifest(manifests, files)
-        total = sum(int(entry["sum"], 16) for entry in files.values()) % (1 << 256)
-        return f"sampled:{total:064x}"
+            shards[file] = self._shard_identity(file, block_of, known.get(file))
+        if shards != known:
+            _write_manifest(manifests, shards)
+        return sorted(tensor for shard in shards.values() for tensor in shard["tensors"])
 
-    def _file_identity(
+    def _shard_identity(
         self, file: str, block_of: dict[str, tuple[int, str]], known: dict[str, Any] | None
     ) -> dict[str, Any]:
         try:
@@ -288,21 +325,40 @@ class Checkpoint:
             return known
         if known is not None and (known["size"], known["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
             return known
-        total = 0
-        names = [name for name, home in self._weight_map.items() if home == file and name in block_of]
+        names = sorted(name for name, home in self._weight_map.items() if home == file and name in block_of)
         with self._open(file) as shard:
-            for name in names:
-                total += _tensor_identity(shard, self._entry(file, name), block_of[name])
-        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sum": f"{total % (1 << 256):064x}"}
+            tensors = [[*block_of[name], sample_hash(shard, self._entry(file, name), block_of[name])] for name in names]
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "tensors": tensors}
 
 
-def write_identity(directory: Path, identity: str) -> None:
-    """Record, in a checkpoint made here, what its block weights were made from."""
-    _write_json(directory / MANIFEST, {"version": MANIFEST_VERSION, "identity": identity})
+def find_blocks(names: Iterable[str], blocks: range) -> tuple[tuple[tuple[str, str], ...], ...] | None:
+    """For each of `blocks`, (name, name after the block's index) of its tensors; None: the names do not number just
+    these."""
+    stacks: dict[str, dict[int, list[tuple[str, str]]]] = {}
+    for name in names:
+        found = re.match(r"((?:[^.]+\.)*?)([0-9]{1,4})\.(.+)", name)
+        if found:
+            stack = stacks.setdefault(found[1], {})
+            stack.setdefault(int(found[2]), []).append((name, found[3]))
+    for _, stack in sorted(stacks.items(), key=lambda item: "vision" in item[0] or "audio" in item[0]):
+        if sorted(stack) == list(blocks):
+            return tuple(tuple(sorted(stack[block])) for block in blocks)
+    return None
 
 
-def _written_identity(directory: Path) -> str | None:
-    found = _load_manifest(directory / MANIFEST).get("identity")
+def stable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without the entries that say how it was written."""
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
+
+
+def write_identity(directory: Path, identity: str, licence: str | None = None) -> None:
+    """Record, in a checkpoint made here, the preimage of its digest: what its weights were made from."""
+    said = {} if licence is None else {"licence": licence}
+    write_json(directory / MANIFEST, {"version": MANIFEST_VERSION, "identity": identity, **said})
+
+
+def _written(directory: Path, entry: str) -> str | None:
+    found = _load_manifest(directory / MANIFEST).get(entry)
     return found if isinstance(found, str) else None
 
 
@@ -313,7 +369,8 @@ def _load_config(name: str, directory: Path) -> PretrainedConfig:
         text: PretrainedConfig = config.get_text_config(decoder=True)
     except Exception as error:  # somebody else's file; the library's readers raise whatever meets them first
         raise CheckpointError(f"{name} is not a model that transformers knows: {_first_line(error)}") from error
-    if not getattr(text, "num_hidden_layers", None) or not getattr(text, "hidden_size", None):
+    counts = (getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None))
+    if not all(isinstance(count, int) and count > 0 for count in counts):
         raise CheckpointError(f"{name} ({config.model_type}) has no transformer blocks")
     for size, most in ((text.num_hidden_layers, _MAX_BLOCKS), (text.hidden_size, _MAX_HIDDEN)):
         if not isinstance(size, int) or not 0 < size <= most:
@@ -375,14 +432,15 @@ def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:
     return tensor
 
 
-def _tensor_identity(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> int:
+def sample_hash(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> str:
+    """What the digest of a local directory says about one tensor; `place`: its block, its name there."""
     spoken = json.dumps([*place, entry.dtype, list(entry.shape)]).encode()
     hashed = hashlib.sha256(spoken)
     last = max(0, entry.nbytes - _SAMPLE_BYTES)
     for offset in sorted({last * piece // (_SAMPLES - 1) for piece in range(_SAMPLES)}):
         shard.seek(entry.offset + offset)
         hashed.update(shard.read(min(_SAMPLE_BYTES, entry.nbytes - offset)))
-    return int.from_bytes(hashed.digest(), "big")
+    return hashed.hexdigest()
 
 
 def cache_directory() -> Path:
@@ -408,31 +466,38 @@ def _load_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    files = _load_manifest(path).get("files")
-    if not isinstance(files, dict):
+    shards = _load_manifest(path).get("shards")
+    if not isinstance(shards, dict):
         return {}
-    return {file: entry for file, entry in files.items() if _is_file_identity(entry)}
+    return {file: entry for file, entry in shards.items() if _is_shard_identity(entry)}
 
 
-def _is_file_identity(entry: Any) -> bool:
-    if not isinstance(entry, dict) or set(entry) != {"size", "mtime_ns", "sum"}:
+def _is_shard_identity(entry: Any) -> bool:
+    if not isinstance(entry, dict) or set(entry) != {"size", "mtime_ns", "tensors"}:
         return False
-    total = entry["sum"]
-    return isinstance(total, str) and re.fullmatch(r"[0-9a-f]{64}", total) is not None
+    tensors = entry["tensors"]
+    return isinstance(tensors, list) and all(_is_tensor_identity(tensor) for tensor in tensors)
 
 
-def _write_manifest(paths: Iterable[Path], files: dict[str, dict[str, Any]]) -> None:
+def _is_tensor_identity(tensor: Any) -> bool:
+    match tensor:
+        case [int(), str(), str(total)]:
+            return re.fullmatch(r"[0-9a-f]{64}", total) is not None
+    return False
+
+
+def _write_manifest(paths: Iterable[Path], shards: dict[str, dict[str, Any]]) -> None:
     """Write it to the first place that can be written; nowhere is fine too, it is computed again next time."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(path, {"version": MANIFEST_VERSION, "files": files})
+            write_json(path, {"version": MANIFEST_VERSION, "shards": shards})
         except OSError:
             continue
         return
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Atomically, so that another process sees the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:

@@ -2,6 +2,8 @@
 
     ModelError
     ├─ CheckpointError      MODEL cannot be found, read or trusted       fix the argument or the files
+    │  └─ SourceUnreachable the hub or index does not give it            later, or ask the swarm
+    ├─ DocumentError        what a stranger says of weights is nonsense  ask another
     ├─ UnsupportedModel     unknown architecture, or a failed self-test  another family; docs/custom-model.md
     ├─ BlockRangeError      blocks that the model or the span has not    ask for others
     └─ StepError            a tensor that does not fit the span          the message names the limit
@@ -19,6 +21,14 @@ class ModelError(Exception):
 
 class CheckpointError(ModelError):
     """MODEL cannot be found, fetched, read or trusted."""
+
+
+class SourceUnreachable(CheckpointError):
+    """MODEL may be right, but whoever publishes it can not be reached, or does not give it to us."""
+
+
+class DocumentError(ModelError):
+    """What another peer said about a checkpoint is no such thing, or not what the digest vouches for."""
 
 
 class UnsupportedModel(ModelError):

