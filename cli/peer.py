@@ -99,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--top_p", type=float, help="sample among the likeliest tokens that make up this probability")
     asking.add_argument("--seed", type=int, help="makes sampling repeatable")
     asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
+    asking.add_argument("--local_blocks", metavar="A:B", type=block_range, nargs="+", default=[],
+                        help="compute these blocks here and never ask others for them, such as 0:2 28:30: with the "
+                        "first and last ones at home, nobody sees the states next to words")  # fmt: skip
     asking.add_argument("--compression", choices=("none", "float16", "int8"), default="none",
                         help="how hidden states travel, asked and answered; none is exact")  # fmt: skip
     asking.add_argument("--trace", metavar="FILE", type=Path,
@@ -200,7 +203,8 @@ async def run(options: argparse.Namespace) -> None:
         elif options.generate is not None:
             await _generate(peer, options, time.perf_counter() - started)
         elif options.http is not None:
-            await _keep_door(peer, options)
+            with _tracing(options) as peer.asking:
+                await _keep_door(peer, options)
         else:
             import trio
 
@@ -217,6 +221,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--trace is about what --generate or --chat asks: give one of them, too")
     if options.http is None and (options.api_keys or options.cors or options.http_models):
         raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
+    if options.local_blocks and not options.chat and options.generate is None and options.http is None:
+        raise UserError("--local_blocks are about what this peer asks: give --generate, --chat or --http, too")
     if options.bootstrap:
         if serves or options.chat or options.generate is not None or options.http is not None:
             raise UserError("--bootstrap only keeps the directory: leave it out to serve, ask, chat or open a door")
@@ -276,6 +282,7 @@ def _tracing(options: argparse.Namespace) -> Iterator[ClientOptions]:
         yield ClientOptions(
             compression=options.compression,
             active_adapter=options.active_adapter,
+            local_blocks=tuple(options.local_blocks),
             show_route=options.show_route,
             on_step=None if trace is None else trace.note,
         )

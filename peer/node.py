@@ -49,6 +49,8 @@ class Peer:
         self.host = host
         self.directory = directory
         self.portal = Portal()
+        self.asking = ClientOptions()
+        """What generations want of the swarm that say nothing else."""
         self._service: Service | None = None
         self._identity = identity
         self._nursery = nursery
@@ -160,10 +162,9 @@ class Peer:
             UserError: a prompt that does not fit.
         """
         asked = await self.client(model)
-        await asked.ready()
-        return await self._nursery.start(
-            run_generation, asked, prompt, options or GenerationOptions(), client or ClientOptions()
-        )
+        client = client or self.asking
+        await asked.ready(client)
+        return await self._nursery.start(run_generation, asked, prompt, options or GenerationOptions(), client)
 
     def _signed_records(self, digest: str) -> list[bytes]:
         if self._service is None or digest not in ("", self._service.model.digest):

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from petals.models.adapters import Lora
+from petals.peer.client.home import Home
 from petals.peer.concurrency import shielded_for, together
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
@@ -144,7 +145,13 @@ class Hop:
 
     @classmethod
     async def open(
-        cls, host: Host, peer_id: PeerId, addrs: Sequence[str], blocks: range, spec: SessionSpec, timeouts: Timeouts
+        cls,
+        host: Host | Home,
+        peer_id: PeerId,
+        addrs: Sequence[str],
+        blocks: range,
+        spec: SessionSpec,
+        timeouts: Timeouts,
     ) -> Hop:
         """Open a stream, lease cache room.
 

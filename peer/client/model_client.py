@@ -21,8 +21,9 @@ from petals.models.distributed import Head, load_model
 from petals.models.tuning import Tuning
 from petals.peer.client.batch import BatchTrainer, Companions
 from petals.peer.client.chain import RemoteChain
+from petals.peer.client.home import Home, check_local, leg_of, name_of, split
 from petals.peer.client.hop import SessionSpec
-from petals.peer.client.routing import Route, RouteChoice, find_route, why_not
+from petals.peer.client.routing import Route, RouteChoice, RouteHop, find_route, why_not
 from petals.peer.client.session import RemoteSession, StepTrace
 from petals.peer.client.twins import AsyncTwins
 from petals.peer.client.view import SwarmWatcher
@@ -46,6 +47,9 @@ class ClientOptions:
     """none (exact), float16 or int8: how hidden states travel."""
     active_adapter: str | None = None
     """Only servers that host this LoRA adapter, which is then applied."""
+    local_blocks: tuple[range, ...] = ()
+    """Blocks that are computed here and never asked of anybody: with the first and last ones among them, what is said
+    and answered does not leave this machine, not even as the hidden states next to it."""
     require_dtype: str | None = None
     """Only servers that compute in this dtype without quantisation; None: any."""
     exact_recovery: bool = True
@@ -71,6 +75,8 @@ class ClientOptions:
             raise UserError(f"unknown compression {self.compression!r}: choose {', '.join(COMPRESSIONS)}")
         if self.max_retries < 0:
             raise UserError("max_retries must not be negative")
+        if any(not isinstance(blocks, range) or blocks.step != 1 for blocks in self.local_blocks):
+            raise UserError("local_blocks are ranges of blocks, such as (range(0, 2), range(28, 30))")
         for name in ("allowed_servers", "blocked_servers"):
             if isinstance(getattr(self, name), str):
                 raise UserError(f"{name} is a collection of peer IDs, not one of them")
@@ -117,6 +123,8 @@ class ModelClient:
         self._random = random
         self._say = say
         self._nursery = nursery
+        self._home = Home(host, checkpoint, model, say)
+        self._at_home = False
         self._left: OrderedDict[bytes, frozenset[PeerId]] = OrderedDict()
         """Who was left with the cache of a named prefix, the latest last."""
 
@@ -142,6 +150,7 @@ class ModelClient:
             RemoteError: those who hold them refuse.
         """
         options = options or ClientOptions()
+        await self._hold(options)
         spec = SessionSpec(
             model=self.model,
             hidden_size=self.checkpoint.hidden_size,
@@ -175,7 +184,7 @@ class ModelClient:
             return route
 
         session = RemoteSession(
-            self._host,
+            self._home,
             self.watcher,
             blocks,
             spec,
@@ -235,7 +244,7 @@ class ModelClient:
 
     def _trainer(self, options: ClientOptions) -> BatchTrainer:
         return BatchTrainer(
-            self._host,
+            self._home,
             self.watcher,
             self.model,
             self._deadlines(options),
@@ -288,14 +297,31 @@ class ModelClient:
         object.__setattr__(model, "portal", self.portal)  # nn.Module would look for parameters in it
         return model
 
-    async def ready(self) -> None:
-        """Wait until every block has a holder.
+    async def ready(self, options: ClientOptions | None = None) -> None:
+        """Load the local blocks, and wait until every other one has a holder.
 
         Raises:
             MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
+            UserError: local blocks that the model does not have.
         """
+        options = options or ClientOptions()
+        check_local(options.local_blocks, len(self.blocks))
         deadline = trio.current_time() + self._timeouts.route_s
-        await self.watcher.wait_for(self.blocks, deadline)
+        for blocks, kept in split(self.blocks, options.local_blocks):
+            if kept is None:
+                await self.watcher.wait_for(blocks, deadline)
+        await self._hold(options)
+
+    async def _hold(self, options: ClientOptions) -> None:
+        """Have the local blocks loaded, in what the servers compute in at the time."""
+        check_local(options.local_blocks, len(self.blocks))
+        if options.local_blocks:
+            async with self._loading:
+                if not self._at_home:
+                    await self._nursery.start(self._home.run)
+                    self._at_home = True
+            for blocks in options.local_blocks:
+                await self._home.hold(name_of(blocks), blocks, self.dtype)
 
     def _deadlines(self, options: ClientOptions) -> Timeouts:
         seconds = options.request_timeout
@@ -317,9 +343,9 @@ class ModelClient:
         allowed = options.allowed_servers
         if among is not None:
             allowed = among if allowed is None else among & allowed
-        return find_route(
+        find = partial(
+            find_route,
             self.watcher.view,
-            blocks,
             mode="latency",
             pushed=options.use_server_to_server,
             batch_size=batch_size,
@@ -329,6 +355,7 @@ class ModelClient:
             adapter=options.active_adapter,
             require_dtype=options.require_dtype,
         )
+        return _around_home(find, blocks, options.local_blocks)
 
     def _explain(
         self,
@@ -339,24 +366,29 @@ class ModelClient:
         route: Route,
         refused: frozenset[PeerId],
     ) -> RouteChoice:
-        skipped = why_not(
-            self.watcher.view,
-            blocks,
-            route,
-            batch_size=batch_size,
-            cache_tokens=batch_size * max_length,
-            allowed=options.allowed_servers,
-            blocked=options.blocked_servers,
-            refused=refused,
-            adapter=options.active_adapter,
-            require_dtype=options.require_dtype,
-        )
-        return RouteChoice(route, skipped)
+        skipped = [
+            each
+            for run, kept in split(blocks, options.local_blocks)
+            if kept is None
+            for each in why_not(
+                self.watcher.view,
+                run,
+                route,
+                batch_size=batch_size,
+                cache_tokens=batch_size * max_length,
+                allowed=options.allowed_servers,
+                blocked=options.blocked_servers,
+                refused=refused,
+                adapter=options.active_adapter,
+                require_dtype=options.require_dtype,
+            )
+        ]
+        return RouteChoice(route, tuple(skipped))
 
     def _throughput_route(self, options: ClientOptions, blocks: range, avoid: frozenset[PeerId]) -> Route:
-        return find_route(
+        find = partial(
+            find_route,
             self.watcher.view,
-            blocks,
             mode="throughput",
             rng=self._random,
             allowed=options.allowed_servers,
@@ -364,3 +396,12 @@ class ModelClient:
             adapter=options.active_adapter,
             require_dtype=options.require_dtype,
         )
+        return _around_home(find, blocks, options.local_blocks)
+
+
+def _around_home(find: Callable[[range], Route], blocks: range, local: Sequence[range]) -> Route:
+    """A route whose local blocks are ours whatever it costs, and the best one for each run of the others."""
+    hops: list[RouteHop] = []
+    for run, kept in split(blocks, local):
+        hops += find(run).hops if kept is None else [leg_of(run, kept)]
+    return Route(tuple(hops))

@@ -16,6 +16,7 @@ import torch
 import trio
 from torch import Tensor
 
+from petals.peer.client.home import Home, is_home
 from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_blocks
 from petals.peer.client.pipeline import PIECE_TOKENS, PipelinedStep, is_long
 from petals.peer.client.pushing import PushedStep
@@ -91,7 +92,7 @@ class RemoteSession:
 
     def __init__(
         self,
-        host: Host,
+        host: Host | Home,
         watcher: SwarmWatcher,
         blocks: range,
         spec: SessionSpec,
@@ -123,7 +124,7 @@ class RemoteSession:
         self._push = push and spec.encoding != pb.BLOCKWISE_INT8  # rounded twice, our copy would not be what was pushed
         self.unpushable: set[tuple[PeerId, PeerId]] = set()
         """Pairs of servers between which a push did not come."""
-        self.standbys = None if standby_in is None else Standbys(lambda: self.hops, self._open_standby)
+        self.standbys = None if standby_in is None else Standbys(self._foreign_hops, self._open_standby)
         self._standby_in = standby_in
         self._on_step = on_step
         self._spent: dict[bytes, tuple[float, float]] = {}
@@ -219,6 +220,9 @@ class RemoteSession:
         if self._on_step is not None:
             self._on_step(StepTrace(id(self), current.position, hidden.shape[1], self.last_trace))
         return output
+
+    def _foreign_hops(self) -> list[Hop]:
+        return [hop for hop in self.hops if not is_home(hop.peer_id)]
 
     def _trace(self, hop: Hop, output: StepOutput) -> HopTrace:
         before = self._spent.get(hop.session_id, (0.0, 0.0))
