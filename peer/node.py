@@ -125,7 +125,7 @@ class Peer:
         blocks = config.blocks or await self._choose_blocks(checkpoint, named, config)
         check_blocks(blocks, checkpoint)
         self._service = service = Service(
-            self.host, self.directory, checkpoint, named, config, self._progress, random.random
+            self.host, self.directory, checkpoint, named, config, self._progress, random.random, self._identity
         )
         await self._nursery.start(service.run, blocks)
         assert service.server is not None

@@ -135,8 +135,9 @@ class PushedStep:
             self._session.unpushable.add((self._hops[index - 1].peer_id, hop.peer_id))
         told = self._told(index, await before.get())
         round_trip_s = max(0.0, trio.current_time() - copied_at) if copied_at < math.inf else answer.compute_s
-        hop.remember(self._remembered(told) or told, round_trip_s)
-        return replace(answer, round_trip_s=round_trip_s)
+        answer = replace(answer, round_trip_s=round_trip_s)
+        hop.remember(self._remembered(told) or told, answer)
+        return answer
 
     async def _input(self, index: int) -> Tensor:
         return self._current.hidden if index == 0 else await self._outputs[index - 1].get()

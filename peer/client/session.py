@@ -88,6 +88,7 @@ class RemoteSession:
             needed when a hop is lost whose cache began with what an earlier session left there (`spec.prefixes`).
         standby_in: keep second servers ready (standby.py), fed by a task in this nursery; None: do not.
         on_step: told of every step where its time went.
+        on_answer: told of every answer of every server.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class RemoteSession:
         prefix_inputs: Callable[[int, int], Awaitable[Tensor]] | None = None,
         standby_in: trio.Nursery | None = None,
         on_step: Callable[[StepTrace], None] | None = None,
+        on_answer: Callable[[Hop, StepOutput], None] | None = None,
     ) -> None:
         self.blocks = blocks
         self.spec = spec
@@ -127,6 +129,7 @@ class RemoteSession:
         self.standbys = None if standby_in is None else Standbys(self._foreign_hops, self._open_standby)
         self._standby_in = standby_in
         self._on_step = on_step
+        self._on_answer = on_answer
         self._spent: dict[bytes, tuple[float, float]] = {}
         """Session id at a hop -> its seconds of serialising and of encryption as of the last step."""
         self._piece_tokens = piece_tokens
@@ -150,6 +153,8 @@ class RemoteSession:
             RemoteError: nobody of those who hold a block would open a session.
         """
         self.hops = await self._open_hops(self.blocks)
+        for hop in self.hops:
+            hop.on_answer = self._on_answer
         self._position = self._adopted = min(hop.conversation.position for hop in self.hops)
         if len(self.hops) == 1:
             self._piece_tokens = 0  # for good, so that boundaries do not depend on later failures
@@ -165,7 +170,8 @@ class RemoteSession:
             orders = [hop.truncate(position) for hop in self.hops]
             if self.standbys is not None:
                 self.standbys.rollback(position)
-            self._row_order = _compose(self._row_order, orders[0] if orders else None)
+            # What was dropped first was done last.
+            self._row_order = _compose(orders[0] if orders else None, self._row_order)
             self._adopted = min(self._adopted, position)
         self._position = position
 
@@ -330,6 +336,7 @@ class RemoteSession:
             self.hops[index : index + 1] = hops
             for hop in hops:
                 hop.rebuilt = True
+                hop.on_answer = self._on_answer
             return
 
     async def _rebuild(self, hops: list[Hop], lost: Hop) -> None:

@@ -13,7 +13,7 @@ import torch
 import trio
 
 from petals import __version__
-from petals.dht.directory import Directory
+from petals.dht.directory import Directory, Signer
 from petals.dht.records import ServerRecord, ServerState
 from petals.models.adapters import load_lora
 from petals.models.block import BlockSpan
@@ -98,6 +98,7 @@ class Service:
 
     Args:
         dice: uniform numbers in [0, 1), for the pauses between looks at the swarm.
+        signer: signs answers; None: they are not signed.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Service:
         config: ServeConfig,
         progress: Callable[[str], None],
         dice: Callable[[], float],
+        signer: Signer | None = None,
     ) -> None:
         self.model = model
         self.server: Server | None = None
@@ -119,6 +121,7 @@ class Service:
         self._config = config
         self._progress = progress
         self._dice = dice
+        self._signer = signer
         self._blocks = range(0)
         self._thread = ComputeThread()
         self._neighbours = Neighbours(host, directory, model, lambda: self._blocks, config.announce_s)
@@ -171,7 +174,10 @@ class Service:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)
             speed = await self._speed(lane, span)
-            inbound = Inbound(self.model, span, lane, budget, self._config, speed=speed, pusher=Pusher(self._host))
+            inbound = Inbound(
+                self.model, span, lane, budget, self._config, speed=speed, pusher=Pusher(self._host),
+                signer=self._signer,
+            )  # fmt: skip
             self.server = server = Server(self.model, span, inbound, budget, lane, speed)
             handlers: dict[str, Handler] = {
                 INFERENCE_V1: inbound.answer_inference,
