@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import statistics
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,9 +18,10 @@ from petals.models.checkpoint import Checkpoint, open_checkpoint
 from petals.peer.client.generation import GenerationOptions, Prompt, TokenStream, run_generation
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.view import SwarmWatcher
+from petals.peer.complaints import ComplaintBook
 from petals.peer.config import PeerConfig, ServeConfig
 from petals.peer.host import Host, HostConfig
-from petals.peer.identity import Identity, create_identity, load_or_create_identity
+from petals.peer.identity import Identity, create_identity, load_or_create_identity, verify
 from petals.peer.info import answer_info
 from petals.peer.joining import open_membership
 from petals.peer.portal import Portal
@@ -44,6 +46,7 @@ class Peer:
         directory: Directory,
         nursery: trio.Nursery,
         progress: Callable[[str], None],
+        complaints: ComplaintBook,
     ) -> None:
         self.config = config
         self.host = host
@@ -54,6 +57,8 @@ class Peer:
         self._service: Service | None = None
         self._identity = identity
         self._nursery = nursery
+        self.complaints = complaints
+        """What is said about servers that answered wrongly."""
         self._progress = progress
         self._checkpoints: dict[tuple[str | None, str | None], Checkpoint] = {}
         self._clients: dict[ModelId, ModelClient] = {}
@@ -111,6 +116,8 @@ class Peer:
                     random.random,
                     self._progress,
                     self._nursery,
+                    self._identity,
+                    self.complaints,
                 )
             return self._clients[model]
 
@@ -195,9 +202,11 @@ async def open_peer(
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
     )
-    async with open_membership(identity, settings, config.initial_peers) as (host, directory, nursery):
-        peer = Peer(config, identity, host, directory, nursery, say)
-        host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
+    complaints = ComplaintBook(verify, time.time)
+    membership = open_membership(identity, settings, config.initial_peers, hear=complaints.hear)
+    async with membership as (host, directory, nursery):
+        peer = Peer(config, identity, host, directory, nursery, say, complaints)
+        host.set_handler(INFO_V1, partial(answer_info, peer._signed_records, complaints=complaints))
         if config.serve is not None:
             await peer.serve(config.serve)
         yield peer

@@ -142,6 +142,8 @@ class Hop:
     quant_type: str = "none"
     public_key: bytes = b""
     """What it signs its answers with; empty: it does not sign."""
+    encoding: pb.Encoding = pb.RAW
+    """How its latest answer travelled."""
     on_answer: Callable[[Hop, StepOutput], None] | None = None
     """Told of each answer, when its step is history."""
     history: list[StepInput] = field(default_factory=list)
@@ -383,6 +385,7 @@ class Hop:
         hidden = None
         if not silent:
             hidden = await read_tensor(self.messages, done.hidden, tuple(step.hidden.shape), "hidden")
+            self.encoding = done.hidden.encoding
         return StepOutput(
             hidden,
             trio.current_time() - started,

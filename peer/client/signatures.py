@@ -39,6 +39,22 @@ class Answer:
     def step(self) -> StepInput:
         return self.history[-1]
 
+    @property
+    def dtype(self) -> str:
+        """What it was computed in, as records name it."""
+        return str(self.hop.dtype).removeprefix("torch.")
+
+    @property
+    def rows(self) -> Tensor | None:
+        """(batch, new_tokens) bool: which are no padding; None: all."""
+        mask = self.step.attention_mask
+        return None if mask is None else mask[:, -self.hidden.shape[1] :]
+
+    def follows(self, other: Answer) -> bool:
+        """Whether the same server was told all of `other`'s history on the way here."""
+        known = len(other.history)
+        return self.hop is other.hop and len(self.history) >= known and self.history[known - 1] is other.step
+
     async def signed(self) -> SignedAnswer:
         """With the statement that its signature must be over. In a worker thread: it digests the whole history."""
         return await trio.to_thread.run_sync(self._signed)
@@ -59,7 +75,7 @@ class Answer:
                 model_digest=spec.model.digest,
                 blocks=hop.blocks,
                 adapter=spec.adapter,
-                dtype=str(hop.dtype).removeprefix("torch."),
+                dtype=self.dtype,
                 quant_type=hop.quant_type,
                 inputs=history.digest,
                 output=digest_tensor(self.hidden),

@@ -21,6 +21,7 @@ from petals.protocols.errors import (
     RemoteProtocolError,
     RouteError,
     SwarmError,
+    WrongAnswer,
     describe_blocks,
 )
 from petals.protocols.types import ModelId, PeerId
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 SILENCE_BAN_S = 15.0
 NONSENSE_BAN_S = 600.0
 MAX_BAN_S = 3600.0
+LIE_BAN_S = 24 * 3600.0
 FORGIVE_S = 600.0
 """After this long without a new offence a peer's next ban starts from the shortest again."""
 MISSING_REFRESH_S = 0.5
@@ -78,9 +80,21 @@ class Bans:
 
     clock: Callable[[], float]
     _bans: dict[PeerId, Ban] = field(default_factory=dict)
+    _liars: dict[PeerId, float] = field(default_factory=dict)
+
+    @property
+    def liars(self) -> frozenset[PeerId]:
+        """Who has been caught, within the last day."""
+        now = self.clock()
+        return frozenset(peer_id for peer_id, until in self._liars.items() if now < until)
 
     def report(self, peer_id: PeerId, error: RemoteError) -> None:
-        """Note an offence: silence is banned shortly, nonsense for long, being busy or refusing not at all."""
+        """Note an offence: silence is banned shortly, nonsense for long, being busy or refusing not at all. Who lies
+        is not asked for a day, not even when nobody else is there."""
+        if isinstance(error, WrongAnswer):
+            self._liars[peer_id] = self.clock() + LIE_BAN_S
+            self._bans[peer_id] = Ban(self._liars[peer_id], LIE_BAN_S)
+            return
         if isinstance(error, RemoteProtocolError):
             first_s = NONSENSE_BAN_S
         elif isinstance(error, PeerUnreachable):
@@ -130,6 +144,11 @@ class SwarmWatcher:
         online = tuple(offer for offer in known if offer.record.state is ServerState.ONLINE)
         away = tuple(offer for offer in known if offer.record.state is not ServerState.ONLINE)
         return SwarmView(self.model, online, away)
+
+    @property
+    def liars(self) -> frozenset[PeerId]:
+        """Who must not be asked."""
+        return self._bans.liars
 
     def report(self, peer_id: PeerId, error: RemoteError) -> None:
         """Tell the view what went wrong with a peer; it looks around again at once."""
