@@ -172,7 +172,7 @@ class SessionAudit:
         self._waiting: deque[Answer] = deque()
         self._examiners: dict[int, _Examiner] = {}
         self._news = trio.Event()
-        self.ended = False
+        self.ended = self._began = False
         self._scope = trio.CancelScope()
         self.done = trio.Event()
         """Nothing waits any more."""
@@ -191,11 +191,14 @@ class SessionAudit:
     def end(self) -> None:
         """No answer will come any more."""
         self.ended = True
+        if not self._began:
+            self.done.set()
         self._scope.deadline = trio.current_time() + FINISH_S
         self._news.set()
 
     async def run(self) -> None:
         """Check what `note` has picked."""
+        self._began = True
         try:
             with self._scope:
                 while self._waiting or not self.ended:
@@ -217,10 +220,11 @@ class SessionAudit:
                 await gather([examiner.close for examiner in self._examiners.values()])
 
     def _take(self) -> list[Answer]:
-        """The oldest answer, and those behind it that go on from there at the same server."""
-        taken = [self._waiting.popleft()]
-        while self._waiting and self._waiting[0].follows(taken[-1]):
-            taken.append(self._waiting.popleft())
+        """The oldest answer, and those that go on from there at the same server."""
+        taken, left = [self._waiting.popleft()], deque[Answer]()
+        for answer in self._waiting:
+            (taken if answer.follows(taken[-1]) else left).append(answer)
+        self._waiting = left
         return taken
 
     async def _check(self, answers: list[Answer]) -> None:

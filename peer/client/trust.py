@@ -35,12 +35,12 @@ class Finding:
 
     def describe(self) -> str:
         """For people, one line."""
-        said = (
-            "answered wrongly" if self.verdict is Verdict.LIED else "and another server disagree, one of them wrongly,"
-        )
+        lied = self.verdict is Verdict.LIED
+        said = "answered wrongly" if lied else "and another server disagree"
+        then = "what came through it until now may be wrong" if lied else "one of them is wrong"
         return (
             f"…{self.peer_id[-6:]} {said} about blocks {self.blocks.start}:{self.blocks.stop} at position "
-            f"{self.position} (error {self.error:.1e}, rounding is at most {self.tolerance:.0e})"
+            f"{self.position} (error {self.error:.1e}, rounding is at most {self.tolerance:.0e}); {then}"
         )
 
 

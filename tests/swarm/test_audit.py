@@ -22,7 +22,7 @@ from petals.peer.client.trust import Trust, Verdict, judge
 from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks
 from petals.protocols.types import PeerId
-from tests.fakes.liars import KINDS, lazy, lies_about, plant
+from tests.fakes.liars import KINDS, inbound_of, lazy, lies_about, plant
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 MakeSwarm = Callable[..., Swarm]
@@ -44,8 +44,16 @@ def steps_for(client: ModelClient, sizes: tuple[int, ...] = (5, 1, 3, 1, 1, 1, 1
     return [torch.randn(2, size, client.checkpoint.hidden_size, generator=generator) for size in sizes]
 
 
-async def run(session: RemoteSession, steps: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [await session.step(hidden) for hidden in steps]
+async def run(session: RemoteSession, steps: list[torch.Tensor], begin: int = 0) -> list[torch.Tensor]:
+    """Steps from index `begin` on; one reorders its rows, before another two tokens are taken back, before a third
+    the reordered one as well."""
+    outputs = []
+    for index, hidden in enumerate(steps[begin:], begin):
+        if index in (4, 6):
+            session.rollback(session.position - 2 + (index == 4))
+        order = torch.tensor([1, 0]) if index in (2, 5) else None
+        outputs.append(await session.step(hidden, hypo_ids=order))
+    return outputs
 
 
 @pytest.fixture
@@ -83,7 +91,7 @@ async def test_a_liar_is_caught_and_what_follows_is_exact(
     lies = await run(session, steps[:6])
     assert max(float((lie - right).abs().max()) for lie, right in zip(lies, expected, strict=False)) > 1e-3
     await until(lambda: client.watcher.liars)
-    for got, wanted in zip(await run(session, steps[6:]), expected[6:], strict=True):
+    for got, wanted in zip(await run(session, steps, 6), expected[6:], strict=True):
         assert torch.equal(got, wanted)
     assert liar.peer_id not in [hop.peer_id for hop in session.hops]
     await session.close()
@@ -185,6 +193,30 @@ async def test_nobody_to_ask_is_counted(make_swarm: MakeSwarm, tiny_truth: Truth
     await session.close()
     trust = await client.audited()
     assert (trust.audited, trust.unchecked, trust.findings) == (0, 3, [])
+
+
+@LLAMA
+@pytest.mark.parametrize("fault", ["signs garbage", "says int8 to clients alone"])
+async def test_promises_that_are_broken_are_nonsense(make_swarm: MakeSwarm, tiny_truth: Truth, fault: str) -> None:
+    """Its numbers may be right: it is banned as one is who breaks the protocol, and nobody complains."""
+    swarm = make_swarm(tiny_truth.directory)
+    wrong = await swarm.add(range(4), throughput=10_000.0)
+    await swarm.add(range(4), throughput=SLOW)
+    if fault == "signs garbage":
+        inbound: Any = inbound_of(wrong)
+        inbound._signer = SimpleNamespace(public_key=inbound._signer.public_key, sign=lambda data: bytes(64))
+    else:
+        inbound_of(wrong).span.quant_type = "int8"
+    client = await (await swarm.add()).client()
+    await client.ready()
+    session = await client.open_session(client.blocks, 2, 16, ClientOptions(audit=1.0))
+    await run(session, steps_for(client)[:2])
+    await session.close()
+    await client.audited()
+    (offer,) = (offer for offer in client.watcher.view.offers if offer.record.peer_id == wrong.peer_id)
+    assert offer.ban_left_s > 500
+    assert client.watcher.liars == frozenset()
+    assert client.trust.findings == []
 
 
 @pytest.mark.parametrize("auditor", [True, False])
