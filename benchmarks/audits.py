@@ -4,6 +4,7 @@
     python benchmarks/audits.py honest [--comparisons 10000]  a tiny model: as many comparisons, threads and ways mixed
     python benchmarks/audits.py sign                        one answer's digests and signature
     python benchmarks/audits.py cost [--tokens 64]          tokens per second without and with audits, as ratios
+    python benchmarks/audits.py cost --rates 1 --threads 2  every answer, by servers with other numbers of threads
 
 The cost is of two stages of the default model with two servers each, all processes of one thread on this machine: the
 auditors take their cores from those who are audited, which is the worst case.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-import statistics
 import tempfile
 import time
 from contextlib import ExitStack
@@ -184,15 +184,15 @@ async def ask(address: str, options: argparse.Namespace) -> None:
             f"\n{trust.audited} answers were computed again, {trust.unchecked} could not be; "
             f"wrong: {len(trust.findings)}"
         )
-        print(f"median of {statistics.median(map(len, seconds.values()))} rounds; torch {torch.__version__}")
 
 
 def cost(options: argparse.Namespace) -> None:
     """Start four servers, measure."""
     with ExitStack() as stack:
         joining: tuple[str, ...] = ()
-        for blocks in ("0:15", "15:30") * 2:
-            address = stack.enter_context(server("--serve", blocks, "--throughput", "100", *joining, threads=1))
+        for index, blocks in enumerate(("0:15", "15:30") * 2):
+            threads = 1 if index < 2 else options.threads
+            address = stack.enter_context(server("--serve", blocks, "--throughput", "100", *joining, threads=threads))
             joining = joining or ("--initial_peers", address)
         trio.run(ask, joining[1], options)
 
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=10_000, help="for each precision")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of the second server of each stage")
     options = parser.parse_args()
     with torch.inference_mode():
         {"spread": spread, "honest": honest, "sign": sign, "cost": cost}[options.what](options)

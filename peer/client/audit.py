@@ -41,6 +41,8 @@ ATTEMPTS = 3
 """So many auditors are tried, where they fail one after another."""
 MAX_WAITING = 512
 """Answers of one session that wait for their audit; each keeps its numbers."""
+INLINE_VALUES = 1 << 16
+"""Larger answers are compared in a worker thread."""
 FINISH_S = 120.0
 """How long audits may go on after their session has ended."""
 
@@ -243,7 +245,7 @@ class SessionAudit:
         examiner, right = examined
         for answer, hidden in zip(answers, right, strict=True):
             office.trust.audited += 1
-            error = _error(answer, hidden, examiner.encoding)
+            error = await _unhurried(answer.hidden, partial(_error, answer, hidden, examiner.encoding))
             if error > tolerance_of(answer.dtype, hop.quant_type):
                 await self._dispute(answer, examiner, hidden, error)
                 return
@@ -313,7 +315,7 @@ class SessionAudit:
             if mine is Verdict.LIED:
                 self._doubt(hop.blocks.start)
         if yours is not None:
-            for peer_id in examiner.peers:
+            for peer_id in filter(lambda each: not is_home(each), examiner.peers):
                 # Of several in a row it is not known which one.
                 verdict = yours if len(examiner.peers) == 1 else Verdict.SUSPECT
                 blamed = replace(finding, peer_id=peer_id, verdict=verdict)
@@ -350,6 +352,11 @@ class SessionAudit:
             return None
         signed = await answer.signed()
         return signed if signed.is_genuine(self._office.verify) else None
+
+
+async def _unhurried(hidden: Tensor, work: Callable[[], float]) -> float:
+    """`work()`, which looks at tensors of this size, where it holds no token up."""
+    return work() if hidden.numel() <= INLINE_VALUES else await trio.to_thread.run_sync(work)
 
 
 def _error(answer: Answer, right: Tensor, encoding: pb.Encoding) -> float:

@@ -21,6 +21,7 @@ from petals.models.adapters import Lora
 from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import Checkpoint
 from petals.models.distributed import Head, load_model
+from petals.models.errors import ModelError
 from petals.models.tuning import Tuning
 from petals.peer.client.audit import Office, SessionAudit
 from petals.peer.client.batch import BatchTrainer, Companions
@@ -300,7 +301,10 @@ class ModelClient:
     async def _hold_for_audit(self, hop: Hop) -> Route:
         dtype = str(hop.dtype).removeprefix("torch.")
         name = name_of(hop.blocks, f"-{dtype}-{hop.quant_type}")
-        await self._hold_as(name, hop.blocks, hop.dtype, hop.quant_type)
+        try:
+            await self._hold_as(name, hop.blocks, hop.dtype, hop.quant_type)
+        except ModelError as error:  # no copy of these blocks here, or no room
+            raise RouteError(f"not computed at home: {error}") from None
         return Route((replace(leg_of(hop.blocks, hop.blocks), peer_id=name),))
 
     def _complain(self, answer: SignedAnswer, others: tuple[SignedAnswer, ...], finding: Finding) -> None:

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals import AutoDistributedModelForCausalLM
-from petals.peer.client.generation import GenerationOptions
 from petals.peer.client.home import name_of, split
-from petals.peer.client.model_client import ClientOptions
+from petals.peer.client.model_client import ClientOptions, Prefix
 from petals.peer.server.guard import Guard
 from petals.protocols.errors import UserError
+from petals.protocols.prefixes import prefix_names
 from petals.protocols.types import PeerId
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
@@ -92,28 +92,31 @@ async def test_tokens_are_those_of_the_unsplit_model_and_nobody_else_is_asked_fo
         await all_leases_returned(peer)
 
 
-async def test_what_servers_keep_of_a_chat_is_kept_at_home_too(
-    make_swarm: MakeSwarm, smollm: Truth, asked_for: list[range]
+@pytest.mark.parametrize("tiny_truth", ["llama"], indirect=True)
+async def test_what_servers_keep_of_a_session_is_kept_at_home_too(
+    make_swarm: MakeSwarm, tiny_truth: Truth, asked_for: list[range]
 ) -> None:
-    swarm = make_swarm()
-    await swarm.add(range(2, 30))
-    asker = await swarm.add()
-    wanted = ClientOptions(local_blocks=(range(2), range(28, 30)))
-    settings = GenerationOptions(max_new_tokens=4)
-    ids = smollm.tokenizer("A cat sat on the mat and " * 8)["input_ids"]
+    swarm = make_swarm(tiny_truth.directory)
+    server = await swarm.add(range(4))
+    client = await (await swarm.add()).client()
+    wanted = ClientOptions(local_blocks=ENDS)
+    hidden = torch.randn(1, 40, client.checkpoint.hidden_size, generator=torch.Generator().manual_seed(1))
+    names = tuple(prefix_names(list(range(32))))
 
-    async def ask(ids: list[int]) -> tuple[list[int], int]:
-        stream = await asker.generate(ids, options=settings, client=wanted)
-        tokens = [token.id async for token in stream]
-        assert [hop.peer_id.endswith("@home") for hop in stream.route] == [True, False, True]
-        return tokens, stream.reused_tokens
+    async def ask(prefix: Prefix | None) -> tuple[int, torch.Tensor]:
+        session = await client.open_session(client.blocks, 1, 40, wanted, prefix=prefix)
+        known = session.position
+        output = await session.step(hidden[:, known:])
+        await client.leave(session, names)
+        return known, output[:, -1]
 
-    said, _ = await ask(ids)
-    more, reused = await ask([*ids, *said])
-    assert reused >= 32  # home keeps them like any server
-    expected = smollm.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
-    assert said + more == expected
-    assert {(blocks.start, blocks.stop) for blocks in asked_for} == {(2, 28)}
+    await client.ready(wanted)
+    nothing, whole = await ask(None)
+    known, rest = await ask(Prefix(names, lambda: hidden))
+    assert (nothing, known) == (0, 32)
+    torch.testing.assert_close(rest, whole, rtol=1e-4, atol=1e-4)
+    assert {(blocks.start, blocks.stop) for blocks in asked_for} == {(1, 3)}
+    await all_leases_returned(server)
 
 
 async def test_a_client_can_do_without_anybody(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
