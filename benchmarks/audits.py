@@ -93,14 +93,14 @@ def spread(options: argparse.Namespace) -> None:
             apart = max(error_between(one, other) for one, other in itertools.permutations(found.values(), 2))
             answers[dtype, quant_type] = found["decode, 1 threads"]
             print(f"| {blocks.start}:{blocks.stop} | {dtype}, {quant_type} | {apart:.1e} ", end="")
-            print(f"| {tolerance_of(dtype, quant_type):.0e} | | |", flush=True)
+            print(f"| {tolerance_of(dtype, quant_type):.2g} | | |", flush=True)
         for said, really in itertools.permutations(answers, 2):
             errors = [
                 error_between(answers[really][:, index : index + 1], answers[said][:, index : index + 1])
                 for index in range(options.tokens)
             ]
             caught = "caught" if min(errors) > tolerance_of(*said) else "not always caught"
-            print(f"| {blocks.start}:{blocks.stop} | {', '.join(said)} | | {tolerance_of(*said):.0e} ", end="")
+            print(f"| {blocks.start}:{blocks.stop} | {', '.join(said)} | | {tolerance_of(*said):.2g} ", end="")
             print(f"| {', '.join(really)} | {min(errors):.1e} - {max(errors):.1e}, {caught} |", flush=True)
 
 
@@ -133,7 +133,7 @@ def honest(options: argparse.Namespace) -> None:
             tolerance = tolerance_of(dtype, quant_type)
             wrong = sum(error > tolerance for error in errors)
             print(
-                f"| {dtype}, {quant_type} | {len(errors)} | {max(errors):.1e} | {tolerance:.0e} | {wrong} |", flush=True
+                f"| {dtype}, {quant_type} | {len(errors)} | {max(errors):.1e} | {tolerance:.2g} | {wrong} |", flush=True
             )
 
 

@@ -40,7 +40,7 @@ class Finding:
         then = "what came through it until now may be wrong" if lied else "one of them is wrong"
         return (
             f"…{self.peer_id[-6:]} {said} about blocks {self.blocks.start}:{self.blocks.stop} at position "
-            f"{self.position} (error {self.error:.1e}, rounding is at most {self.tolerance:.0e}); {then}"
+            f"{self.position} (error {self.error:.1e}, rounding is at most {self.tolerance:.1g}); {then}"
         )
 
 
