@@ -15,7 +15,7 @@ from torch import Tensor
 
 from petals.protocols import messages_pb2 as pb
 
-TOLERANCES = {("float32", "none"): 3e-4, ("float16", "none"): 3e-2, ("bfloat16", "none"): 2.5e-1}
+TOLERANCES = {("float32", "none"): 3e-4, ("float16", "none"): 6e-2, ("bfloat16", "none"): 5e-1}
 """By dtype and quantisation: several times what honest servers differ (docs/security.md has the measurements). That of
 float16 follows from that of bfloat16 and its three more bits."""
 QUANTISED = 5e-1
