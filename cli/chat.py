@@ -39,7 +39,7 @@ async def chat(peer: Peer, options: GenerationOptions, client: ClientOptions, *,
         MissingBlocks: names the blocks nobody holds. UserError: a model that was not made for chats.
     """
     asked = await peer.client()
-    await asked.ready()
+    await asked.ready(client)
     _, tokenizer = await asked.language_model()
     if tokenizer.chat_template is None:
         raise UserError(f'{asked.checkpoint.name} has no chat template: use --generate "..." with it')

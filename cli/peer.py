@@ -150,6 +150,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--top_p", type=float, help="sample among the likeliest tokens that make up this probability")
     asking.add_argument("--seed", type=int, help="makes sampling repeatable")
     asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
+    asking.add_argument("--local_blocks", metavar="A:B", type=block_range, nargs="+", default=[],
+                        help="compute these blocks here and never ask others for them, such as 0:2 28:30: with the "
+                        "first and last ones at home, nobody sees the states next to words")  # fmt: skip
+    asking.add_argument("--audit", metavar="P", type=float, default=0.0,
+                        help="let another server compute an answer again with this probability, such as 0.05, beside "
+                        "the generation; who answers wrongly is not asked again (default: 0)")  # fmt: skip
+    asking.add_argument("--audit_at_home", action="store_true",
+                        help="of --audit: load a server's blocks here to decide, where two servers disagree or nobody "
+                        "else holds them")  # fmt: skip
     asking.add_argument("--compression", choices=("none", "float16", "int8"), default="none",
                         help="how hidden states travel, asked and answered; none is exact")  # fmt: skip
     asking.add_argument("--trace", metavar="FILE", type=Path,
@@ -321,7 +330,8 @@ async def run(options: argparse.Namespace) -> None:
         elif options.generate is not None:
             await _generate(peer, options, time.perf_counter() - started)
         elif options.http is not None:
-            await _keep_door(peer, options)
+            with _tracing(options) as peer.asking:
+                await _keep_door(peer, options)
         else:
             import trio
 
@@ -347,6 +357,19 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--trace is about what --generate or --chat asks: give one of them, too")
     if options.http is None and (options.api_keys or options.cors or options.http_models):
         raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
+    if not 0 <= options.audit <= 1:
+        raise UserError(f"--audit {options.audit:g} is no probability: give a number from 0 to 1, such as 0.05")
+    if options.audit_at_home and not options.audit:
+        raise UserError("--audit_at_home is about --audit: give --audit 0.05, too")
+    if (
+        (options.local_blocks or options.audit)
+        and not options.chat
+        and options.generate is None
+        and options.http is None
+    ):
+        raise UserError(
+            "--local_blocks and --audit are about what this peer asks: give --generate, --chat or --http, too"
+        )
     if options.bootstrap:
         if serves or options.chat or options.generate is not None or options.http is not None or options.dry_run:
             raise UserError("--bootstrap only keeps the directory: leave it out to serve, ask, chat or open a door")
@@ -411,6 +434,9 @@ def _tracing(options: argparse.Namespace) -> Iterator[ClientOptions]:
         yield ClientOptions(
             compression=options.compression,
             active_adapter=options.active_adapter,
+            local_blocks=tuple(options.local_blocks),
+            audit=options.audit,
+            audit_at_home=options.audit_at_home,
             show_route=options.show_route,
             on_step=None if trace is None else trace.note,
         )
@@ -429,11 +455,32 @@ async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> 
                     if not options.json:
                         print(text + token.text, end="", flush=True)
                     text = ""
-        if options.json:
-            print(json.dumps(_as_json(stream, options.generate, start_s)), flush=True)
-        else:
+        if not options.json:
             print(text, flush=True)
             _say(summary(stream))
+        audits = await _audits(peer, client)
+        if options.json:
+            print(json.dumps(_as_json(stream, options.generate, start_s) | audits), flush=True)
+
+
+async def _audits(peer: Peer, wanted: ClientOptions) -> dict[str, Any]:
+    """Wait for those under way, and say what came of them."""
+    if not wanted.audit:
+        return {}
+    trust = await (await peer.client()).audited()
+    _say(f"{trust.audited} answers were computed again, {trust.unchecked} could not be; wrong: {len(trust.findings)}")
+    findings = [
+        {
+            "peer_id": each.peer_id,
+            "verdict": each.verdict.name.lower(),
+            "blocks": [each.blocks.start, each.blocks.stop],
+            "position": each.position,
+            "error": each.error,
+            "tolerance": each.tolerance,
+        }
+        for each in trust.findings
+    ]
+    return {"audits": {"audited": trust.audited, "unchecked": trust.unchecked, "findings": findings}}
 
 
 def summary(stream: TokenStream) -> str:

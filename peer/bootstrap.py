@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from petals.peer.complaints import ComplaintBook
 from petals.peer.config import LanConfig, NatConfig, RelayLimits
 from petals.peer.host import Host, HostConfig
-from petals.peer.identity import create_identity, load_or_create_identity
+from petals.peer.identity import create_identity, load_or_create_identity, verify
 from petals.peer.info import answer_info
 from petals.peer.invitation import find_way_in
 from petals.peer.joining import open_membership
@@ -54,7 +55,7 @@ async def open_bootstrap(
         if relay is not None:
             ladder = Ladder(host, directory, NatConfig(relay=relay), _nobody_to_tell, progress)
             nursery.start_soon(ladder.run)
-        host.set_handler(INFO_V1, partial(answer_info, lambda digest: []))
+        host.set_handler(INFO_V1, partial(answer_info, lambda digest: [], complaints=ComplaintBook(verify, time.time)))
         yield host
 
 

@@ -372,7 +372,11 @@ class Host:
         handler = self._handlers.get(protocol)
         if handler is None:
             raise RequestRefused(f"this peer does not speak {protocol}", self.peer_id)
-        near, far = loopback_pair(self.peer_id, self.peer_id)
+        return self.loop_back(self.peer_id, protocol, handler)
+
+    def loop_back(self, name: PeerId, protocol: str, handler: Handler) -> ByteStream:
+        """A stream to a handler of our own, which nobody else can reach; `name` is its remote peer."""
+        near, far = loopback_pair(self.peer_id, name)
         self._nursery.start_soon(self._run_handler, protocol, far, handler)
         return near
 

@@ -8,6 +8,7 @@ import trio
 from google.protobuf.message import DecodeError
 
 from petals import __version__
+from petals.peer.complaints import MAX_TOLD, ComplaintBook
 from petals.peer.host import Host
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, RemoteProtocolError
@@ -15,12 +16,21 @@ from petals.protocols.info import INFO_V1, MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import ModelId, PeerId
 
+MAX_HEARD = 1
+"""Complaints with one question."""
 INFO_S = 3.0
 """One question and its answer."""
 
 
-async def answer_info(signed_records: Callable[[str], Sequence[bytes]], stream: ByteStream) -> None:
-    """Tell who asks what we serve. `signed_records(digest)`: our records, all for an empty digest."""
+async def answer_info(
+    signed_records: Callable[[str], Sequence[bytes]], stream: ByteStream, *, complaints: ComplaintBook | None = None
+) -> None:
+    """Tell who asks what we serve.
+
+    Args:
+        signed_records: digest -> our records, all for an empty digest.
+        complaints: what others have told us is kept there, and passed on.
+    """
     messages = MessageStream(stream, max_message_bytes=MAX_REQUEST_BYTES)
     with trio.move_on_after(INFO_S):  # a stranger that says nothing is left alone
         data = await messages.read_message()
@@ -31,12 +41,19 @@ async def answer_info(signed_records: Callable[[str], Sequence[bytes]], stream: 
         except DecodeError:
             raise RemoteProtocolError("an info request that does not decode", stream.remote_peer) from None
         reply = pb.InfoReply(records=signed_records(request.model_digest), version=__version__)
+        if complaints is not None:
+            complaints.hear(request.complaints[:MAX_HEARD])
+            reply.complaints.extend(complaints.about(request.model_digest))
         await messages.write_message(reply.SerializeToString())
 
 
-async def fetch_info(host: Host, peer_id: PeerId, addrs: Sequence[str], model: ModelId) -> pb.InfoReply:
+async def fetch_info(
+    host: Host, peer_id: PeerId, addrs: Sequence[str], model: ModelId, *, tell: Sequence[bytes] = ()
+) -> pb.InfoReply:
     """What `peer_id` says of itself: its signed records of `model` (all, for an empty digest), its version.
 
+    Args:
+        tell: complaints to be passed on.
     Raises:
         PeerUnreachable: no answer within `INFO_S`. RequestRefused: it does not speak the protocol.
         RemoteProtocolError: nonsense.
@@ -45,7 +62,8 @@ async def fetch_info(host: Host, peer_id: PeerId, addrs: Sequence[str], model: M
         stream = await host.open_stream(peer_id, INFO_V1, addrs=addrs)
         messages = MessageStream(stream, max_message_bytes=MAX_REPLY_BYTES)
         try:
-            await messages.write_message(pb.InfoRequest(model_digest=model.digest).SerializeToString())
+            request = pb.InfoRequest(model_digest=model.digest, complaints=tell)
+            await messages.write_message(request.SerializeToString())
             data = await messages.read_message()
             await messages.close()
         except BaseException:
@@ -58,7 +76,20 @@ async def fetch_info(host: Host, peer_id: PeerId, addrs: Sequence[str], model: M
     raise PeerUnreachable(f"peer …{peer_id[-6:]} did not answer within {INFO_S} s", peer_id)
 
 
-async def fetch_record(host: Host, peer_id: PeerId, addrs: Sequence[str], model: ModelId) -> bytes | None:
-    """The signed record of `model` at `peer_id`, None if it serves no such model. Raises as `fetch_info`."""
-    records = (await fetch_info(host, peer_id, addrs, model)).records
-    return records[0] if records else None
+async def fetch_record(
+    host: Host,
+    peer_id: PeerId,
+    addrs: Sequence[str],
+    model: ModelId,
+    *,
+    tell: Sequence[bytes] = (),
+    hear: Callable[[Sequence[bytes]], None] = lambda _: None,
+) -> bytes | None:
+    """The signed record of `model` at `peer_id`, None if it serves no such model. Raises as `fetch_info`.
+
+    Args:
+        tell: complaints to be passed on. hear: told of those that it passes on.
+    """
+    reply = await fetch_info(host, peer_id, addrs, model, tell=tell)
+    hear(reply.complaints[:MAX_TOLD])
+    return reply.records[0] if reply.records else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -42,9 +42,17 @@ async def join(host: Host, addrs: Sequence[str]) -> None:
 
 @asynccontextmanager
 async def open_membership(
-    identity: Identity, settings: HostConfig, initial_peers: Sequence[str], lan: LanConfig | None = None
+    identity: Identity,
+    settings: HostConfig,
+    initial_peers: Sequence[str],
+    lan: LanConfig | None = None,
+    *,
+    hear: Callable[[Sequence[bytes]], None] = lambda _: None,
 ) -> AsyncIterator[tuple[Host, Directory, trio.Nursery]]:
     """Be a node of the swarm until the context is left, which also cancels what was started in the nursery.
+
+    Args:
+        hear: told of complaints that other peers pass on.
 
     What the body raises comes out as it was raised, not wrapped into the nurseries' groups.
 
@@ -54,7 +62,7 @@ async def open_membership(
     raised: Exception | None = None
     async with open_host(identity.key_pair, settings) as host:
         await join(host, initial_peers)
-        fetch_direct = partial(fetch_record, host)
+        fetch_direct = partial(fetch_record, host, hear=hear)
         async with (
             open_directory(host, identity, verify, fetch_direct=fetch_direct) as directory,
             trio.open_nursery() as nursery,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from petals.models.adapters import Lora, LowRank
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.tensors import encode_tensor
+from petals.protocols.evidence import NOTHING
+from petals.protocols.tensors import digest_tensor, encode_tensor
 
 
 def encode_lora(lora: Lora | None, blocks: range) -> tuple[list[pb.LowRank], list[memoryview]]:
@@ -34,3 +37,16 @@ def decode_lora(layers: Sequence[pb.LowRank], tensors: Mapping[str, Tensor]) -> 
             for index, layer in enumerate(layers)
         },
     )
+
+
+def digest_lora(lora: Lora | None, blocks: range) -> bytes:
+    """What of an update concerns `blocks`, as one digest; the same at both ends."""
+    layers = lora.of(blocks).layers if lora is not None else {}
+    if not layers:
+        return NOTHING
+    digest = hashlib.sha256()
+    for (block, path), layer in layers.items():
+        name = path.encode()
+        digest.update(struct.pack("<IHf", block, len(name), layer.scaling) + name)
+        digest.update(digest_tensor(layer.a) + digest_tensor(layer.b))
+    return digest.digest()

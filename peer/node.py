@@ -20,9 +20,10 @@ from petals.peer.client.generation import GenerationOptions, Prompt, TokenStream
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.client.weights import SwarmWeights, find_model
+from petals.peer.complaints import ComplaintBook
 from petals.peer.config import PeerConfig, ServeConfig
 from petals.peer.host import Host, HostConfig
-from petals.peer.identity import Identity, create_identity, load_or_create_identity
+from petals.peer.identity import Identity, create_identity, load_or_create_identity, verify
 from petals.peer.info import answer_info
 from petals.peer.invitation import find_way_in, introduce
 from petals.peer.joining import open_membership
@@ -54,15 +55,20 @@ class Peer:
         directory: Directory,
         nursery: trio.Nursery,
         progress: Callable[[str], None],
+        complaints: ComplaintBook,
     ) -> None:
         self.config = config
         self.host = host
         self.directory = directory
         self.portal = Portal()
+        self.asking = ClientOptions()
+        """What generations want of the swarm that say nothing else."""
         self._service: Service | None = None
         self._climbing = False
         self._identity = identity
         self._nursery = nursery
+        self.complaints = complaints
+        """What is said about servers that answered wrongly."""
         self._progress = progress
         self._checkpoints: dict[tuple[str | None, str | None], Checkpoint] = {}
         self._clients: dict[ModelId, ModelClient] = {}
@@ -144,6 +150,8 @@ class Peer:
                     random.random,
                     self._progress,
                     self._nursery,
+                    self._identity,
+                    self.complaints,
                 )
             return self._clients[model]
 
@@ -171,6 +179,7 @@ class Peer:
             self._progress,
             random.random,
             partial(self._bring_blocks, named.digest),
+            self._identity,
         )
         await self._nursery.start(service.run, place.blocks)
         assert service.server is not None
@@ -216,10 +225,9 @@ class Peer:
             UserError: a prompt that does not fit.
         """
         asked = await self.client(model)
-        await asked.ready()
-        return await self._nursery.start(
-            run_generation, asked, prompt, options or GenerationOptions(), client or ClientOptions()
-        )
+        client = client or self.asking
+        await asked.ready(client)
+        return await self._nursery.start(run_generation, asked, prompt, options or GenerationOptions(), client)
 
     def _signed_records(self, digest: str) -> list[bytes]:
         if self._service is None or digest not in ("", self._service.model.digest):
@@ -255,13 +263,15 @@ async def open_peer(
         keep_alive_s=config.keep_alive_s,
         connect_s=config.timeouts.connect_s,
     )
+    complaints = ComplaintBook(verify, time.time)
     if way_in.initial_peers:
         say(f"joining the swarm through {len(way_in.initial_peers)} of its peers")
-    async with open_membership(identity, settings, way_in.initial_peers, config.lan) as (host, directory, nursery):
+    membership = open_membership(identity, settings, way_in.initial_peers, config.lan, hear=complaints.hear)
+    async with membership as (host, directory, nursery):
         if way_in.token is not None:
             host.introduce((INFERENCE_V1, FORWARD_V1, BACKWARD_V1), partial(introduce, host, way_in.token))
-        peer = Peer(config, identity, host, directory, nursery, say)
-        host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
+        peer = Peer(config, identity, host, directory, nursery, say, complaints)
+        host.set_handler(INFO_V1, partial(answer_info, peer._signed_records, complaints=complaints))
         if config.nat.relay is not None:
             peer.climb()
         if config.serve is not None:

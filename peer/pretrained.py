@@ -141,7 +141,7 @@ class AutoDistributedModel(metaclass=_HeadType):
             dtype, torch_dtype: of embeddings, head and what travels; "auto" or None: what the servers compute in.
             small_model: drafts for `AutoDistributedSpeculativeModel`, a `transformers` model with the same vocabulary.
             client_config: a `ClientConfig`; its fields may also be given one by one (`initial_peers`,
-                `active_adapter`, `allowed_servers`, `blocked_servers`, `max_retries`, `request_timeout`, ...).
+                `active_adapter`, `local_blocks`, `allowed_servers`, `blocked_servers`, `max_retries`, ...).
             Anything else changes an entry of the model's configuration (`num_labels=2`).
         Raises:
             MissingBlocks: names the blocks nobody holds. UserError, ModelError: an argument that cannot be.
@@ -170,7 +170,7 @@ class AutoDistributedModel(metaclass=_HeadType):
                 f"{cls.__mro__[1].__name__}"
             )
         client = await peer.client_for(checkpoint)
-        await client.ready()
+        await client.ready(request.client)
         return await trio.to_thread.run_sync(
             partial(
                 client.load_model,
@@ -258,6 +258,8 @@ def _frozen(name: str, value: Any) -> Any:
     """What people pass for a collection, as the field has it."""
     if name == "initial_peers":
         return (value,) if isinstance(value, str) else tuple(str(each) for each in value)
+    if name == "local_blocks":
+        return (value,) if isinstance(value, range) else tuple(value or ())
     if name in ("allowed_servers", "blocked_servers") and isinstance(value, Collection) and not isinstance(value, str):
         return frozenset(str(each) for each in value)
     if name == "blocked_servers" and value is None:

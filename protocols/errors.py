@@ -11,7 +11,8 @@ SwarmError
    ├─ PeerBusy               no room, and it said so             another peer; no ban
    ├─ RequestRefused         it cannot serve what we asked       another peer; no ban
    │  └─ Forbidden           it serves others, not us            another peer; long ban
-   └─ RemoteProtocolError    nonsense on the wire                another peer; long ban
+   ├─ RemoteProtocolError    nonsense on the wire                another peer; long ban
+   └─ WrongAnswer            others compute something else       another peer, and not this one for a day
 """
 
 from __future__ import annotations
@@ -91,6 +92,10 @@ class Forbidden(RequestRefused):
 
 class RemoteProtocolError(RemoteError):
     """The peer sent something the protocol does not allow."""
+
+
+class WrongAnswer(RemoteError):
+    """The peer's numbers are not those of its blocks: others, or we, have computed them again."""
 
 
 def describe_blocks(blocks: Sequence[int]) -> str:

@@ -93,7 +93,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "model_digest", "start_block", "end_block", "batch_size", "max_length", "wait_ms", "adapter", "reply_encoding", "lora", "prefixes")
+    __slots__ = ("session_id", "model_digest", "start_block", "end_block", "batch_size", "max_length", "wait_ms", "adapter", "reply_encoding", "lora", "prefixes", "sign")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     START_BLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class Open(_message.Message):
     REPLY_ENCODING_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    SIGN_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     model_digest: str
     start_block: int
@@ -116,17 +117,22 @@ class Open(_message.Message):
     reply_encoding: Encoding
     lora: _containers.RepeatedCompositeFieldContainer[LowRank]
     prefixes: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, session_id: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ..., lora: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., prefixes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    sign: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., reply_encoding: _Optional[_Union[Encoding, str]] = ..., lora: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., prefixes: _Optional[_Iterable[bytes]] = ..., sign: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("dtype", "cache_bytes", "prefix_tokens")
+    __slots__ = ("dtype", "cache_bytes", "prefix_tokens", "public_key", "quant_type")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    QUANT_TYPE_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     cache_bytes: int
     prefix_tokens: int
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., cache_bytes: _Optional[int] = ..., prefix_tokens: _Optional[int] = ...) -> None: ...
+    public_key: bytes
+    quant_type: str
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., cache_bytes: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., public_key: _Optional[bytes] = ..., quant_type: _Optional[str] = ...) -> None: ...
 
 class PushTo(_message.Message):
     __slots__ = ("peer_id", "addrs", "session_id", "step_id")
@@ -171,18 +177,20 @@ class Supply(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class StepDone(_message.Message):
-    __slots__ = ("step_id", "hidden", "queue_us", "compute_us", "supplied")
+    __slots__ = ("step_id", "hidden", "queue_us", "compute_us", "supplied", "signature")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     SUPPLIED_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     hidden: Tensor
     queue_us: int
     compute_us: int
     supplied: bool
-    def __init__(self, step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., supplied: _Optional[bool] = ...) -> None: ...
+    signature: bytes
+    def __init__(self, step_id: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., supplied: _Optional[bool] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ("prefixes",)
@@ -269,18 +277,80 @@ class TrainingReply(_message.Message):
     def __init__(self, done: _Optional[_Union[TrainingDone, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
-    __slots__ = ("model_digest",)
+    __slots__ = ("model_digest", "complaints")
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    COMPLAINTS_FIELD_NUMBER: _ClassVar[int]
     model_digest: str
-    def __init__(self, model_digest: _Optional[str] = ...) -> None: ...
+    complaints: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, model_digest: _Optional[str] = ..., complaints: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("records", "version")
+    __slots__ = ("records", "version", "complaints")
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMPLAINTS_FIELD_NUMBER: _ClassVar[int]
     records: _containers.RepeatedScalarFieldContainer[bytes]
     version: str
-    def __init__(self, records: _Optional[_Iterable[bytes]] = ..., version: _Optional[str] = ...) -> None: ...
+    complaints: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, records: _Optional[_Iterable[bytes]] = ..., version: _Optional[str] = ..., complaints: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class SignedAnswer(_message.Message):
+    __slots__ = ("peer_id", "public_key", "signature", "session_id", "step_id", "model_digest", "start_block", "end_block", "adapter", "dtype", "quant_type", "inputs", "output")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    END_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    QUANT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    public_key: bytes
+    signature: bytes
+    session_id: bytes
+    step_id: int
+    model_digest: str
+    start_block: int
+    end_block: int
+    adapter: str
+    dtype: str
+    quant_type: str
+    inputs: bytes
+    output: bytes
+    def __init__(self, peer_id: _Optional[str] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., session_id: _Optional[bytes] = ..., step_id: _Optional[int] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., adapter: _Optional[str] = ..., dtype: _Optional[str] = ..., quant_type: _Optional[str] = ..., inputs: _Optional[bytes] = ..., output: _Optional[bytes] = ...) -> None: ...
+
+class Complaint(_message.Message):
+    __slots__ = ("accuser", "answer", "others", "error", "tolerance", "issued_at", "expires_at")
+    ACCUSER_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_AT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    accuser: str
+    answer: SignedAnswer
+    others: _containers.RepeatedCompositeFieldContainer[SignedAnswer]
+    error: float
+    tolerance: float
+    issued_at: float
+    expires_at: float
+    def __init__(self, accuser: _Optional[str] = ..., answer: _Optional[_Union[SignedAnswer, _Mapping]] = ..., others: _Optional[_Iterable[_Union[SignedAnswer, _Mapping]]] = ..., error: _Optional[float] = ..., tolerance: _Optional[float] = ..., issued_at: _Optional[float] = ..., expires_at: _Optional[float] = ...) -> None: ...
+
+class SignedComplaint(_message.Message):
+    __slots__ = ("public_key", "complaint", "signature")
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    COMPLAINT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    public_key: bytes
+    complaint: bytes
+    signature: bytes
+    def __init__(self, public_key: _Optional[bytes] = ..., complaint: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Invitation(_message.Message):
     __slots__ = ("issuer", "nonce", "expires_at", "model_digest", "bearer", "uses", "addrs", "holder")

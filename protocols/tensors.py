@@ -12,7 +12,9 @@ dtype; of a row that is not finite no value arrives finite. A tensor without ele
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 import sys
 from collections.abc import Sequence
 
@@ -128,6 +130,23 @@ def decode_tensor(header: pb.Tensor, payload: bytearray) -> Tensor:
     if dtype is torch.bool:  # any non-zero byte must mean one: torch takes the bytes as they are
         return torch.frombuffer(payload, dtype=torch.uint8).reshape(shape) != 0
     return torch.frombuffer(payload, dtype=dtype).reshape(shape)
+
+
+def travelled(tensor: Tensor, encoding: pb.Encoding) -> Tensor:
+    """What arrives at the other end when `tensor` is sent with this encoding."""
+    header, pieces = encode_tensor(tensor, encoding)
+    return tensor if header.encoding == pb.RAW else decode_tensor(header, bytearray(b"".join(pieces)))
+
+
+def digest_tensor(tensor: Tensor) -> bytes:
+    """SHA-256 of the shape and the values, whatever floating dtype they are held in: floats count as float32, which
+    holds all of them."""
+    values = tensor.detach().to("cpu")
+    if values.dtype in FLOATS:
+        values = values.float()
+    digest = hashlib.sha256(struct.pack(f"<{values.dim() + 1}I", values.dim(), *values.shape))
+    digest.update(_bytes_of(values))
+    return digest.digest()
 
 
 def _wire_bytes(header: pb.Tensor, numel: int, dtype: torch.dtype) -> int:

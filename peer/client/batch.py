@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from petals.models.adapters import Lora
+from petals.peer.client.home import Home
 from petals.peer.client.hop import answer_within, error_of, read_reply, read_tensor
 from petals.peer.client.routing import Route, RouteHop
 from petals.peer.client.view import SwarmWatcher
@@ -91,7 +92,7 @@ class BatchTrainer:
         find_route: (blocks, peers to avoid) -> Route; asked anew for each micro-batch, so that load spreads.
     """
 
-    host: Host
+    host: Host | Home
     watcher: SwarmWatcher
     model: ModelId
     timeouts: Timeouts

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from petals.models.adapters import Lora
+from petals.peer.client.home import Home
 from petals.peer.concurrency import shielded_for, together
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
@@ -61,6 +62,10 @@ class StepOutput:
     """A push was expected and did not come."""
     sent_at: float = 0.0
     """By trio's clock."""
+    step_id: int = 0
+    signature: bytes = b""
+    encoding: pb.Encoding = pb.RAW
+    """How `hidden` travelled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +144,13 @@ class Hop:
     session_id: bytes = b""
     dtype: torch.dtype = torch.float32
     """Of its answers."""
+    quant_type: str = "none"
+    public_key: bytes = b""
+    """What it signs its answers with; empty: it does not sign."""
+    encoding: pb.Encoding = pb.RAW
+    """How its latest answer travelled."""
+    on_answer: Callable[[Hop, StepOutput], None] | None = None
+    """Told of each answer, when its step is history."""
     history: list[StepInput] = field(default_factory=list)
     rebuilt: bool = False
     """Its cache was made from history during this step: rows that a roll-back left reordered elsewhere are not here."""
@@ -151,7 +163,13 @@ class Hop:
 
     @classmethod
     async def open(
-        cls, host: Host, peer_id: PeerId, addrs: Sequence[str], blocks: range, spec: SessionSpec, timeouts: Timeouts
+        cls,
+        host: Host | Home,
+        peer_id: PeerId,
+        addrs: Sequence[str],
+        blocks: range,
+        spec: SessionSpec,
+        timeouts: Timeouts,
     ) -> Hop:
         """Open a stream, lease cache room.
 
@@ -180,11 +198,14 @@ class Hop:
                         reply_encoding=spec.encoding,
                         lora=lora,
                         prefixes=spec.prefixes,
+                        # Always: if only auditors asked for it, liars would know when to be honest.
+                        sign=True,
                     )
                 )
                 await hop._send(request, *payload)
                 opened = (await hop._receive("opened")).opened
                 hop.dtype = DTYPES.get(opened.dtype, hop.dtype)
+                hop.public_key, hop.quant_type = opened.public_key, opened.quant_type or hop.quant_type
             except BaseException:
                 await hop.reset()
                 raise
@@ -229,13 +250,15 @@ class Hop:
         with answer_within(self.deadline_s(step.hidden.shape[1]), self.peer_id):
             await self._send_step(step, silent=False, push_to=push_to)
             output = await self._receive_step(step, started)
-        self.remember(replayed_as or step, output.round_trip_s)
+        self.remember(replayed_as or step, output)
         return output
 
-    def remember(self, step: StepInput, round_trip_s: float) -> None:
+    def remember(self, step: StepInput, output: StepOutput) -> None:
         """A step is done and becomes history."""
         self.history.append(step)
-        measured = round_trip_s / step.hidden.shape[1]
+        if self.on_answer is not None:
+            self.on_answer(self, output)
+        measured = output.round_trip_s / step.hidden.shape[1]
         self.s_per_token = measured if math.isnan(self.s_per_token) else 0.8 * self.s_per_token + 0.2 * measured
 
     async def announce(self, step: StepInput, *, pushed_by: PeerId, push_to: pb.PushTo | None) -> None:
@@ -308,7 +331,7 @@ class Hop:
                 with answer_within(self.deadline_s(told.hidden.shape[1]), self.peer_id):
                     output = await self._receive_step(told, max(sent_at, answered_at))
                 answered_at = trio.current_time()
-                self.remember(remembered, output.round_trip_s)
+                self.remember(remembered, output)
                 take(output)
 
         await together(send_all, receive_all)
@@ -369,6 +392,7 @@ class Hop:
         hidden = None
         if not silent:
             hidden = await read_tensor(self.messages, done.hidden, tuple(step.hidden.shape), "hidden")
+            self.encoding = done.hidden.encoding
         return StepOutput(
             hidden,
             trio.current_time() - started,
@@ -376,6 +400,9 @@ class Hop:
             done.compute_us / 1e6,
             done.supplied,
             sent_at=started,
+            step_id=done.step_id,
+            signature=done.signature,
+            encoding=done.hidden.encoding,
         )
 
     async def _send(self, request: pb.InferenceRequest, *payload: memoryview) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,22 +16,32 @@ import trio
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from petals.dht.records import ServerRecord
 from petals.models.adapters import Lora
 from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import Checkpoint
 from petals.models.distributed import Head, load_model
+from petals.models.errors import ModelError
 from petals.models.tuning import Tuning
+from petals.peer.client.audit import Office, SessionAudit
 from petals.peer.client.batch import BatchTrainer, Companions
 from petals.peer.client.chain import RemoteChain
-from petals.peer.client.hop import SessionSpec
-from petals.peer.client.routing import Route, RouteChoice, find_route, why_not
+from petals.peer.client.home import Home, check_local, leg_of, name_of, split
+from petals.peer.client.hop import Hop, SessionSpec
+from petals.peer.client.routing import Route, RouteChoice, RouteHop, find_route, why_not
 from petals.peer.client.session import RemoteSession, StepTrace
+from petals.peer.client.trust import Finding, Trust
 from petals.peer.client.twins import AsyncTwins
 from petals.peer.client.view import SwarmWatcher
+from petals.peer.complaints import ComplaintBook
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
+from petals.peer.identity import Identity, verify
+from petals.peer.info import fetch_record
 from petals.peer.portal import Portal
-from petals.protocols.errors import RouteError, UserError
+from petals.protocols import messages_pb2 as pb
+from petals.protocols.errors import RemoteError, RouteError, UserError
+from petals.protocols.evidence import Complaint, SignedAnswer, sign_complaint
 from petals.protocols.tensors import COMPRESSIONS, FLOATS_BY_NAME
 from petals.protocols.types import ModelId, PeerId
 
@@ -46,6 +58,14 @@ class ClientOptions:
     """none (exact), float16 or int8: how hidden states travel."""
     active_adapter: str | None = None
     """Only servers that host this LoRA adapter, which is then applied."""
+    local_blocks: tuple[range, ...] = ()
+    """Blocks that are computed here and never asked of anybody: with the first and last ones among them, what is said
+    and answered does not leave this machine, not even as the hidden states next to it."""
+    audit: float = 0.0
+    """The probability with which an answer of a server is computed again by another one, beside the session, and
+    compared (audit.py). What servers have kept from earlier sessions can not be checked, and is not used then."""
+    audit_at_home: bool = False
+    """Compute the audited blocks here where nobody else holds them, and where two servers disagree: loads them."""
     require_dtype: str | None = None
     """Only servers that compute in this dtype without quantisation; None: any."""
     exact_recovery: bool = True
@@ -71,11 +91,19 @@ class ClientOptions:
             raise UserError(f"unknown compression {self.compression!r}: choose {', '.join(COMPRESSIONS)}")
         if self.max_retries < 0:
             raise UserError("max_retries must not be negative")
+        if not 0 <= self.audit <= 1:
+            raise UserError("audit is a probability: from 0 to 1")
+        if any(not isinstance(blocks, range) or blocks.step != 1 for blocks in self.local_blocks):
+            raise UserError("local_blocks are ranges of blocks, such as (range(0, 2), range(28, 30))")
         for name in ("allowed_servers", "blocked_servers"):
             if isinstance(getattr(self, name), str):
                 raise UserError(f"{name} is a collection of peer IDs, not one of them")
 
 
+COMPLAINT_S = 6 * 3600.0
+"""How long a complaint of ours holds."""
+TOLD = 8
+"""Servers that are told of it."""
 DETOUR = 2.0
 """How many times the best route's step a route may take that goes to those who have the beginning already."""
 REMEMBERED_NAMES = 4096
@@ -105,6 +133,8 @@ class ModelClient:
         random: Callable[[], float],
         say: Callable[[str], None],
         nursery: trio.Nursery,
+        identity: Identity,
+        complaints: ComplaintBook,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
@@ -117,6 +147,13 @@ class ModelClient:
         self._random = random
         self._say = say
         self._nursery = nursery
+        self._home = Home(host, checkpoint, model, say)
+        self._at_home = False
+        self.trust = Trust(complaints.accusers)
+        """What audits have found."""
+        self._identity = identity
+        self._complaints = complaints
+        self._audits: set[SessionAudit] = set()
         self._left: OrderedDict[bytes, frozenset[PeerId]] = OrderedDict()
         """Who was left with the cache of a named prefix, the latest last."""
 
@@ -142,6 +179,7 @@ class ModelClient:
             RemoteError: those who hold them refuse.
         """
         options = options or ClientOptions()
+        await self._hold(options)
         spec = SessionSpec(
             model=self.model,
             hidden_size=self.checkpoint.hidden_size,
@@ -150,7 +188,7 @@ class ModelClient:
             adapter=options.active_adapter or "",
             lora=lora,
             encoding=COMPRESSIONS[options.compression],
-            prefixes=() if prefix is None else prefix.names,
+            prefixes=() if prefix is None or options.audit else prefix.names,
         )
 
         async def prefix_inputs(block: int, tokens: int) -> Tensor:
@@ -163,7 +201,7 @@ class ModelClient:
 
         last: list[tuple[Route, frozenset[PeerId]]] = []
 
-        familiar = None if prefix is None else self._who_has(prefix.names)
+        familiar = None if prefix is None or options.audit else self._who_has(prefix.names)
 
         def find(blocks: range, avoid: frozenset[PeerId]) -> Route:
             route = self._latency_route(options, batch_size, max_length, blocks, avoid)
@@ -175,7 +213,7 @@ class ModelClient:
             return route
 
         session = RemoteSession(
-            self._host,
+            self._home,
             self.watcher,
             blocks,
             spec,
@@ -187,6 +225,8 @@ class ModelClient:
             prefix_inputs=prefix_inputs,
             standby_in=self._nursery if options.standby else None,
             on_step=options.on_step,
+            audit=partial(self._audit, options) if options.audit else None,
+            audit_in=self._nursery,
         )
         try:
             await session.open()
@@ -200,6 +240,94 @@ class ModelClient:
             for each in skipped:
                 self._say(f"Not used: {each.describe()}")
         return session
+
+    def _audit(self, options: ClientOptions, doubt: Callable[[int], None]) -> SessionAudit:
+        office = Office(
+            trust=self.trust,
+            dice=self._random,
+            verify=verify,
+            open_hop=self._open_auditor,
+            liars=lambda: self.watcher.liars,
+            report=self.watcher.report,
+            precision_of=self._precision_of,
+            complain=self._complain,
+            say=self._say,
+        )
+        at_home = self._hold_for_audit if options.audit_at_home else None
+        self._audits = {audit for audit in self._audits if not audit.done.is_set()}
+        audit = SessionAudit(office, options.audit, partial(self._auditors, options), at_home, doubt)
+        self._audits.add(audit)
+        return audit
+
+    async def audited(self) -> Trust:
+        """Wait until nothing of the sessions that have ended waits for its audit any more; bounded."""
+        for audit in list(self._audits):
+            if audit.ended:
+                await audit.done.wait()
+        return self.trust
+
+    async def _open_auditor(self, leg: RouteHop, spec: SessionSpec) -> Hop:
+        return await Hop.open(self._home, leg.peer_id, leg.addrs, leg.blocks, spec, self._timeouts)
+
+    def _precision_of(self, peer_id: PeerId) -> tuple[str, str] | None:
+        records = (offer.record for offer in self.watcher.view.offers)
+        return next(((each.dtype, each.quant_type) for each in records if each.peer_id == peer_id), None)
+
+    def _auditors(self, options: ClientOptions, hop: Hop, avoid: frozenset[PeerId]) -> Route:
+        """Who else computes these blocks in this precision; chosen by dice, so that nobody can wait for the part."""
+        alike = {
+            offer.record.peer_id: offer.record.blocks
+            for offer in self.watcher.view.offers
+            if FLOATS_BY_NAME.get(offer.record.dtype) is hop.dtype and offer.record.quant_type == hop.quant_type
+        }
+        whole = {
+            peer_id
+            for peer_id, held in alike.items()
+            if peer_id not in avoid and held.start <= hop.blocks.start and hop.blocks.stop <= held.stop
+        }
+        # In a row of servers what travels between them would be rounded, where it is: then one must do it alone.
+        exact = hop.spec.encoding == pb.RAW == hop.encoding
+        among = frozenset(whole or (alike if exact else ()))
+        return find_route(
+            self.watcher.view,
+            hop.blocks,
+            mode="throughput",
+            rng=self._random,
+            allowed=among if options.allowed_servers is None else among & options.allowed_servers,
+            blocked=options.blocked_servers | avoid | self.watcher.liars,
+            adapter=options.active_adapter,
+        )
+
+    async def _hold_for_audit(self, hop: Hop) -> Route:
+        dtype = str(hop.dtype).removeprefix("torch.")
+        name = name_of(hop.blocks, f"-{dtype}-{hop.quant_type}")
+        try:
+            await self._hold_as(name, hop.blocks, hop.dtype, hop.quant_type)
+        except ModelError as error:  # no copy of these blocks here, or no room
+            raise RouteError(f"not computed at home: {error}") from None
+        return Route((replace(leg_of(hop.blocks, hop.blocks), peer_id=name),))
+
+    def _complain(self, answer: SignedAnswer, others: tuple[SignedAnswer, ...], finding: Finding) -> None:
+        """Keep a complaint, and tell some servers, who tell others."""
+        now = time.time()
+        complaint = Complaint(
+            accuser=self._identity.peer_id,
+            answer=answer,
+            others=others,
+            error=min(finding.error, sys.float_info.max),
+            tolerance=finding.tolerance,
+            issued_at=now,
+            expires_at=now + COMPLAINT_S,
+        )
+        data = sign_complaint(complaint, self._identity.sign, self._identity.public_key)
+        self._complaints.hear([data])
+        offers = [offer for offer in self.watcher.view.offers if offer.record.peer_id != answer.peer_id]
+        for offer in sorted(offers, key=lambda _: self._random())[:TOLD]:
+            self._nursery.start_soon(self._tell, offer.record, data)
+
+    async def _tell(self, record: ServerRecord, data: bytes) -> None:
+        with suppress(RemoteError):
+            await fetch_record(self._host, record.peer_id, record.addrs, self.model, tell=[data])
 
     async def leave(self, session: RemoteSession, names: Sequence[bytes]) -> None:
         """Close a session; its servers may keep what it leaves, and the next one with these names goes to them."""
@@ -235,7 +363,7 @@ class ModelClient:
 
     def _trainer(self, options: ClientOptions) -> BatchTrainer:
         return BatchTrainer(
-            self._host,
+            self._home,
             self.watcher,
             self.model,
             self._deadlines(options),
@@ -288,14 +416,33 @@ class ModelClient:
         object.__setattr__(model, "portal", self.portal)  # nn.Module would look for parameters in it
         return model
 
-    async def ready(self) -> None:
-        """Wait until every block has a holder.
+    async def ready(self, options: ClientOptions | None = None) -> None:
+        """Load the local blocks, and wait until every other one has a holder.
 
         Raises:
             MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
+            UserError: local blocks that the model does not have.
         """
+        options = options or ClientOptions()
+        check_local(options.local_blocks, len(self.blocks))
         deadline = trio.current_time() + self._timeouts.route_s
-        await self.watcher.wait_for(self.blocks, deadline)
+        for blocks, kept in split(self.blocks, options.local_blocks):
+            if kept is None:
+                await self.watcher.wait_for(blocks, deadline)
+        await self._hold(options)
+
+    async def _hold(self, options: ClientOptions) -> None:
+        """Have the local blocks loaded, in what the servers compute in at the time."""
+        check_local(options.local_blocks, len(self.blocks))
+        for blocks in options.local_blocks:
+            await self._hold_as(name_of(blocks), blocks, self.dtype)
+
+    async def _hold_as(self, name: PeerId, blocks: range, dtype: torch.dtype, quant_type: str = "none") -> None:
+        async with self._loading:
+            if not self._at_home:
+                await self._nursery.start(self._home.run)
+                self._at_home = True
+        await self._home.hold(name, blocks, dtype, quant_type)
 
     def expected_route(self, max_length: int, options: ClientOptions | None = None) -> RouteChoice:
         """The route that a session of one row would be opened with now; nobody is asked.
@@ -328,18 +475,19 @@ class ModelClient:
         allowed = options.allowed_servers
         if among is not None:
             allowed = among if allowed is None else among & allowed
-        return find_route(
+        find = partial(
+            find_route,
             self.watcher.view,
-            blocks,
             mode="latency",
             pushed=options.use_server_to_server,
             batch_size=batch_size,
             cache_tokens=batch_size * max_length,
             allowed=allowed,
-            blocked=options.blocked_servers | avoid,
+            blocked=options.blocked_servers | avoid | self.watcher.liars,
             adapter=options.active_adapter,
             require_dtype=options.require_dtype,
         )
+        return _around_home(find, blocks, options.local_blocks)
 
     def _explain(
         self,
@@ -350,28 +498,42 @@ class ModelClient:
         route: Route,
         refused: frozenset[PeerId],
     ) -> RouteChoice:
-        skipped = why_not(
-            self.watcher.view,
-            blocks,
-            route,
-            batch_size=batch_size,
-            cache_tokens=batch_size * max_length,
-            allowed=options.allowed_servers,
-            blocked=options.blocked_servers,
-            refused=refused,
-            adapter=options.active_adapter,
-            require_dtype=options.require_dtype,
-        )
-        return RouteChoice(route, skipped)
+        skipped = [
+            each
+            for run, kept in split(blocks, options.local_blocks)
+            if kept is None
+            for each in why_not(
+                self.watcher.view,
+                run,
+                route,
+                batch_size=batch_size,
+                cache_tokens=batch_size * max_length,
+                allowed=options.allowed_servers,
+                blocked=options.blocked_servers | self.watcher.liars,
+                refused=refused,
+                adapter=options.active_adapter,
+                require_dtype=options.require_dtype,
+            )
+        ]
+        return RouteChoice(route, tuple(skipped))
 
     def _throughput_route(self, options: ClientOptions, blocks: range, avoid: frozenset[PeerId]) -> Route:
-        return find_route(
+        find = partial(
+            find_route,
             self.watcher.view,
-            blocks,
             mode="throughput",
             rng=self._random,
             allowed=options.allowed_servers,
-            blocked=options.blocked_servers | avoid,
+            blocked=options.blocked_servers | avoid | self.watcher.liars,
             adapter=options.active_adapter,
             require_dtype=options.require_dtype,
         )
+        return _around_home(find, blocks, options.local_blocks)
+
+
+def _around_home(find: Callable[[range], Route], blocks: range, local: Sequence[range]) -> Route:
+    """A route whose local blocks are ours whatever it costs, and the best one for each run of the others."""
+    hops: list[RouteHop] = []
+    for run, kept in split(blocks, local):
+        hops += find(run).hops if kept is None else [leg_of(run, kept)]
+    return Route(tuple(hops))

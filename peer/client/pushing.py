@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 from torch import Tensor
 
+from petals.peer.client.home import is_home
 from petals.peer.client.hop import Hop, StepInput, StepOutput, for_blocks
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, RemoteError, SwarmError
@@ -134,8 +135,9 @@ class PushedStep:
             self._session.unpushable.add((self._hops[index - 1].peer_id, hop.peer_id))
         told = self._told(index, await before.get())
         round_trip_s = max(0.0, trio.current_time() - copied_at) if copied_at < math.inf else answer.compute_s
-        hop.remember(self._remembered(told) or told, round_trip_s)
-        return replace(answer, round_trip_s=round_trip_s)
+        answer = replace(answer, round_trip_s=round_trip_s)
+        hop.remember(self._remembered(told) or told, answer)
+        return answer
 
     async def _input(self, index: int) -> Tensor:
         return self._current.hidden if index == 0 else await self._outputs[index - 1].get()
@@ -150,6 +152,8 @@ class PushedStep:
         if index == 0:
             return False
         before, hop, wire = self._hops[index - 1], self._hops[index], self._current.hidden.dtype
+        if is_home(before.peer_id) or is_home(hop.peer_id):
+            return False
         # What is pushed and what we keep must be the same numbers: our dtype must hold what the pusher sends.
         fits = before.dtype == wire or wire.itemsize > before.dtype.itemsize
         return fits and (before.peer_id, hop.peer_id) not in self._session.unpushable

@@ -17,6 +17,8 @@ import torch
 import trio
 from torch import Tensor
 
+from petals.peer.client.audit import SessionAudit
+from petals.peer.client.home import Home, is_home
 from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_blocks
 from petals.peer.client.pipeline import PIECE_TOKENS, PipelinedStep, is_long
 from petals.peer.client.pushing import PushedStep
@@ -28,7 +30,7 @@ from petals.peer.concurrency import gather
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import Forbidden, LocalProtocolError, RemoteError, RouteError
+from petals.protocols.errors import Forbidden, LocalProtocolError, RemoteError, RouteError, WrongAnswer
 from petals.protocols.types import PeerId
 
 log = logging.getLogger(__name__)
@@ -103,11 +105,12 @@ class RemoteSession:
             needed when a hop is lost whose cache began with what an earlier session left there (`spec.prefixes`).
         standby_in: keep second servers ready (standby.py), fed by a task in this nursery; None: do not.
         on_step: told of every step where its time went.
+        audit: picks answers to be checked (audit.py), in a task in `audit_in`; None: none are.
     """
 
     def __init__(
         self,
-        host: Host,
+        host: Host | Home,
         watcher: SwarmWatcher,
         blocks: range,
         spec: SessionSpec,
@@ -121,6 +124,8 @@ class RemoteSession:
         prefix_inputs: Callable[[int, int], Awaitable[Tensor]] | None = None,
         standby_in: trio.Nursery | None = None,
         on_step: Callable[[StepTrace], None] | None = None,
+        audit: Callable[[Callable[[int], None]], SessionAudit] | None = None,
+        audit_in: trio.Nursery | None = None,
     ) -> None:
         self.blocks = blocks
         self.spec = spec
@@ -139,9 +144,14 @@ class RemoteSession:
         self._push = push and spec.encoding != pb.BLOCKWISE_INT8  # rounded twice, our copy would not be what was pushed
         self.unpushable: set[tuple[PeerId, PeerId]] = set()
         """Pairs of servers between which a push did not come."""
-        self.standbys = None if standby_in is None else Standbys(lambda: self.hops, self._open_standby)
+        self.standbys = None if standby_in is None else Standbys(self._foreign_hops, self._open_standby)
         self._standby_in = standby_in
         self._on_step = on_step
+        self.audit = None if audit is None else audit(self.doubt)
+        self._audit_in = audit_in
+        self._on_answer = None if self.audit is None else self.audit.note
+        self._doubtful: int | None = None
+        """From this block on everything has to be computed again."""
         self._spent: dict[bytes, tuple[float, float]] = {}
         """Session id at a hop -> its seconds of serialising and of encryption as of the last step."""
         self._piece_tokens = piece_tokens
@@ -165,12 +175,20 @@ class RemoteSession:
             RemoteError: nobody of those who hold a block would open a session.
         """
         self.hops = await self._open_hops(self.blocks)
+        for hop in self.hops:
+            hop.on_answer = self._on_answer
         self._position = self._adopted = min(hop.conversation.position for hop in self.hops)
         if len(self.hops) == 1:
             self._piece_tokens = 0  # for good, so that boundaries do not depend on later failures
         self._spent = {hop.session_id: (hop.serialise_s, hop.messages.cipher_s) for hop in self.hops}
         if self.standbys is not None and self._standby_in is not None:
             self._standby_in.start_soon(self.standbys.run)
+        if self.audit is not None and self._audit_in is not None:
+            self._audit_in.start_soon(self.audit.run)
+
+    def doubt(self, block: int) -> None:
+        """What came out of this block, at whatever step, was wrong: the next step begins with computing it again."""
+        self._doubtful = block if self._doubtful is None else min(block, self._doubtful)
 
     def rollback(self, position: int) -> None:
         """Forget everything from `position` on; the servers learn of it with the next step."""
@@ -180,7 +198,8 @@ class RemoteSession:
             orders = [hop.truncate(position) for hop in self.hops]
             if self.standbys is not None:
                 self.standbys.rollback(position)
-            self._row_order = _compose(self._row_order, orders[0] if orders else None)
+            # What was dropped first was done last.
+            self._row_order = _compose(orders[0] if orders else None, self._row_order)
             self._adopted = min(self._adopted, position)
         self._position = position
 
@@ -215,11 +234,17 @@ class RemoteSession:
             hypo_ids=hypo_ids,
         )
         replay_order = _compose(self._row_order, hypo_ids)
+        for hop in self.hops:
+            if hop.peer_id in self._watcher.liars:  # caught by another session, as it may be
+                self.doubt(hop.blocks.start)
+        healed = self._doubtful is not None
+        if healed:
+            await self._heal()
         if self._piece_tokens and is_long(current, self._piece_tokens):
             pipelined = PipelinedStep(self, current, replay_order, self._piece_tokens)
             output = await pipelined.run()
             done = pipelined.done
-        elif self._push and len(self.hops) > 1:
+        elif self._push and len(self.hops) > 1 and not healed:
             pushed = PushedStep(self, current, replay_order)
             output, done = await pushed.run(), pushed.done
         else:
@@ -247,7 +272,7 @@ class RemoteSession:
             moved: Hop | None = None
             try:
                 moved = await Hop.open(self._host, hop.peer_id, hop.addrs, hop.blocks, self.spec, self._timeouts)
-                await self._rebuild([moved], hop)
+                await self._rebuild([moved], hop, want_outputs=False)
             except RemoteError as error:  # it may have no room for two; the old way still works
                 log.info("blocks %d:%d stay with their relay: %s", hop.blocks.start, hop.blocks.stop, error)
                 hop.move_at = trio.current_time() + MOVE_AGAIN_S
@@ -262,6 +287,9 @@ class RemoteSession:
             await hop.close()
             if self.standbys is not None:
                 await self.standbys.forget(hop)
+
+    def _foreign_hops(self) -> list[Hop]:
+        return [hop for hop in self.hops if not is_home(hop.peer_id)]
 
     def _trace(self, hop: Hop, output: StepOutput) -> HopTrace:
         before = self._spent.get(hop.session_id, (0.0, 0.0))
@@ -340,9 +368,48 @@ class RemoteSession:
         self._broken = True
         if self.standbys is not None:
             self.standbys.close()
+        if self.audit is not None:
+            self.audit.end()
 
-    async def replace(self, lost: Hop, error: RemoteError, failures: int) -> None:
-        """Put other servers in the place of a hop and bring their caches to where it was."""
+    async def _heal(self) -> None:
+        """Compute again what may come of a lie: caches of the liar's blocks are built elsewhere from what it was told,
+        which was right, and those behind them from what comes out there now."""
+        while self._doubtful is not None:
+            begin, self._doubtful = self._doubtful, None
+            if self.standbys is not None:
+                self.standbys.rollback(0)
+            concerned = [hop for hop in self.hops if hop.blocks.stop > begin]
+            if len({tuple(step.position for step in hop.history) for hop in concerned}) > 1:
+                for hop in concerned:  # one of them was told in fewer steps
+                    hop.history = as_one_prompt(hop.history)
+            outputs: list[Tensor] = []
+            for hop in concerned:
+                steps = hop.history
+                if hop is not concerned[0]:
+                    steps = [replace(s, hidden=o.to(s.hidden.dtype)) for s, o in zip(steps, outputs, strict=True)]
+                outputs = await self._retell(hop, steps, want_outputs=hop is not concerned[-1])
+
+    async def _retell(self, hop: Hop, steps: list[StepInput], *, want_outputs: bool) -> list[Tensor]:
+        """Let the cache of a hop's blocks be what comes of `steps`: there, or elsewhere if it lies or fails."""
+        hop.history = steps
+        try:
+            if hop.peer_id in self._watcher.liars:
+                raise WrongAnswer(f"peer …{hop.peer_id[-6:]} has lied", hop.peer_id)
+            hop.history = []
+            outputs = await hop.replay(steps, want_outputs=want_outputs)
+            hop.rebuilt = True
+            return outputs
+        except RemoteError as error:
+            hop.history = steps
+            return await self.replace(hop, error, 1, want_outputs=want_outputs)
+
+    async def replace(
+        self, lost: Hop, error: RemoteError, failures: int, *, want_outputs: bool = False
+    ) -> list[Tensor]:
+        """Put other servers in the place of a hop and bring their caches to where it was.
+
+        Returns: the outputs of the steps of its history, if `want_outputs`.
+        """
         await lost.reset()
         while True:
             self._watcher.report(lost.peer_id if error.peer_id is None else error.peer_id, error)
@@ -351,13 +418,17 @@ class RemoteSession:
             log.warning("lost blocks %d:%d: %s; looking for a replacement", lost.blocks.start, lost.blocks.stop, error)
             self.failures += 1
             hops: list[Hop] = []
+            outputs: list[Tensor] = []
             try:
-                standby = None if self.standbys is None else await self.standbys.take(lost)
+                standby = None if self.standbys is None or want_outputs else await self.standbys.take(lost)
+                if standby is not None and standby.peer_id in self._watcher.liars:
+                    await standby.reset()
+                    standby = None
                 if standby is not None:
                     hops = [standby]
                 else:
                     hops = await self._open_hops(lost.blocks, avoid=frozenset({lost.peer_id}))
-                    await self._rebuild(hops, lost)
+                    outputs = await self._rebuild(hops, lost, want_outputs=want_outputs)
             except RemoteError as another:
                 error, failures = another, failures + 1
                 await gather([hop.reset for hop in hops])
@@ -370,23 +441,26 @@ class RemoteSession:
             self.hops[index : index + 1] = hops
             for hop in hops:
                 hop.rebuilt = True
-            return
+                hop.on_answer = self._on_answer
+            return outputs
 
-    async def _rebuild(self, hops: list[Hop], lost: Hop) -> None:
+    async def _rebuild(self, hops: list[Hop], lost: Hop, *, want_outputs: bool) -> list[Tensor]:
         history = [*await self._unseen(lost, hops), *lost.history]
-        if not self._exact_recovery:
+        if not self._exact_recovery and not want_outputs:  # whose boundaries must be those of the steps
             history = as_one_prompt(history)
         if not history:
-            return
+            return []
+        outputs: list[Tensor] = []
         for hop in hops:
             last = hop is hops[-1]
             told = [for_blocks(step, lost.blocks, hop.blocks) for step in history]
-            outputs = await hop.replay(told, want_outputs=not last)
+            outputs = await hop.replay(told, want_outputs=want_outputs or not last)
             if not last:
                 history = [
                     replace(step, hidden=output.to(step.hidden.dtype))
                     for step, output in zip(history, outputs, strict=True)
                 ]
+        return outputs
 
     async def _unseen(self, lost: Hop, hops: Sequence[Hop]) -> list[StepInput]:
         """What `lost` knew without having been told by this session, as far as not all of `hops` know it too."""

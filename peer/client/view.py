@@ -22,6 +22,7 @@ from petals.protocols.errors import (
     RemoteProtocolError,
     RouteError,
     SwarmError,
+    WrongAnswer,
     describe_blocks,
 )
 from petals.protocols.types import ModelId, PeerId
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 SILENCE_BAN_S = 15.0
 NONSENSE_BAN_S = 600.0
 MAX_BAN_S = 3600.0
+LIE_BAN_S = 24 * 3600.0
 FORGIVE_S = 600.0
 """After this long without a new offence a peer's next ban starts from the shortest again."""
 MISSING_REFRESH_S = 0.5
@@ -79,10 +81,22 @@ class Bans:
 
     clock: Callable[[], float]
     _bans: dict[PeerId, Ban] = field(default_factory=dict)
+    _liars: dict[PeerId, float] = field(default_factory=dict)
+
+    @property
+    def liars(self) -> frozenset[PeerId]:
+        """Who has been caught, within the last day."""
+        now = self.clock()
+        return frozenset(peer_id for peer_id, until in self._liars.items() if now < until)
 
     def report(self, peer_id: PeerId, error: RemoteError) -> None:
         """Note an offence: silence is banned shortly, nonsense for long, being busy or refusing not at all; who serves
-        others and not us is no offender, but not worth asking again soon."""
+        others and not us is no offender, but not worth asking again soon. Who lies is not asked for a day, not even
+        when nobody else is there."""
+        if isinstance(error, WrongAnswer):
+            self._liars[peer_id] = self.clock() + LIE_BAN_S
+            self._bans[peer_id] = Ban(self._liars[peer_id], LIE_BAN_S)
+            return
         if isinstance(error, RemoteProtocolError | Forbidden):
             first_s = NONSENSE_BAN_S
         elif isinstance(error, PeerUnreachable):
@@ -138,6 +152,11 @@ class SwarmWatcher:
         """What the servers compute in. Unlike `view` it may be asked in any thread: bans ask trio for the time."""
         records = list(self._records.values())
         return frozenset(record.dtype for record in records if record.state is ServerState.ONLINE)
+
+    @property
+    def liars(self) -> frozenset[PeerId]:
+        """Who must not be asked."""
+        return self._bans.liars
 
     def report(self, peer_id: PeerId, error: RemoteError) -> None:
         """Tell the view what went wrong with a peer; it looks around again at once."""

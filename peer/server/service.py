@@ -14,7 +14,7 @@ import torch
 import trio
 
 from petals import __version__
-from petals.dht.directory import Directory
+from petals.dht.directory import Directory, Signer
 from petals.dht.records import ServerRecord, ServerState
 from petals.models.adapters import load_lora
 from petals.models.block import BlockSpan
@@ -105,6 +105,7 @@ class Service:
     Args:
         dice: uniform numbers in [0, 1), for the pauses between looks at the swarm.
         prepare: brings the weights of blocks to this disk, before they are loaded.
+        signer: signs answers; None: they are not signed.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Service:
         progress: Callable[[str], None],
         dice: Callable[[], float],
         prepare: Callable[[range], Awaitable[None]],
+        signer: Signer | None = None,
     ) -> None:
         self.admission = Admission(
             host.peer_id,
@@ -142,6 +144,7 @@ class Service:
             clock=trio.current_time,
         )
         self._prepare = prepare
+        self._signer = signer
         self._blocks = range(0)
         self._thread = ComputeThread()
         self._neighbours = Neighbours(host, directory, model, lambda: self._blocks, config.announce_s)
@@ -209,6 +212,7 @@ class Service:
                 self._rates,
                 speed=speed,
                 pusher=Pusher(self._host),
+                signer=self._signer,
             )
             self.server = server = Server(self.model, span, inbound, budget, lane, speed)
             handlers: dict[str, Handler] = {

@@ -10,6 +10,7 @@ from functools import partial
 import trio
 from torch import Tensor
 
+from petals.dht.directory import Signer
 from petals.models.adapters import check_lora
 from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
@@ -21,6 +22,7 @@ from petals.peer.server.guard import DECODE_TOKENS, Adapter, Guard, Plan, Refuse
 from petals.peer.server.lane import Lane, Priority, Timed, Visitor
 from petals.peer.server.leases import CacheBudget, Lease
 from petals.peer.server.mailbox import Mailbox, Pushed
+from petals.peer.server.notary import Notary
 from petals.peer.server.prefixes import PrefixStore
 from petals.peer.server.push import Pusher
 from petals.peer.server.quotas import Rates
@@ -47,6 +49,8 @@ class _Session:
     mailbox: Mailbox
     visitor: Visitor
     lease: Lease
+    notary: Notary | None = None
+    """Where answers are signed."""
     plain: bool = True
     """Its cache is a function of its tokens and of what the opening says, of nothing else."""
 
@@ -66,10 +70,12 @@ class Sessions(Guard):
         *,
         speed: Speedometer,
         pusher: Pusher,
+        signer: Signer | None = None,
     ) -> None:
         super().__init__(model, span, lane, budget, config, admission, rates)
         self._speed = speed
         self._pusher = pusher
+        self._signer = signer
         self._mailboxes: dict[bytes, Mailbox] = {}
         self.prefixes: PrefixStore | None = None
         if config.prefix_idle_s and not config.deterministic and span.cache_depends_on_tokens_only:
@@ -112,6 +118,8 @@ class Sessions(Guard):
             opened = pb.Opened(dtype=WIRE_DTYPES[self.span.dtype], cache_bytes=nbytes)
             if session.plain:
                 opened.prefix_tokens = await self._begin(messages.remote_peer, cache, opening)
+            if opening.sign and self._signer is not None:
+                session.notary = Notary(self._signer, self.span, opening, adapter, opened)
             reply = pb.InferenceReply(opened=opened)
             conversation.reply(reply)
             await self._answer(messages, reply)
@@ -180,6 +188,8 @@ class Sessions(Guard):
             session.plain = False
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < opening.batch_size)).all()):
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
+        if session.notary is not None:  # before: a block may compute in place
+            await session.notary.note(step.position, tensors)
         done = await self._compute(
             messages.remote_peer, session.visitor, session.cache, step.position, tensors, session.adapter
         )
@@ -192,8 +202,11 @@ class Sessions(Guard):
         )
         pieces: list[memoryview] = []
         if not step.silent:
-            header, pieces = encode_tensor(done.value, self._encoding(opening.reply_encoding))
+            encoding = self._encoding(opening.reply_encoding)
+            header, pieces = encode_tensor(done.value, encoding)
             reply.hidden.CopyFrom(header)
+            if session.notary is not None:
+                reply.signature = await session.notary.sign(step.step_id, done.value, encoding)
         message = pb.InferenceReply(step_done=reply)
         conversation.reply(message)
         answer = partial(self._answer, messages, message, *pieces)

@@ -142,6 +142,8 @@ MISTAKES = [
     (["peer", "--generate", "x", "--initial_peers", NOBODY], "no initial peer answers"),
     (["peer", "--serve", "0:1", "--generate", "x", "--route_timeout", "2"], "blocks 1:30"),
     (["peer", "--serve", "0:1", "--colour"], "unrecognized arguments: --colour"),
+    (["peer", "--generate", "x", "--initial_peers", NOBODY, "--audit", "5"], "--audit 5 is no probability"),
+    (["peer", "--serve", "0:1", "--new_swarm", "--local_blocks", "0:1"], "--local_blocks and --audit are about"),
     (["keygen", "identities/local-1.key"], "exists already"),
     (["keygen", "--swarm", "--api", "x"], "give one of them"),
     (["invite", "--identity", "identities/local-1.key", "--peer", "nonsense"], "'nonsense' is no peer ID"),
