@@ -143,6 +143,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="let every client begin with what any client left: they trust each other")  # fmt: skip
     serving.add_argument("--favour", metavar="PEER_ID", nargs="+", default=[],
                          help="peers whose work goes before others' of the same kind, such as your own")  # fmt: skip
+    serving.add_argument("--priority", choices=("fair", "reciprocal"), default="fair",
+                         help="when it is crowded: fair gives every peer the same share, reciprocal a larger one to "
+                         "those who served this peer, a little to those who served them (default: fair)")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
@@ -186,6 +189,7 @@ async def run(options: argparse.Namespace) -> None:
             public_name=options.public_name,
             throughput=options.throughput,
             favoured=frozenset(options.favour),
+            priority=options.priority,
             deterministic=options.deterministic,
             prefix_idle_s=options.prefix_idle,
             share_prefixes=options.share_prefixes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import statistics
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -22,13 +23,16 @@ from petals.peer.host import Host, HostConfig
 from petals.peer.identity import Identity, create_identity, load_or_create_identity
 from petals.peer.info import answer_info
 from petals.peer.joining import open_membership
+from petals.peer.ledger import Ledger, ledger_path, read_ledger
 from petals.peer.portal import Portal
 from petals.peer.reachability import Ladder
+from petals.peer.receipts import Accountant
 from petals.peer.server.capacity import capacity_of
 from petals.peer.server.placement import choose_blocks
 from petals.peer.server.service import Server, Service, check_blocks
 from petals.protocols.errors import UserError
 from petals.protocols.info import INFO_V1
+from petals.protocols.receipts import RECEIPTS_V1
 from petals.protocols.types import ModelId, PeerId
 
 log = logging.getLogger(__name__)
@@ -45,11 +49,13 @@ class Peer:
         directory: Directory,
         nursery: trio.Nursery,
         progress: Callable[[str], None],
+        ledger: Ledger,
     ) -> None:
         self.config = config
         self.host = host
         self.directory = directory
         self.portal = Portal()
+        self.ledger = ledger
         self._service: Service | None = None
         self._climbing = False
         self._identity = identity
@@ -111,6 +117,7 @@ class Peer:
                     random.random,
                     self._progress,
                     self._nursery,
+                    self.ledger.took,
                 )
             return self._clients[model]
 
@@ -125,7 +132,7 @@ class Peer:
         blocks = config.blocks or await self._choose_blocks(checkpoint, named, config)
         check_blocks(blocks, checkpoint)
         self._service = service = Service(
-            self.host, self.directory, checkpoint, named, config, self._progress, random.random
+            self.host, self.directory, checkpoint, named, config, self._progress, random.random, self.ledger
         )
         await self._nursery.start(service.run, blocks)
         assert service.server is not None
@@ -179,6 +186,12 @@ class Peer:
             run_generation, asked, prompt, options or GenerationOptions(), client or ClientOptions()
         )
 
+    def _served(self) -> tuple[ModelId, range] | None:
+        return None if self.server is None else (self.server.model, self.server.span.blocks)
+
+    def _is_reciprocal(self) -> bool:
+        return self._service is not None and self._service.reciprocal
+
     def _signed_records(self, digest: str) -> list[bytes]:
         if self._service is None or digest not in ("", self._service.model.digest):
             return []
@@ -201,6 +214,10 @@ async def open_peer(
     config = config or PeerConfig()
     say = progress or log.info
     identity = load_or_create_identity(config.identity) if config.identity is not None else create_identity()
+    ledger = Ledger(identity.peer_id, time.time)
+    path = None if config.identity is None else ledger_path(config.identity)
+    if path is not None:
+        read_ledger(path, ledger)
     settings = HostConfig(
         listen=config.listen,
         announce=config.announce,
@@ -209,10 +226,16 @@ async def open_peer(
         connect_s=config.timeouts.connect_s,
     )
     async with open_membership(identity, settings, config.initial_peers) as (host, directory, nursery):
-        peer = Peer(config, identity, host, directory, nursery, say)
+        peer = Peer(config, identity, host, directory, nursery, say, ledger)
         host.set_handler(INFO_V1, partial(answer_info, peer._signed_records))
+        accountant = Accountant(host, identity, ledger, peer._served, peer._is_reciprocal, path)
+        host.set_handler(RECEIPTS_V1, accountant.answer)
+        nursery.start_soon(accountant.run)
         if config.nat.relay is not None:
             peer.climb()
         if config.serve is not None:
             await peer.serve(config.serve)
-        yield peer
+        try:
+            yield peer
+        finally:
+            accountant.save()

@@ -28,6 +28,7 @@ from petals.peer.client.twins import AsyncTwins
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
+from petals.peer.ledger import nobody_counts
 from petals.peer.portal import Portal
 from petals.protocols.errors import RouteError, UserError
 from petals.protocols.tensors import COMPRESSIONS, FLOATS_BY_NAME
@@ -105,6 +106,7 @@ class ModelClient:
         random: Callable[[], float],
         say: Callable[[str], None],
         nursery: trio.Nursery,
+        took: Callable[[PeerId, int], None] = nobody_counts,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
@@ -117,6 +119,7 @@ class ModelClient:
         self._random = random
         self._say = say
         self._nursery = nursery
+        self._took = took
         self._left: OrderedDict[bytes, frozenset[PeerId]] = OrderedDict()
         """Who was left with the cache of a named prefix, the latest last."""
 
@@ -151,6 +154,7 @@ class ModelClient:
             lora=lora,
             encoding=COMPRESSIONS[options.compression],
             prefixes=() if prefix is None else prefix.names,
+            took=self._took,
         )
 
         async def prefix_inputs(block: int, tokens: int) -> Tensor:
@@ -243,6 +247,7 @@ class ModelClient:
             adapter=options.active_adapter or "",
             encoding=COMPRESSIONS[options.compression],
             max_retries=options.max_retries,
+            took=self._took,
         )
 
     async def language_model(self) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -16,6 +16,7 @@ from petals.models.adapters import Lora
 from petals.models.block import BlockSpan
 from petals.models.errors import ModelError
 from petals.peer.config import ServeConfig
+from petals.peer.ledger import nobody_counts
 from petals.peer.server.lane import Lane
 from petals.peer.server.leases import CacheBudget, Lease, NoRoom
 from petals.protocols import messages_pb2 as pb
@@ -53,12 +54,26 @@ class Refused(SwarmError):
 class Guard:
     """The part of answering that all protocols about one loaded span share."""
 
-    def __init__(self, model: ModelId, span: BlockSpan, lane: Lane, budget: CacheBudget, config: ServeConfig) -> None:
+    def __init__(
+        self,
+        model: ModelId,
+        span: BlockSpan,
+        lane: Lane,
+        budget: CacheBudget,
+        config: ServeConfig,
+        *,
+        gave: Callable[[PeerId, int], None] = nobody_counts,
+    ) -> None:
+        """
+        Args:
+            gave: told whom we did how many block-tokens of work for, once it has been answered.
+        """
         self.model = model
         self.span = span
         self.lane = lane
         self.budget = budget
         self.config = config
+        self.gave = gave
         self.leaving = False
         self._sessions: Counter[PeerId] = Counter()
         self._scopes: set[trio.CancelScope] = set()

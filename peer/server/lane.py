@@ -3,7 +3,8 @@
 Decode steps go first, then prefill, then forward, then backward. Among equals whoever is favoured goes first, and the
 others by start-time fair queueing (Goyal et al. 1996): each peer has a clock that its jobs push forward by their cost,
 and the job that started earliest by its peer's clock is next. So a peer with a hundred jobs delays one with one job
-by one of them, not by a hundred; a peer that comes back has saved nothing up.
+by one of them, not by a hundred; a peer that comes back has saved nothing up. The clock of a peer of weight two runs
+half as fast, so that it has twice the share of one of weight one when there is more work than time.
 
 Work that can share a pass does: when the thread is free, the first job takes along all others of its kind that are
 waiting. Reading the weights is most of a step, so 16 sessions cost little more than two. A session that decodes comes
@@ -110,19 +111,31 @@ class _Job:
     cancelled: bool = False
 
 
+def all_alike(peer_id: PeerId) -> float:
+    """The weight of every peer where none has earned more than another."""
+    return 1.0
+
+
 class Lane:
     """Runs jobs one pass at a time. `run()` must be running for `submit()` to return."""
 
     def __init__(
-        self, favoured: frozenset[PeerId] = frozenset(), *, pass_rows: int = 0, thread: ComputeThread | None = None
+        self,
+        favoured: frozenset[PeerId] = frozenset(),
+        *,
+        pass_rows: int = 0,
+        thread: ComputeThread | None = None,
+        weigh: Callable[[PeerId], float] = all_alike,
     ) -> None:
         """
         Args:
             thread: a running one to compute in; None: one of the lane's own.
             favoured: peers whose jobs go before others of the same priority.
             pass_rows: the most rows of one pass that work shares; 0: nothing is shared.
+            weigh: peer -> its share of the thread, against others of the same priority; at least 1.
         """
         self._favoured = favoured
+        self._weigh = weigh
         self._pass_rows = pass_rows
         self._visitors: set[Visitor] = set()
         """Who had a decode step lately."""
@@ -190,7 +203,7 @@ class Lane:
         if visitor is not None:
             visitor.comes(asked_at)
         start = max(self._now, self._clocks.get(peer_id, 0.0))
-        self._clocks[peer_id] = start + cost
+        self._clocks[peer_id] = start + cost / self._weigh(peer_id)
         favour = peer_id not in self._favoured
         heapq.heappush(self._heap, (priority, favour, start, next(self._order), job))
         self._wake_up.set()
