@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from petals.protocols.errors import UserError
 
 if TYPE_CHECKING:
     from petals.dht.records import ServerRecord
@@ -24,7 +27,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "how others reach it (direct, mapped, relayed), and how this command did (direct, punched, relayed).",
         allow_abbrev=False,
     )
-    parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", required=True, help="peers of the swarm")
+    parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm")
+    parser.add_argument("--identity", metavar="FILE", type=Path,
+                        help="the key file of a peer of yours: what it gave to others and took from them, as of the "
+                        "last minute; does not need --initial_peers")  # fmt: skip
     parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
     parser.add_argument("--interval", metavar="S", type=float, default=2.0, help="of --watch (default: 2 s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per look on stdout")
@@ -36,16 +42,27 @@ async def run(options: argparse.Namespace) -> None:
     """Look once, or until cancelled."""
     import trio
 
-    from petals.peer.status import open_observer
+    from petals.peer.status import open_observer, read_contribution
 
+    if not options.initial_peers:
+        if options.identity is None:
+            raise UserError("whose status? give --initial_peers ADDR for a swarm, --identity FILE for a peer of yours")
+        own = await trio.to_thread.run_sync(read_contribution, options.identity)
+        print(json.dumps({"contribution": own}) if options.json else balance(own), flush=True)
+        return
     live = options.watch and sys.stdout.isatty() and not options.json
     async with open_observer(tuple(options.initial_peers)) as observer:
         while True:
             models = await observer.look()
+            contribution = None
+            if options.identity is not None:
+                contribution = await trio.to_thread.run_sync(read_contribution, options.identity)
             if options.json:
-                print(json.dumps({"models": [as_json(model) for model in models]}), flush=True)
+                told: dict[str, Any] = {"models": [as_json(model) for model in models]}
+                print(json.dumps(told if contribution is None else told | {"contribution": contribution}), flush=True)
             else:
-                text = "\n\n".join(describe(model) for model in models)
+                texts = [describe(model) for model in models]
+                text = "\n\n".join(texts if contribution is None else [*texts, balance(contribution)])
                 print(f"{CLEAR if live else ''}{text}", flush=True)
             if not options.watch:
                 return
@@ -63,6 +80,20 @@ def describe(status: ModelStatus) -> str:
         f"{'reach':<8} {'link':<8} version",
     ]
     lines += [_row(record, status.links.get(record.peer_id, "")) for record in status.records]
+    return "\n".join(lines)
+
+
+def balance(contribution: dict[str, Any]) -> str:
+    """What a peer gave and took, for people."""
+    lines = [
+        f"given {contribution['given']:,} block-tokens, taken {contribution['taken']:,}",
+        f"{'peer':<9} {'gave us':>15} {'got from us':>15} {'balance':>15} {'weight':>7}",
+    ]
+    lines += [
+        f"…{peer['peer_id'][-6:]:<8} {peer['taken']:>15,} {peer['given']:>15,} {peer['balance']:>15,} "
+        f"{peer['weight']:>7.1f}"
+        for peer in contribution["peers"]
+    ]
     return "\n".join(lines)
 
 

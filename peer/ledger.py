@@ -49,6 +49,8 @@ NEWCOMER = 20_000.0
 """Block-tokens that a peer must have given for half of the most, though it took nothing: an answer of 700 tokens from a
 model of 30 blocks. Small presents buy little."""
 REFERENCE_WORTH = 0.25
+SHOWN = 50
+"""Peers in a description."""
 WEIGHT_S = 5.0
 """How long a weight is used before it is computed again."""
 
@@ -317,6 +319,35 @@ class Ledger:
                 account.age(now)
                 signed.append((account.recent_given, account.receipt))
         return [receipt for _, receipt in sorted(signed, reverse=True)[:MAX_REFERENCES]]
+
+    # -- for people ------------------------------------------------------------------------------------------------
+
+    def describe(self, most: int = SHOWN) -> dict[str, Any]:
+        """As JSON: totals, and the peers with the most recent work."""
+        now = self.now()
+        for account in self.accounts.values():
+            account.age(now)
+        by_work = sorted(self.accounts.items(), key=lambda item: -item[1].recent_given - item[1].recent_taken)
+        return {
+            "given": self.given,
+            "taken": self.taken,
+            "receipts": self.receipts,
+            "rejected": self.rejected,
+            "peers": [
+                {
+                    "peer_id": peer_id,
+                    "given": account.given,
+                    "taken": account.taken,
+                    "signed_given": account.signed_given,
+                    "signed_taken": account.signed_taken,
+                    "recent_given": round(account.recent_given),
+                    "recent_taken": round(account.recent_taken),
+                    "balance": round(account.recent_taken - account.recent_given),
+                    "weight": round(self.weight(peer_id), 3),
+                }
+                for peer_id, account in by_work[:most]
+            ],
+        }
 
     # -- at rest ---------------------------------------------------------------------------------------------------
 

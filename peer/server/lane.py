@@ -146,7 +146,8 @@ class Lane:
         self._heap: list[tuple[int, bool, float, int, _Job]] = []
         self._now = 0.0
         """The fair queue's time: where the job that was taken last had started."""
-        self._clocks: dict[PeerId, float] = {}
+        self._clocks: dict[PeerId, tuple[float, float]] = {}
+        """And how far each may be behind."""
         self._order = itertools.count()
         self._wake_up = trio.Event()
         self._own_thread = thread is None
@@ -202,8 +203,12 @@ class Lane:
         asked_at = trio.current_time()
         if visitor is not None:
             visitor.comes(asked_at)
-        start = max(self._now, self._clocks.get(peer_id, 0.0))
-        self._clocks[peer_id] = start + cost / self._weigh(peer_id)
+        weight = self._weigh(peer_id)
+        # Who asks for one step at a time is away when its next turn comes: it may take that a moment later.
+        lead = cost * (1 - 1 / weight)
+        clock, _ = self._clocks.get(peer_id, (-math.inf, 0.0))
+        start = max(self._now - lead, clock)
+        self._clocks[peer_id] = (start + cost / weight, lead)
         favour = peer_id not in self._favoured
         heapq.heappush(self._heap, (priority, favour, start, next(self._order), job))
         self._wake_up.set()
@@ -271,7 +276,7 @@ class Lane:
                 break
         for entry in left:
             heapq.heappush(self._heap, entry)
-        self._clocks = {peer_id: clock for peer_id, clock in self._clocks.items() if clock > self._now}
+        self._clocks = {peer_id: each for peer_id, each in self._clocks.items() if sum(each) > self._now}
         return jobs
 
     async def _execute(self, jobs: list[_Job]) -> None:
