@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,9 @@ class Account:
             self.recent_given *= left
             self.recent_taken *= left
             self.at = now
+
+
+ACCOUNT_FIELDS = tuple(each.name for each in fields(Account))
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,12 +355,11 @@ class Ledger:
     # -- at rest ---------------------------------------------------------------------------------------------------
 
     def dump(self) -> str:
-        """Everything that is kept, as JSON. References are heard anew."""
-        now = self.now()
+        """Everything that is kept, as JSON; may be called in a thread. References are heard anew."""
         accounts = {}
-        for peer_id, account in self.accounts.items():
-            account.age(now)
-            accounts[peer_id] = asdict(account) | {"receipt": base64.b64encode(account.receipt).decode()}
+        for peer_id, account in list(self.accounts.items()):
+            values = {name: getattr(account, name) for name in ACCOUNT_FIELDS}
+            accounts[peer_id] = values | {"receipt": base64.b64encode(account.receipt).decode()}
         return json.dumps({"version": 1, "given": self.given, "taken": self.taken, "accounts": accounts})
 
     def load(self, text: str) -> None:
@@ -380,7 +382,7 @@ class Ledger:
 
 
 def _account(told: Any) -> Account:
-    values = {each.name: told[each.name] for each in fields(Account)}
+    values = {name: told[name] for name in ACCOUNT_FIELDS}
     for name in ("given", "taken", "signed_given", "signed_taken", "unsigned_steps"):
         values[name] = _count(values[name])
     for name in ("recent_given", "recent_taken", "at"):

@@ -234,15 +234,15 @@ class Accountant:
             await trio.sleep(SAVE_S)
             if self._path is not None and self.ledger.changed:
                 self.ledger.changed = False
-                await trio.to_thread.run_sync(self._write, self._path, self.ledger.dump())
+                await trio.to_thread.run_sync(self._write, self._path)
 
     def save(self) -> None:
         """Write the ledger now, without another word to the loop: for the way out."""
         if self._path is not None and self.ledger.changed:
-            self._write(self._path, self.ledger.dump())
+            self._write(self._path)
 
-    def _write(self, path: Path, text: str) -> None:
+    def _write(self, path: Path) -> None:
         try:
-            write_ledger(path, text)
+            write_ledger(path, self.ledger.dump())
         except OSError as error:
             log.warning("the ledger %s can not be written: %s", path, error.strerror)

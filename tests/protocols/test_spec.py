@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.protocols import info
+from petals.protocols import info, receipts
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.framing import FrameDecoder, encode_frame
 from petals.protocols.inference import (
@@ -116,6 +116,8 @@ def test_a_recorded_step_is_what_it_was(name: str) -> None:
     [
         ("message, inference, forward and backward", [MAX_MESSAGE_BYTES]),
         ("message, info", [info.MAX_REQUEST_BYTES, info.MAX_REPLY_BYTES]),
+        ("message, receipts", [receipts.MAX_MESSAGE_BYTES]),
+        ("one receipt; references in one reply", [receipts.MAX_RECEIPT_BYTES, receipts.MAX_REFERENCES]),
         ("dimensions of a tensor", [MAX_DIMENSIONS, 1]),
         ("one tensor as it travels", [MAX_TENSOR_BYTES]),
         ("one tensor's elements", [MAX_TENSOR_BYTES // 2]),
