@@ -78,6 +78,8 @@ class Accountant:
         self._path = path
         self._not_before: dict[PeerId, float] = {}
         """Who failed -> when it is asked again, by trio's clock."""
+        self._refused: set[PeerId] = set()
+        """Who counted nothing of what it was last asked to sign."""
         self._heard_at: dict[PeerId, float] = {}
 
     async def run(self) -> None:
@@ -145,10 +147,18 @@ class Accountant:
                 return
             amount = min(work.block_tokens, reply.block_tokens)
             if not amount:
-                self.ledger.write_off(work.client)
+                self._note_refusal(work.client)
                 return
             recent = max(amount, min(work.recent_block_tokens, reply.recent_block_tokens))
             work = replace(work, block_tokens=amount, recent_block_tokens=recent)
+
+    def _note_refusal(self, client: PeerId) -> None:
+        """Once may be an answer that was still under way; twice is a no."""
+        if client in self._refused or len(self._refused) >= MAX_PEERS:
+            self._refused.discard(client)
+            self.ledger.write_off(client)
+        else:
+            self._refused.add(client)
 
     async def _exchange(self, messages: MessageStream, work: Work, curious: bool) -> pb.ReceiptReply:
         encoded, identity = work.encode(), self._identity
@@ -186,6 +196,7 @@ class Accountant:
             self.ledger.rejected += 1
             raise
         self.ledger.signed_as_server(work, receipt)
+        self._refused.discard(work.client)
 
     # -- as a client -----------------------------------------------------------------------------------------------
 

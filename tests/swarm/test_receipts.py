@@ -119,6 +119,8 @@ async def test_a_server_that_claims_more_than_it_did_gets_what_was_counted(
     work = open_receipt(account(server, asker).receipt, now=server.ledger.now(), verify=verify)
     assert work.block_tokens == account(asker, server).taken == 4 * WORK
     assert work.recent_block_tokens <= 4 * WORK + 1
+    await until(lambda: not server.ledger.unsigned)  # nobody is asked for ever
+    assert account(asker, server).signed_taken == 4 * WORK
 
 
 async def test_who_served_our_friends_shows_their_receipts(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
