@@ -64,7 +64,7 @@ function showContribution(told) {
       make("td", "", peer.weight.toFixed(1)));
   });
   const table = make("table", "", make("thead", "", head), make("tbody", "", ...rows));
-  return make("section", "contribution",
+  return make("section", "model contribution",
     make("h3", "", "Given and taken"),
     make("p", "words", `This peer gave ${told.given.toLocaleString()} block-tokens and took ${told.taken.toLocaleString()}.`),
     rows.length ? make("div", "table", table) : "");
