@@ -65,7 +65,7 @@ function showContribution(told) {
   });
   const table = make("table", "", make("thead", "", head), make("tbody", "", ...rows));
   return make("section", "model contribution",
-    make("h3", "", "Given and taken"),
+    make("h2", "", "Given and taken"),
     make("p", "words", `This peer gave ${told.given.toLocaleString()} block-tokens and took ${told.taken.toLocaleString()}.`),
     rows.length ? make("div", "table", table) : "");
 }
