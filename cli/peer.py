@@ -216,6 +216,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="let nobody fetch it from us")  # fmt: skip
     serving.add_argument("--max_share_mb_s", metavar="MB", type=float, default=20.0,
                          help="give newcomers at most this much a second, all together (default: 20)")  # fmt: skip
+    serving.add_argument("--priority", choices=("fair", "reciprocal"), default="fair",
+                         help="when it is crowded: fair gives every peer the same share, reciprocal a larger one to "
+                         "those who served this peer, a little to those who served them (default: fair)")  # fmt: skip
     serving.add_argument("--public_name", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
@@ -289,6 +292,7 @@ async def run(options: argparse.Namespace) -> None:
             max_peer_share=options.max_peer_share,
             max_peer_tokens_s=options.max_peer_tokens_s,
             max_peer_bytes_s=options.max_peer_bytes_s,
+            priority=options.priority,
             deterministic=options.deterministic,
             prefix_idle_s=options.prefix_idle,
             share_prefixes=options.share_prefixes,

@@ -32,6 +32,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--invitation", metavar="TOKEN", help="instead: they, and the swarm key, may be in it; or @FILE"
     )
     parser.add_argument("--swarm_key", metavar="FILE", type=Path, help="key of a private swarm")
+    parser.add_argument("--identity", metavar="FILE", type=Path,
+                        help="the key file of a peer of yours: what it gave to others and took from them, as of the "
+                        "last minute; does not need --initial_peers")  # fmt: skip
     parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
     parser.add_argument("--interval", metavar="S", type=float, default=2.0, help="of --watch (default: 2 s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per look on stdout")
@@ -44,10 +47,17 @@ async def run(options: argparse.Namespace) -> None:
     import trio
 
     from petals.cli.peer import token_of
-    from petals.peer.status import open_observer
+    from petals.peer.status import open_observer, read_contribution
 
     if not options.initial_peers and options.invitation is None:
-        raise UserError("which swarm? give --initial_peers ADDR, or --invitation TOKEN")
+        if options.identity is None:
+            raise UserError(
+                "whose status? give --initial_peers ADDR or --invitation TOKEN for a swarm, --identity FILE for a peer "
+                "of yours"
+            )
+        own = await trio.to_thread.run_sync(read_contribution, options.identity)
+        print(json.dumps({"contribution": own}) if options.json else balance(own), flush=True)
+        return
     invitation = token_of(options.invitation)
     live = options.watch and sys.stdout.isatty() and not options.json
     async with open_observer(
@@ -55,10 +65,15 @@ async def run(options: argparse.Namespace) -> None:
     ) as observer:
         while True:
             models = await observer.look()
+            contribution = None
+            if options.identity is not None:
+                contribution = await trio.to_thread.run_sync(read_contribution, options.identity)
             if options.json:
-                print(json.dumps({"models": [as_json(model) for model in models]}), flush=True)
+                told: dict[str, Any] = {"models": [as_json(model) for model in models]}
+                print(json.dumps(told if contribution is None else told | {"contribution": contribution}), flush=True)
             else:
-                text = "\n\n".join(describe(model) for model in models)
+                texts = [describe(model) for model in models]
+                text = "\n\n".join(texts if contribution is None else [*texts, balance(contribution)])
                 print(f"{CLEAR if live else ''}{text}", flush=True)
             if not options.watch:
                 return
@@ -76,6 +91,20 @@ def describe(status: ModelStatus) -> str:
         f"{'reach':<8} {'link':<8} version",
     ]
     lines += [_row(record, status.links.get(record.peer_id, "")) for record in status.records]
+    return "\n".join(lines)
+
+
+def balance(contribution: dict[str, Any]) -> str:
+    """What a peer gave and took, for people."""
+    lines = [
+        f"given {contribution['given']:,} block-tokens, taken {contribution['taken']:,}",
+        f"{'peer':<9} {'gave us':>15} {'got from us':>15} {'balance':>15} {'weight':>7}",
+    ]
+    lines += [
+        f"…{peer['peer_id'][-6:]:<8} {peer['taken']:>15,} {peer['given']:>15,} {peer['balance']:>15,} "
+        f"{peer['weight']:>7.1f}"
+        for peer in contribution["peers"]
+    ]
     return "\n".join(lines)
 
 

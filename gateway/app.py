@@ -103,7 +103,8 @@ class Gateway:
         for model in self._models.values():
             client = await self._peer.client(model.argument)
             described.append(describe(client.watcher.view, client.checkpoint.num_blocks) | {"model": model.name})
-        return JSONResponse({"peer_id": self._peer.peer_id, "models": described}, headers=NO_STORE)
+        told = {"peer_id": self._peer.peer_id, "models": described, "contribution": self._peer.ledger.describe()}
+        return JSONResponse(told, headers=NO_STORE)
 
     async def _metrics(self, request: Request) -> Response:
         text = self._meter.text(self._peer, self._answerer.active)

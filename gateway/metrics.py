@@ -64,6 +64,11 @@ class Meter:
         tell("decode_seconds_total", "counter", "Time spent on all tokens after the first.", ("", self._decode_s))
         dropped = [(f'{{why="{why}"}}', n) for why, n in sorted(peer.directory.dropped_records.items())]
         tell("directory_dropped_records_total", "counter", "Server records that were not believed.", *dropped)
+        ledger = peer.ledger
+        tell("given_block_tokens_total", "counter", "Work for other peers.", ("", ledger.given))
+        tell("taken_block_tokens_total", "counter", "Work of other peers for this one.", ("", ledger.taken))
+        tell("receipts_total", "counter", "Receipts that both ends signed.", ("", ledger.receipts))
+        tell("receipts_rejected_total", "counter", "Receipts that did not pass a check.", ("", ledger.rejected))
         server = peer.server
         if server is not None:
             budget, blocks = server.budget, server.span.blocks

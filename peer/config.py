@@ -86,6 +86,9 @@ class ServeConfig:
     """Let every client find what any client left. They must trust each other: the names of caches are the clients'."""
     favoured: frozenset[PeerId] = frozenset()
     """Peers whose work goes before others' of the same kind, such as one's own."""
+    priority: Literal["fair", "reciprocal"] = "fair"
+    """Of work of the same kind, when there is more than can be done at once. fair: every peer has the same share;
+    reciprocal: those who serve have a larger one (docs/contribution.md)."""
     max_lora_bytes: int = 64 << 20
     """Most bytes of low-rank updates that a client may send with one session or request; they count as its cache."""
     dtype: str = "auto"
@@ -124,6 +127,8 @@ class ServeConfig:
         for rate in (self.max_peer_tokens_s, self.max_peer_bytes_s):
             if rate is not None and rate <= 0:
                 raise UserError("max_peer_tokens_s and max_peer_bytes_s must be positive")
+        if self.priority not in ("fair", "reciprocal"):
+            raise UserError(f"unknown priority {self.priority!r}: choose fair or reciprocal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

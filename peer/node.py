@@ -27,13 +27,16 @@ from petals.peer.identity import Identity, create_identity, load_or_create_ident
 from petals.peer.info import answer_info
 from petals.peer.invitation import find_way_in, introduce
 from petals.peer.joining import open_membership
+from petals.peer.ledger import Ledger, ledger_path, read_ledger
 from petals.peer.portal import Portal
 from petals.peer.reachability import Ladder
+from petals.peer.receipts import Accountant
 from petals.peer.server.plan import ServingPlan, choose_place, plan_serving
 from petals.peer.server.service import Server, Service
 from petals.peer.server.weights import WeightSender
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.info import INFO_V1
+from petals.protocols.receipts import RECEIPTS_V1
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId, PeerId
 from petals.protocols.weights import WEIGHTS_V1
@@ -56,6 +59,7 @@ class Peer:
         nursery: trio.Nursery,
         progress: Callable[[str], None],
         complaints: ComplaintBook,
+        ledger: Ledger,
     ) -> None:
         self.config = config
         self.host = host
@@ -63,6 +67,7 @@ class Peer:
         self.portal = Portal()
         self.asking = ClientOptions()
         """What generations want of the swarm that say nothing else."""
+        self.ledger = ledger
         self._service: Service | None = None
         self._climbing = False
         self._identity = identity
@@ -152,6 +157,7 @@ class Peer:
                     self._nursery,
                     self._identity,
                     self.complaints,
+                    self.ledger.took,
                 )
             return self._clients[model]
 
@@ -179,6 +185,7 @@ class Peer:
             self._progress,
             random.random,
             partial(self._bring_blocks, named.digest),
+            self.ledger,
             self._identity,
         )
         await self._nursery.start(service.run, place.blocks)
@@ -229,6 +236,12 @@ class Peer:
         await asked.ready(client)
         return await self._nursery.start(run_generation, asked, prompt, options or GenerationOptions(), client)
 
+    def _served(self) -> tuple[ModelId, range] | None:
+        return None if self.server is None else (self.server.model, self.server.span.blocks)
+
+    def _is_reciprocal(self) -> bool:
+        return self._service is not None and self._service.reciprocal
+
     def _signed_records(self, digest: str) -> list[bytes]:
         if self._service is None or digest not in ("", self._service.model.digest):
             return []
@@ -254,6 +267,10 @@ async def open_peer(
     way_in = find_way_in(
         config.initial_peers, config.swarm_key, config.invitation, peer_id=identity.peer_id, now=time.time()
     )
+    ledger = Ledger(identity.peer_id, time.time)
+    path = None if config.identity is None else ledger_path(config.identity)
+    if path is not None:
+        read_ledger(path, ledger)
     settings = HostConfig(
         listen=config.listen,
         announce=config.announce,
@@ -270,10 +287,16 @@ async def open_peer(
     async with membership as (host, directory, nursery):
         if way_in.token is not None:
             host.introduce((INFERENCE_V1, FORWARD_V1, BACKWARD_V1), partial(introduce, host, way_in.token))
-        peer = Peer(config, identity, host, directory, nursery, say, complaints)
+        peer = Peer(config, identity, host, directory, nursery, say, complaints, ledger)
         host.set_handler(INFO_V1, partial(answer_info, peer._signed_records, complaints=complaints))
+        accountant = Accountant(host, identity, ledger, peer._served, peer._is_reciprocal, path)
+        host.set_handler(RECEIPTS_V1, accountant.answer)
+        nursery.start_soon(accountant.run)
         if config.nat.relay is not None:
             peer.climb()
         if config.serve is not None:
             await peer.serve(config.serve)
-        yield peer
+        try:
+            yield peer
+        finally:
+            accountant.save()

@@ -8,16 +8,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from petals.dht.directory import Directory
 from petals.dht.health import copies_of, health, weakest_stretch
 from petals.dht.records import RecordError, ServerRecord, open_record
 from petals.peer.concurrency import gather
 from petals.peer.host import Host, HostConfig
-from petals.peer.identity import create_identity, verify
+from petals.peer.identity import create_identity, load_identity, verify
 from petals.peer.info import fetch_record
 from petals.peer.invitation import find_way_in
 from petals.peer.joining import open_membership
+from petals.peer.ledger import Ledger, ledger_path, read_ledger
 from petals.protocols.errors import UserError
 from petals.protocols.types import ModelId, PeerId
 
@@ -89,6 +91,20 @@ class SwarmObserver:
                 except RecordError:
                     continue
                 self._models[record.model.digest] = record.model
+
+
+def read_contribution(identity: Path) -> dict[str, Any]:
+    """What the peer with this key file gave and took, as its ledger says.
+
+    Raises:
+        UserError: there is no such file, or it is no ledger.
+    """
+    ledger, path = Ledger(load_identity(identity).peer_id, time.time), ledger_path(identity)
+    if not read_ledger(path, ledger):
+        raise UserError(f"there is no ledger {path} yet; a peer with --identity {identity} writes it every minute")
+    described = ledger.describe()
+    del described["receipts"], described["rejected"]  # of a process
+    return described
 
 
 @asynccontextmanager

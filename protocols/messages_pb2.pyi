@@ -451,3 +451,69 @@ class WeightsReply(_message.Message):
     part: WeightsPart
     error: Error
     def __init__(self, part: _Optional[_Union[WeightsPart, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Work(_message.Message):
+    __slots__ = ("server", "client", "receipt_id", "model_digest", "start_block", "end_block", "steps", "block_tokens", "recent_block_tokens", "started_at", "ended_at")
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    END_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    ENDED_AT_FIELD_NUMBER: _ClassVar[int]
+    server: str
+    client: str
+    receipt_id: bytes
+    model_digest: str
+    start_block: int
+    end_block: int
+    steps: int
+    block_tokens: int
+    recent_block_tokens: int
+    started_at: float
+    ended_at: float
+    def __init__(self, server: _Optional[str] = ..., client: _Optional[str] = ..., receipt_id: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., steps: _Optional[int] = ..., block_tokens: _Optional[int] = ..., recent_block_tokens: _Optional[int] = ..., started_at: _Optional[float] = ..., ended_at: _Optional[float] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("work", "server_key", "server_signature", "client_key", "client_signature")
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    SERVER_KEY_FIELD_NUMBER: _ClassVar[int]
+    SERVER_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    work: bytes
+    server_key: bytes
+    server_signature: bytes
+    client_key: bytes
+    client_signature: bytes
+    def __init__(self, work: _Optional[bytes] = ..., server_key: _Optional[bytes] = ..., server_signature: _Optional[bytes] = ..., client_key: _Optional[bytes] = ..., client_signature: _Optional[bytes] = ...) -> None: ...
+
+class ReceiptRequest(_message.Message):
+    __slots__ = ("work", "public_key", "signature", "wants_references")
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    WANTS_REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    work: bytes
+    public_key: bytes
+    signature: bytes
+    wants_references: bool
+    def __init__(self, work: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., wants_references: _Optional[bool] = ...) -> None: ...
+
+class ReceiptReply(_message.Message):
+    __slots__ = ("public_key", "signature", "block_tokens", "recent_block_tokens", "references")
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    public_key: bytes
+    signature: bytes
+    block_tokens: int
+    recent_block_tokens: int
+    references: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., block_tokens: _Optional[int] = ..., recent_block_tokens: _Optional[int] = ..., references: _Optional[_Iterable[bytes]] = ...) -> None: ...

@@ -53,6 +53,23 @@ function showModel(model) {
     make("h3", "", `Peers (${model.peers.length})`), make("div", "table", table));
 }
 
+function showContribution(told) {
+  const titles = ["Peer", "Gave us", "Got from us", "Balance", "Weight"];
+  const head = make("tr", "", ...titles.map((each) => make("th", "", each)));
+  const rows = told.peers.map((peer) => {
+    const name = make("td", "peer", `…${peer.peer_id.slice(-8)}`);
+    name.title = peer.peer_id;
+    return make("tr", "", name,
+      ...[peer.taken, peer.given, peer.balance].map((count) => make("td", "", count.toLocaleString())),
+      make("td", "", peer.weight.toFixed(1)));
+  });
+  const table = make("table", "", make("thead", "", head), make("tbody", "", ...rows));
+  return make("section", "model contribution",
+    make("h2", "", "Given and taken"),
+    make("p", "words", `This peer gave ${told.given.toLocaleString()} block-tokens and took ${told.taken.toLocaleString()}.`),
+    rows.length ? make("div", "table", table) : "");
+}
+
 async function refresh() {
   const trouble = document.getElementById("trouble");
   try {
@@ -61,7 +78,7 @@ async function refresh() {
     const told = await response.json();
     if (!response.ok) throw new Error(told.error.message);
     const models = document.getElementById("models");
-    models.replaceChildren(...told.models.map(showModel));
+    models.replaceChildren(...told.models.map(showModel), showContribution(told.contribution));
     models.setAttribute("aria-busy", "false");
     trouble.hidden = true;
   } catch (error) {

@@ -23,10 +23,12 @@ from petals.peer.client.view import SwarmWatcher
 from petals.peer.concurrency import gather
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
+from petals.peer.ledger import nobody_counts
 from petals.peer.lora import encode_lora
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import LocalProtocolError, RemoteError, RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES
+from petals.protocols.receipts import BACKWARD, block_tokens
 from petals.protocols.stream import MessageStream
 from petals.protocols.tensors import encode_tensor
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
@@ -100,6 +102,8 @@ class BatchTrainer:
     adapter: str = ""
     encoding: pb.Encoding = pb.RAW
     max_retries: int = 10
+    took: Callable[[PeerId, int], None] = nobody_counts
+    """Told who did how many block-tokens of work for us."""
 
     async def forward(self, hidden: Tensor, companions: Companions) -> tuple[Tensor, list[list[SpanInput]]]:
         """All rows through all blocks.
@@ -206,6 +210,8 @@ class BatchTrainer:
             except BaseException:
                 await messages.reset()
                 raise
+        work = block_tokens(len(leg.blocks), *hidden.shape[:2])
+        self.took(leg.peer_id, work if grad is None else work * BACKWARD)
         return answer
 
     def _request(

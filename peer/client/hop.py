@@ -19,6 +19,7 @@ from petals.peer.client.home import Home
 from petals.peer.concurrency import shielded_for, together
 from petals.peer.config import Timeouts
 from petals.peer.host import Host
+from petals.peer.ledger import nobody_counts
 from petals.peer.lora import encode_lora
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import (
@@ -32,6 +33,7 @@ from petals.protocols.errors import (
     RequestRefused,
 )
 from petals.protocols.inference import INFERENCE_V1, MAX_MESSAGE_BYTES, Conversation
+from petals.protocols.receipts import block_tokens
 from petals.protocols.stream import MessageStream
 from petals.protocols.tensors import DTYPES, check_header, decode_tensor, encode_tensor
 from petals.protocols.types import ModelId, PeerId
@@ -82,6 +84,8 @@ class SessionSpec:
     encoding: pb.Encoding = pb.RAW
     prefixes: tuple[bytes, ...] = ()
     """Names of the beginning of the sequence (protocols/prefixes.py), whose cache a server may still have."""
+    took: Callable[[PeerId, int], None] = nobody_counts
+    """Told who did how many block-tokens of work for us."""
 
 
 def error_of(reply: pb.Error, peer_id: PeerId) -> RemoteError | LocalProtocolError:
@@ -393,6 +397,7 @@ class Hop:
         if not silent:
             hidden = await read_tensor(self.messages, done.hidden, tuple(step.hidden.shape), "hidden")
             self.encoding = done.hidden.encoding
+        self.spec.took(self.peer_id, block_tokens(len(self.blocks), *step.hidden.shape[:2]))
         return StepOutput(
             hidden,
             trio.current_time() - started,

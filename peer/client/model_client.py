@@ -26,7 +26,7 @@ from petals.models.tuning import Tuning
 from petals.peer.client.audit import Office, SessionAudit
 from petals.peer.client.batch import BatchTrainer, Companions
 from petals.peer.client.chain import RemoteChain
-from petals.peer.client.home import Home, check_local, leg_of, name_of, split
+from petals.peer.client.home import Home, check_local, is_home, leg_of, name_of, split
 from petals.peer.client.hop import Hop, SessionSpec
 from petals.peer.client.routing import Route, RouteChoice, RouteHop, find_route, why_not
 from petals.peer.client.session import RemoteSession, StepTrace
@@ -38,6 +38,7 @@ from petals.peer.config import Timeouts
 from petals.peer.host import Host
 from petals.peer.identity import Identity, verify
 from petals.peer.info import fetch_record
+from petals.peer.ledger import nobody_counts
 from petals.peer.portal import Portal
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import RemoteError, RouteError, UserError
@@ -135,6 +136,7 @@ class ModelClient:
         nursery: trio.Nursery,
         identity: Identity,
         complaints: ComplaintBook,
+        took: Callable[[PeerId, int], None] = nobody_counts,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
@@ -154,6 +156,7 @@ class ModelClient:
         self._identity = identity
         self._complaints = complaints
         self._audits: set[SessionAudit] = set()
+        self._took = took
         self._left: OrderedDict[bytes, frozenset[PeerId]] = OrderedDict()
         """Who was left with the cache of a named prefix, the latest last."""
 
@@ -189,6 +192,7 @@ class ModelClient:
             lora=lora,
             encoding=COMPRESSIONS[options.compression],
             prefixes=() if prefix is None or options.audit else prefix.names,
+            took=self._count,
         )
 
         async def prefix_inputs(block: int, tokens: int) -> Tensor:
@@ -371,6 +375,7 @@ class ModelClient:
             adapter=options.active_adapter or "",
             encoding=COMPRESSIONS[options.compression],
             max_retries=options.max_retries,
+            took=self._took,
         )
 
     async def language_model(self) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -415,6 +420,10 @@ class ModelClient:
         )
         object.__setattr__(model, "portal", self.portal)  # nn.Module would look for parameters in it
         return model
+
+    def _count(self, peer_id: PeerId, block_tokens: int) -> None:
+        if not is_home(peer_id):
+            self._took(peer_id, block_tokens)
 
     async def ready(self, options: ClientOptions | None = None) -> None:
         """Load the local blocks, and wait until every other one has a holder.

@@ -16,6 +16,7 @@ from petals.models.adapters import Lora
 from petals.models.block import BlockSpan
 from petals.models.errors import ModelError
 from petals.peer.config import ServeConfig
+from petals.peer.ledger import nobody_counts
 from petals.peer.server.admission import Admission
 from petals.peer.server.lane import Lane
 from petals.peer.server.leases import CacheBudget, Lease, NoRoom
@@ -71,7 +72,13 @@ class Guard:
         config: ServeConfig,
         admission: Admission,
         rates: Rates,
+        *,
+        gave: Callable[[PeerId, int], None] = nobody_counts,
     ) -> None:
+        """
+        Args:
+            gave: told whom we did how many block-tokens of work for, once it has been answered.
+        """
         self.model = model
         self.span = span
         self.lane = lane
@@ -79,6 +86,7 @@ class Guard:
         self.config = config
         self._admission = admission
         self._rates = rates
+        self.gave = gave
         self.leaving = False
         self._sessions: Counter[PeerId] = Counter()
         self._scopes: set[trio.CancelScope] = set()

@@ -3,7 +3,8 @@
 Decode steps go first, then prefill, then forward, then backward. Among equals whoever is favoured goes first, and the
 others by start-time fair queueing (Goyal et al. 1996): each peer has a clock that its jobs push forward by their cost,
 and the job that started earliest by its peer's clock is next. So a peer with a hundred jobs delays one with one job
-by one of them, not by a hundred; a peer that comes back has saved nothing up.
+by one of them, not by a hundred; a peer that comes back has saved nothing up. The clock of a peer of weight two runs
+half as fast, so that it has twice the share of one of weight one when there is more work than time.
 
 Work that can share a pass does: when the thread is free, the first job takes along all others of its kind that are
 waiting. Reading the weights is most of a step, so 16 sessions cost little more than two. A session that decodes comes
@@ -110,19 +111,31 @@ class _Job:
     cancelled: bool = False
 
 
+def all_alike(peer_id: PeerId) -> float:
+    """The weight of every peer where none has earned more than another."""
+    return 1.0
+
+
 class Lane:
     """Runs jobs one pass at a time. `run()` must be running for `submit()` to return."""
 
     def __init__(
-        self, favoured: frozenset[PeerId] = frozenset(), *, pass_rows: int = 0, thread: ComputeThread | None = None
+        self,
+        favoured: frozenset[PeerId] = frozenset(),
+        *,
+        pass_rows: int = 0,
+        thread: ComputeThread | None = None,
+        weigh: Callable[[PeerId], float] = all_alike,
     ) -> None:
         """
         Args:
             thread: a running one to compute in; None: one of the lane's own.
             favoured: peers whose jobs go before others of the same priority.
             pass_rows: the most rows of one pass that work shares; 0: nothing is shared.
+            weigh: peer -> its share of the thread, against others of the same priority; at least 1.
         """
         self._favoured = favoured
+        self._weigh = weigh
         self._pass_rows = pass_rows
         self._visitors: set[Visitor] = set()
         """Who had a decode step lately."""
@@ -133,7 +146,8 @@ class Lane:
         self._heap: list[tuple[int, bool, float, int, _Job]] = []
         self._now = 0.0
         """The fair queue's time: where the job that was taken last had started."""
-        self._clocks: dict[PeerId, float] = {}
+        self._clocks: dict[PeerId, tuple[float, float]] = {}
+        """And how far each may be behind."""
         self._order = itertools.count()
         self._wake_up = trio.Event()
         self._own_thread = thread is None
@@ -189,8 +203,12 @@ class Lane:
         asked_at = trio.current_time()
         if visitor is not None:
             visitor.comes(asked_at)
-        start = max(self._now, self._clocks.get(peer_id, 0.0))
-        self._clocks[peer_id] = start + cost
+        weight = self._weigh(peer_id)
+        # Who asks for one step at a time is away when its next turn comes: it may take that a moment later.
+        lead = cost * (1 - 1 / weight)
+        clock, _ = self._clocks.get(peer_id, (-math.inf, 0.0))
+        start = max(self._now - lead, clock)
+        self._clocks[peer_id] = (start + cost / weight, lead)
         favour = peer_id not in self._favoured
         heapq.heappush(self._heap, (priority, favour, start, next(self._order), job))
         self._wake_up.set()
@@ -258,7 +276,7 @@ class Lane:
                 break
         for entry in left:
             heapq.heappush(self._heap, entry)
-        self._clocks = {peer_id: clock for peer_id, clock in self._clocks.items() if clock > self._now}
+        self._clocks = {peer_id: each for peer_id, each in self._clocks.items() if sum(each) > self._now}
         return jobs
 
     async def _execute(self, jobs: list[_Job]) -> None:

@@ -25,12 +25,13 @@ from petals.models.loading import load_span
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
 from petals.peer.identity import signer_of
+from petals.peer.ledger import Ledger
 from petals.peer.reachability import Reach
 from petals.peer.server.admission import Admission
 from petals.peer.server.announcer import Announcer
 from petals.peer.server.compute import ComputeThread
 from petals.peer.server.inbound import Inbound
-from petals.peer.server.lane import Lane, Priority
+from petals.peer.server.lane import Lane, Priority, all_alike
 from petals.peer.server.leases import CacheBudget
 from petals.peer.server.neighbours import Neighbours
 from petals.peer.server.placement import may_leave, should_move
@@ -104,6 +105,7 @@ class Service:
 
     Args:
         dice: uniform numbers in [0, 1), for the pauses between looks at the swarm.
+        ledger: where what is given is written down.
         prepare: brings the weights of blocks to this disk, before they are loaded.
         signer: signs answers; None: they are not signed.
     """
@@ -118,6 +120,7 @@ class Service:
         progress: Callable[[str], None],
         dice: Callable[[], float],
         prepare: Callable[[range], Awaitable[None]],
+        ledger: Ledger,
         signer: Signer | None = None,
     ) -> None:
         self.admission = Admission(
@@ -130,6 +133,7 @@ class Service:
         )
         self.model = model
         self.server: Server | None = None
+        self.reciprocal = config.priority == "reciprocal"
         self.announcer = Announcer(directory, self._describe, config.announce_s)
         self._host = host
         self._directory = directory
@@ -145,6 +149,7 @@ class Service:
         )
         self._prepare = prepare
         self._signer = signer
+        self._ledger = ledger
         self._blocks = range(0)
         self._thread = ComputeThread()
         self._neighbours = Neighbours(host, directory, model, lambda: self._blocks, config.announce_s)
@@ -195,9 +200,9 @@ class Service:
 
     async def _stay(self, span: BlockSpan, started: Callable[[], None]) -> range:
         """Answer about `span` until another place is clearly better; returns that, once no session is left here."""
-        lane = Lane(
-            self._config.favoured, pass_rows=0 if self._config.deterministic else LEAN_ROWS, thread=self._thread
-        )
+        pass_rows = 0 if self._config.deterministic else LEAN_ROWS
+        weigh = self._ledger.weight if self.reciprocal else all_alike
+        lane = Lane(self._config.favoured, pass_rows=pass_rows, thread=self._thread, weigh=weigh)
         budget = CacheBudget(self._config.cache_bytes, max_share=self._config.max_peer_share)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)
@@ -210,6 +215,7 @@ class Service:
                 self._config,
                 self.admission,
                 self._rates,
+                gave=self._ledger.gave,
                 speed=speed,
                 pusher=Pusher(self._host),
                 signer=self._signer,

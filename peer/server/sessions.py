@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
 from petals.peer.concurrency import together
 from petals.peer.config import ServeConfig
+from petals.peer.ledger import nobody_counts
 from petals.peer.lora import decode_lora
 from petals.peer.server.admission import Admission
 from petals.peer.server.guard import DECODE_TOKENS, Adapter, Guard, Plan, Refused, parse
@@ -34,6 +35,7 @@ from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, step_pay
 from petals.protocols.lora import lora_payload
 from petals.protocols.prefixes import PREFIX_TOKENS
 from petals.protocols.push import push_payload
+from petals.protocols.receipts import block_tokens
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import WIRE_DTYPES, check_header, decode_tensor, encode_tensor
 from petals.protocols.types import ModelId, PeerId
@@ -68,11 +70,12 @@ class Sessions(Guard):
         admission: Admission,
         rates: Rates,
         *,
+        gave: Callable[[PeerId, int], None] = nobody_counts,
         speed: Speedometer,
         pusher: Pusher,
         signer: Signer | None = None,
     ) -> None:
-        super().__init__(model, span, lane, budget, config, admission, rates)
+        super().__init__(model, span, lane, budget, config, admission, rates, gave=gave)
         self._speed = speed
         self._pusher = pusher
         self._signer = signer
@@ -214,6 +217,8 @@ class Sessions(Guard):
             await together(partial(self._pusher.push, step.push_to, reply.hidden, pieces), answer)
         else:
             await answer()
+        work = block_tokens(len(session.cache.blocks), opening.batch_size, step.hidden.shape[1])
+        self.gave(messages.remote_peer, work)
 
     async def _compute(
         self,

@@ -16,6 +16,7 @@ from petals.peer.server.guard import Adapter, Guard, Refused, parse
 from petals.peer.server.lane import Priority
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.inference import check_model
+from petals.protocols.receipts import BACKWARD, block_tokens
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import encode_tensor
 from petals.protocols.training import request_payload
@@ -75,6 +76,8 @@ class Trainings(Guard):
             reply.lora.append(header)
             pieces += more
         await self._answer(messages, pb.TrainingReply(done=reply), *pieces)
+        done_work = block_tokens(len(blocks), request.hidden.shape[0], request.hidden.shape[1])
+        self.gave(peer_id, done_work * BACKWARD if backward else done_work)
 
     def _run_forward(self, blocks: range, tensors: dict[str, Tensor], adapter: Adapter) -> _Trained:
         """In the compute thread."""

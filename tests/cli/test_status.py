@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from hypothesis import strategies as st
 
 from petals.dht.health import copies_of, health, weakest_stretch
 from petals.dht.records import ServerRecord, ServerState
+from petals.peer.identity import create_identity
+from petals.peer.ledger import Ledger, ledger_path, write_ledger
+from petals.peer.status import read_contribution
+from petals.protocols.errors import UserError
 from petals.protocols.types import ModelId, PeerId
 from tests.cli.test_commands import NOBODY, run, serving
 from tests.models.tiny import CASES, save_tiny
@@ -68,6 +73,21 @@ def test_a_bootstrap_peer_leads_to_those_who_serve(model: str) -> None:
         seen = run("status", "--initial_peers", addr, "--json")
         assert seen.returncode == 0, seen.stderr
         assert json.loads(seen.stdout)["models"][0]["copies"] == [1, 1, 1, 1]
+
+
+def test_a_peer_of_ones_own_says_what_it_gave_and_took(tmp_path: Path) -> None:
+    key = tmp_path / "my.key"
+    ledger = Ledger(create_identity(key).peer_id, time.time)
+    with pytest.raises(UserError, match="there is no ledger"):
+        read_contribution(key)
+    ledger.took(PeerId("12D3KooWfriend"), 120_000)
+    ledger.gave(PeerId("12D3KooWfriend"), 20_000)
+    write_ledger(ledger_path(key), ledger.dump())
+    seen = run("status", "--identity", str(key))
+    assert seen.returncode == 0, seen.stderr
+    assert "given 20,000 block-tokens, taken 120,000" in seen.stdout
+    (friend,) = read_contribution(key)["peers"]
+    assert (friend["peer_id"], friend["given"], friend["taken"]) == ("12D3KooWfriend", 20_000, 120_000)
 
 
 def test_mistakes_are_one_line() -> None:

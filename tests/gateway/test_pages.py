@@ -200,3 +200,4 @@ async def test_the_swarm_page_names_the_weakest_stretch(open_door: OpenDoor, tmp
         assert "nobody holds blocks 10:30" in await page.js("document.querySelector('.words').textContent")
         assert await page.js("document.querySelectorAll('.map .c0').length") == 20
         assert door.server.peer_id[-8:] in await page.js("document.querySelector('td.peer').textContent")
+        assert "gave 0 block-tokens" in await page.js("document.querySelector('.contribution .words').textContent")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.protocols import info, weights
+from petals.protocols import info, receipts, weights
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.framing import FrameDecoder, encode_frame
 from petals.protocols.inference import (
@@ -120,6 +120,8 @@ def test_a_recorded_step_is_what_it_was(name: str) -> None:
         ("payload of one answer, weights", [weights.MAX_PART_BYTES]),
         ("one document of a checkpoint", [weights.MAX_DOCUMENT_BYTES]),
         ("numbers of documents", [weights.MAX_DOCUMENTS]),
+        ("message, receipts", [receipts.MAX_MESSAGE_BYTES]),
+        ("one receipt; references in one reply", [receipts.MAX_RECEIPT_BYTES, receipts.MAX_REFERENCES]),
         ("dimensions of a tensor", [MAX_DIMENSIONS, 1]),
         ("one tensor as it travels", [MAX_TENSOR_BYTES]),
         ("one tensor's elements", [MAX_TENSOR_BYTES // 2]),
