@@ -96,7 +96,9 @@ async def test_who_is_refused_by_one_goes_to_another(make_swarm: MakeSwarm, tiny
     other = await swarm.add(range(4))
     peer = await swarm.add()
     client = await peer.client()
-    await client.ready()
+    with trio.fail_after(20):
+        while len(client.watcher.view.offers) < 2:
+            await client.watcher.changed(1.0)
     session = await client.open_session(client.blocks, 1, 8)
     assert [hop.peer_id for hop in session.hops] == [other.peer_id]
     bans = {offer.record.peer_id: offer.ban_left_s for offer in client.watcher.view.offers}
