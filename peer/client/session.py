@@ -23,7 +23,7 @@ from petals.peer.client.hop import Hop, SessionSpec, StepInput, StepOutput, for_
 from petals.peer.client.pipeline import PIECE_TOKENS, PipelinedStep, is_long
 from petals.peer.client.pushing import PushedStep
 from petals.peer.client.replay import as_one_prompt, in_chunks
-from petals.peer.client.routing import Route, RouteChoice
+from petals.peer.client.routing import Route, RouteChoice, RouteHop
 from petals.peer.client.standby import Standbys
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.concurrency import gather
@@ -506,11 +506,19 @@ class RemoteSession:
                     raise
                 await self._watcher.changed(min(1.0, max(0.0, deadline - trio.current_time())))
                 continue
-            calls = [
-                partial(Hop.open, self._host, leg.peer_id, leg.addrs, leg.blocks, self.spec, self._timeouts)
-                for leg in route.hops
-            ]
-            results = await gather(calls)
+            leases: list[Hop] = []
+
+            async def lease(leg: RouteHop, leases: list[Hop] = leases) -> Hop:
+                hop = await Hop.open(self._host, leg.peer_id, leg.addrs, leg.blocks, self.spec, self._timeouts)
+                leases.append(hop)
+                return hop
+
+            try:
+                results = await gather([partial(lease, leg) for leg in route.hops])
+            except BaseException:  # cut off while one still opens: the others have given us their room already
+                with trio.CancelScope(shield=True):
+                    await gather([hop.reset for hop in leases])
+                raise
             opened = [result for result in results if isinstance(result, Hop)]
             if len(opened) == len(results):
                 return opened

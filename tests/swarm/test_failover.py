@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trio
+import trio.testing
 
 from petals.models.causal_lm import load_causal_lm
 from petals.models.loading import load_span
@@ -18,6 +19,7 @@ from petals.peer.client.model_client import ClientOptions
 from petals.peer.client.session import RemoteSession
 from petals.protocols.errors import MissingBlocks, PeerUnreachable
 from petals.protocols.framing import encode_frame
+from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.stream import MessageStream
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
@@ -220,3 +222,29 @@ async def test_a_closed_port_ends_no_session_and_costs_newcomers_nothing(
     await other.step(hidden)
     await other.close()
     await session.close()
+
+
+@pytest.mark.parametrize("tiny_truth", ["llama"], indirect=True)
+async def test_an_opening_that_is_cut_off_gives_every_lease_back(
+    make_swarm: Callable[..., Swarm], tiny_truth: Truth
+) -> None:
+    """One server has leased its cache, the other has not answered yet: found by benchmarks/soak.py."""
+    swarm = make_swarm(tiny_truth.directory)
+    quick, slow = await swarm.add(range(2)), await swarm.add(range(2, 4))
+    client = await (await swarm.add()).client()
+    await client.ready()
+
+    async def never(stream: object) -> None:
+        await trio.sleep_forever()
+
+    slow.host.set_handler(INFERENCE_V1, never)
+    assert quick.server is not None
+    budget = quick.server.budget
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.open_session, client.blocks, 1, 16)
+            while budget.left_bytes == budget.total_bytes:  # noqa: ASYNC110  # a poll of the state waited for
+                await trio.sleep(0.001)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            nursery.cancel_scope.cancel()
+    await all_leases_returned(quick)
