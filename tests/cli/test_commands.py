@@ -184,7 +184,7 @@ def test_keygen_makes_a_private_file_that_serves_as_identity(tmp_path: Path) -> 
 
 
 def test_help_teaches() -> None:
-    for words in (["--help"], ["peer", "--help"], ["keygen", "--help"]):
+    for words in (["--help"], ["peer", "--help"], ["keygen", "--help"], ["seal", "--help"]):
         result = run(*words)
         assert result.returncode == 0
         assert "usage: petals" in result.stdout
