@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from petals.protocols.errors import UserError
+
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb to the command line."""
@@ -16,6 +18,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("file", metavar="FILE", type=Path, help="where to write; an existing file is never overwritten")
     parser.add_argument("--api", action="store_true", help="make an API key instead, and add its hash to FILE")
     parser.add_argument("--name", default="", help="whom the API key is for; stands beside its hash")
+    parser.add_argument(
+        "--requests_per_minute", metavar="N", type=int, help="what the API key may ask (default: no limit)"
+    )
+    parser.add_argument(
+        "--answers", metavar="N", type=int, help="of the API key, generated at once (default: no limit)"
+    )
     parser.add_argument("--type", choices=("ed25519", "rsa"), default="ed25519", help="kind of key (default: ed25519)")
     parser.set_defaults(run=run, synchronous=True, verbose=False)
 
@@ -24,9 +32,13 @@ def run(options: argparse.Namespace) -> None:
     """Write the key and print its peer ID; or make an API key and print that."""
     if options.api:
         from petals.gateway.keys import create_key
+        from petals.gateway.limits import Limits
 
-        print(create_key(options.file, options.name))
+        limits = Limits(requests_per_minute=options.requests_per_minute, answers=options.answers)
+        print(create_key(options.file, options.name, limits))
         return
+    if options.requests_per_minute is not None or options.answers is not None:
+        raise UserError("--requests_per_minute and --answers are about API keys: give --api, too")
     from petals.peer.identity import create_identity
 
     identity = create_identity(options.file, key_type=options.type)

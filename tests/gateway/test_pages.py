@@ -200,3 +200,27 @@ async def test_the_swarm_page_names_the_weakest_stretch(open_door: OpenDoor, tmp
         assert "nobody holds blocks 10:30" in await page.js("document.querySelector('.words').textContent")
         assert await page.js("document.querySelectorAll('.map .c0').length") == 20
         assert door.server.peer_id[-8:] in await page.js("document.querySelector('td.peer').textContent")
+
+
+async def test_the_swarm_page_shows_routes_round_trips_and_plots(
+    open_door: OpenDoor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petals.gateway.history.PERIOD_S", 0.05)
+    async with open_door() as door, visiting(door.url, tmp_path) as page, trio.open_nursery() as nursery:
+        body = {"model": NAME, "messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 1500}
+        nursery.start_soon(door.post, "/v1/chat/completions", body)
+        with trio.fail_after(60):
+            while not (await door.get("/api/swarm")).json()["models"][0]["sessions"]:
+                pass
+        await page.go(f"{door.url}/swarm")
+        await page.until("document.querySelector('.sessions .hop')")
+        assert door.server.peer_id[-8:] in await page.js("document.querySelector('.sessions .hop').textContent")
+        assert "0:30" in await page.js("document.querySelector('.sessions .hop').textContent")
+        assert "ms" in await page.js("document.querySelector('td.rtt').textContent")
+        await page.until("document.querySelectorAll('.plot .curve').length === 3")
+        label = "document.querySelector('.plot svg').getAttribute('aria-label')"
+        assert (await page.js(label)).startswith("Tokens generated per second: now ")
+        assert "direct" in await page.js("document.querySelector('.model tbody').textContent")
+        await page.look(width=390, height=844)
+        assert await page.js("document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling on a phone"
+        nursery.cancel_scope.cancel()
