@@ -20,10 +20,10 @@ function short(peer) {
   return peer.name || `…${peer.peer_id.slice(-8)}`;
 }
 
-// How others reach a peer, and how we did: "mapped", "relayed, punched by us".
+// How others reach a peer, and how we did: "mapped", "relayed / punched".
 function link(peer) {
   const reach = peer.reachability || (peer.relayed ? "relayed" : "?");
-  return peer.link && peer.link !== reach ? `${reach}, ${peer.link} by us` : reach;
+  return peer.link && peer.link !== reach ? `${reach} / ${peer.link}` : reach;
 }
 
 function table(titles, rows) {
@@ -84,7 +84,7 @@ function draw(name, attributes, ...children) {
 }
 
 function figure(value) {
-  return value >= 100 ? value.toFixed(0) : value.toFixed(value && value < 10 ? 1 : 0);
+  return value < 10 && !Number.isInteger(value) ? value.toFixed(1) : value.toFixed(0);
 }
 
 function plot(title, values, periodS, room) {

@@ -58,7 +58,7 @@ from petals.peer.transport.circuit import CircuitConn
 from petals.peer.transport.multistream import Dialler, Listener, proposal
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
-from petals.peer.transport.pipe import CircuitPipe, Pipe, RawPipe, TcpPipe
+from petals.peer.transport.pipe import CircuitPipe, Pipe, RawPipe, tcp_pipe
 from petals.peer.transport.yamux import PROTOCOL as YAMUX_ID
 from petals.protocols.errors import ProtocolViolation, RemoteError
 from petals.protocols.types import PeerId
@@ -222,7 +222,7 @@ async def _agree_on_yamux(channel: _Channel, *, is_client: bool) -> bytes:
 
 def _pipe_of(raw: IRawConnection) -> Pipe:
     if isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream):
-        return TcpPipe(raw.stream.stream)
+        return tcp_pipe(raw.stream.stream)
     return CircuitPipe(raw) if isinstance(raw, CircuitConn) else RawPipe(raw)
 
 
