@@ -1,6 +1,6 @@
 # One peer. docker build -t petals .                 for CPUs
 #           docker build -t petals --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .   for NVIDIA cards
-# docs/deploy.md says how to run it; scripts/check_image runs these steps where there is no engine.
+# docs/deploy.md says how to run it; tests/test_packaging.py runs its steps without an engine.
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build
@@ -16,8 +16,8 @@ RUN python -m venv /opt/petals
 COPY constraints.txt ./
 RUN /opt/petals/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" -c constraints.txt torch
 COPY . .
-RUN /opt/petals/bin/pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"
-RUN /opt/petals/bin/python -m compileall -q /opt/petals/lib
+RUN /opt/petals/bin/pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" \
+    && /opt/petals/bin/python -m compileall -q /opt/petals/lib
 
 FROM python:${PYTHON}-slim
 # hadolint ignore=DL3008
@@ -27,7 +27,7 @@ RUN apt-get update \
     && useradd --create-home --uid 10001 petals \
     && install -d -o petals -g petals /data
 COPY --from=build /opt/petals /opt/petals
-USER petals
+USER 10001
 WORKDIR /data
 # Every flag may be set like this; what is given to `docker run` goes before it.
 ENV PATH=/opt/petals/bin:$PATH \
@@ -38,8 +38,8 @@ ENV PATH=/opt/petals/bin:$PATH \
 VOLUME /data
 EXPOSE 31337 8000
 STOPSIGNAL SIGTERM
-# The first start fetches and loads blocks.
+# The first start fetches and loads blocks. Asks the port of PETALS_LISTEN.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=30m --retries=3 \
-    CMD ["python", "-m", "petals.cli.alive", "--port", "31337"]
+    CMD ["python", "-m", "petals.cli.alive"]
 ENTRYPOINT ["petals", "peer"]
 CMD ["--serve"]
