@@ -31,8 +31,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def run(options: argparse.Namespace) -> None:
     """Write the key and print its peer ID; or make an API key and print that."""
     if options.api:
-        from petals.gateway.keys import create_key
-        from petals.gateway.limits import Limits
+        from petals.gateway.keys import Limits, create_key
 
         limits = Limits(requests_per_minute=options.requests_per_minute, answers=options.answers)
         print(create_key(options.file, options.name, limits))

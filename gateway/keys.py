@@ -10,14 +10,29 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 
-from petals.gateway.limits import Limits
 from petals.protocols.errors import UserError
 
 PREFIX = "petals-"
 _LINE = re.compile(r"([0-9a-f]{64})((?:\s+(?:requests_per_minute|answers)=[0-9]{1,9})*)(\s.*)?")
 _LIMIT = re.compile(r"(\w+)=([0-9]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What stands beside a key's hash; None: no limit of its own."""
+
+    requests_per_minute: int | None = None
+    answers: int | None = None
+    """Generated at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "answers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1")
 
 
 def create_key(path: Path, name: str = "", limits: Limits | None = None) -> str:

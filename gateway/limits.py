@@ -4,25 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from petals.gateway.errors import ApiError
-from petals.protocols.errors import UserError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What stands beside a key's hash; None: no limit of its own."""
-
-    requests_per_minute: int | None = None
-    answers: int | None = None
-    """Generated at once."""
-
-    def __post_init__(self) -> None:
-        for name in ("requests_per_minute", "answers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1")
+from petals.gateway.keys import Limits
 
 
 class Allowance:

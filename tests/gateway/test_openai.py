@@ -16,8 +16,8 @@ import trio
 
 from petals.gateway.errors import ApiError
 from petals.gateway.history import SAMPLES, History, Reading
-from petals.gateway.keys import create_key, load_keys
-from petals.gateway.limits import Allowance, Limits
+from petals.gateway.keys import Limits, create_key, load_keys
+from petals.gateway.limits import Allowance
 from petals.protocols.errors import UserError
 from tests.gateway.conftest import COLOURS, NAME, Door, OpenDoor
 from tests.swarm.conftest import Truth, all_leases_returned
