@@ -12,8 +12,10 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from petals.cli.alive import answers, port_of
@@ -128,6 +130,9 @@ def test_what_is_sent_installs_starts_and_is_healthy(tmp_path: Path) -> None:
         assert found.stdout.decode().startswith(str(installed)), "what was installed runs, and not the clone"
         subprocess.run(healthy, cwd=tmp_path, env=environment, check=True, timeout=60)
         process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 30
+        while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline
         assert not answers(port, 0.5), "the system accepts for a process that hangs; it is not healthy all the same"
         process.send_signal(signal.SIGCONT)
     finally:
