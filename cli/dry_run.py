@@ -31,10 +31,10 @@ async def show_plan(
     Raises:
         UserError, MissingBlocks: as without --dry_run.
     """
-    from petals.peer.config import PeerConfig
+    from petals.peer.config import NatConfig, PeerConfig
     from petals.peer.node import open_peer
 
-    looking = replace(config, serve=None, identity=None, listen=PeerConfig().listen, announce=())
+    looking = replace(config, serve=None, identity=None, listen=PeerConfig().listen, announce=(), nat=NatConfig())
     async with open_peer(looking, progress=say) as peer:
         plan = None if config.serve is None else await peer.plan(config.serve)
         route = None if client is None else await _route(peer, client, tokens, plan)

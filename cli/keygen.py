@@ -20,6 +20,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--api", action="store_true", help="make an API key instead, and add its hash to FILE")
     parser.add_argument("--swarm", action="store_true", help="make a key for --swarm_key instead; keep it secret")
     parser.add_argument("--name", default="", help="whom the API key is for; stands beside its hash")
+    parser.add_argument(
+        "--requests_per_minute", metavar="N", type=int, help="what the API key may ask (default: no limit)"
+    )
+    parser.add_argument(
+        "--answers", metavar="N", type=int, help="of the API key, generated at once (default: no limit)"
+    )
     parser.add_argument("--type", choices=("ed25519", "rsa"), default="ed25519", help="kind of key (default: ed25519)")
     parser.set_defaults(run=run, synchronous=True, verbose=False)
 
@@ -29,10 +35,13 @@ def run(options: argparse.Namespace) -> None:
     if options.api and options.swarm:
         raise UserError("--api and --swarm make different keys: give one of them")
     if options.api:
-        from petals.gateway.keys import create_key
+        from petals.gateway.keys import Limits, create_key
 
-        print(create_key(options.file, options.name))
+        limits = Limits(requests_per_minute=options.requests_per_minute, answers=options.answers)
+        print(create_key(options.file, options.name, limits))
         return
+    if options.requests_per_minute is not None or options.answers is not None:
+        raise UserError("--requests_per_minute and --answers are about API keys: give --api, too")
     if options.swarm:
         from petals.peer.swarm_key import create_swarm_key
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import trio
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from petals.gateway.answers import Head, route_of
 from petals.gateway.asgi import ClientGone, EventStream, unless_gone
 from petals.gateway.errors import ApiError, as_api_error
+from petals.gateway.limits import Allowance
 from petals.gateway.metrics import Meter
 from petals.gateway.requests import Wanted
 from petals.peer.client.generation import Token, TokenStream
@@ -37,17 +38,21 @@ class Answerer:
 
     def __init__(self, peer: Peer, meter: Meter, max_answers: int) -> None:
         self.active = 0
+        self.running: list[tuple[str, TokenStream]] = []
+        """Model and generation of every answer that is being generated."""
         self._peer = peer
         self._meter = meter
         self._max_answers = max_answers
 
-    async def whole(self, wanted: Wanted, model: Offered, receive: Receive) -> dict[str, object]:
+    async def whole(
+        self, wanted: Wanted, model: Offered, allowance: Allowance | None, receive: Receive
+    ) -> dict[str, object]:
         """The answer in one piece.
 
         Raises:
             ApiError. ClientGone: nobody waits; everything has been given back.
         """
-        with self._slots(wanted):
+        with self._slots(wanted, allowance):
             return await unless_gone(receive, lambda: self._whole(wanted, model))
 
     async def _whole(self, wanted: Wanted, model: Offered) -> dict[str, object]:
@@ -61,12 +66,14 @@ class Answerer:
             await _run(streams, keep)
             return _head(wanted, model).whole(streams, chances)
 
-    def streamed(self, wanted: Wanted, model: Offered) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    def streamed(
+        self, wanted: Wanted, model: Offered, allowance: Allowance | None
+    ) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
         """The answer as an ASGI application of its own; errors before the first token are raised."""
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
             events = EventStream(send)
-            with self._slots(wanted):
+            with self._slots(wanted, allowance):
                 try:
                     await unless_gone(receive, lambda: self._stream(wanted, model, events))
                 except ClientGone:
@@ -109,7 +116,7 @@ class Answerer:
             await events.emit("[DONE]")
 
     @contextmanager
-    def _slots(self, wanted: Wanted) -> Iterator[None]:
+    def _slots(self, wanted: Wanted, allowance: Allowance | None) -> Iterator[None]:
         count = wanted.n * len(wanted.prompts)
         if self.active + count > self._max_answers:
             raise ApiError(
@@ -118,11 +125,12 @@ class Answerer:
                 code="rate_limit_exceeded",
                 retry_after_s=1.0,
             )
-        self.active += count
-        try:
-            yield
-        finally:
-            self.active -= count
+        with nullcontext() if allowance is None else allowance.answering(count):
+            self.active += count
+            try:
+                yield
+            finally:
+                self.active -= count
 
     @asynccontextmanager
     async def _open(self, wanted: Wanted, model: Offered) -> AsyncIterator[list[TokenStream]]:
@@ -131,6 +139,7 @@ class Answerer:
         try:
             for prompt, options in wanted.choices():
                 streams.append(await self._peer.generate(prompt, model=model.argument, options=options))
+                self.running.append((model.name, streams[-1]))
             yield streams
         except ApiError:
             raise
@@ -141,7 +150,8 @@ class Answerer:
                 async with trio.open_nursery() as nursery:
                     for stream in streams:
                         nursery.start_soon(stream.aclose)
-            self._meter.generated(wanted, streams)
+            self.running = [each for each in self.running if each[1] not in streams]
+            self._meter.generated(streams)
 
 
 async def _run(streams: Sequence[TokenStream], on_token: Callable[[int, Token | None], Awaitable[None]]) -> None:

@@ -58,11 +58,20 @@ class Head:
         """A chunk without a choice: usage, or the route."""
         return {**self._head(self._chunk_kind), "choices": [], **fields}
 
-    def usage(self, streams: Sequence[TokenStream]) -> dict[str, int]:
-        """A prompt counts once, however many answers it gets."""
+    def usage(self, streams: Sequence[TokenStream]) -> dict[str, Any]:
+        """A prompt counts once, however many answers it gets; so does what servers had kept of it."""
         prompt = sum(len(stream.prompt_ids) for stream in streams[:: self.n])
         answer = sum(len(stream.token_ids) for stream in streams)
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        kept = sum(
+            min(stream.reused_tokens for stream in streams[first : first + self.n])
+            for first in range(0, len(streams), self.n)
+        )
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+            "prompt_tokens_details": {"cached_tokens": kept},
+        }
 
     @property
     def _chunk_kind(self) -> str:
@@ -114,4 +123,5 @@ def route_of(stream: TokenStream) -> dict[str, Any]:
         "route": [hop.as_json() for hop in stream.route],
         "tokens_per_s": stream.tokens_per_s,
         "first_token_s": stream.seconds.first_token,
+        "tokens": len(stream.token_ids),
     }

@@ -15,10 +15,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from petals.gateway.answering import Answerer, Offered
-from petals.gateway.asgi import ClientGone, Doorkeeper, read_json
+from petals.gateway.answers import route_of
+from petals.gateway.asgi import ALLOWANCE, ClientGone, Doorkeeper, read_json
 from petals.gateway.config import HttpConfig
 from petals.gateway.errors import ApiError, as_api_error
-from petals.gateway.keys import load_hashes
+from petals.gateway.history import History, Reading
+from petals.gateway.keys import load_keys
+from petals.gateway.limits import Allowance
 from petals.gateway.metrics import CONTENT_TYPE, Meter
 from petals.gateway.pages import load_pages
 from petals.gateway.requests import Wanted, check_model, read_chat, read_completion, unknown_model
@@ -43,10 +46,15 @@ class Gateway:
         self._meter = Meter()
         self._answerer = Answerer(peer, self._meter, config.max_answers)
         self._opened = int(time.time())
+        self.history = History(self._read)
+        """Needs its `run` running."""
 
     def app(self) -> Starlette:
         """Raises: UserError: the file of API keys can not be read."""
-        hashes = load_hashes(self._config.api_keys) if self._config.api_keys is not None else None
+        keys = None
+        if self._config.api_keys is not None:
+            allowed = load_keys(self._config.api_keys)
+            keys = {each: Allowance(limits, time.monotonic) for each, limits in allowed.items()}
         routes = [
             Route("/v1/models", self._counted(self._list_models)),
             Route("/v1/models/{name:path}", self._counted(self._show_model)),
@@ -57,7 +65,7 @@ class Gateway:
             Route("/health", self._health),
             *(Route(path, page.answer) for path, page in load_pages().items()),
         ]
-        middleware = [Middleware(Doorkeeper, config=self._config, hashes=hashes)]
+        middleware = [Middleware(Doorkeeper, config=self._config, keys=keys)]
         if self._config.cors:
             middleware.insert(
                 0,
@@ -81,9 +89,10 @@ class Gateway:
     async def _answer(self, request: Request, wanted: Wanted) -> Respond:
         check_model(wanted, list(self._models))
         model = self._models[wanted.model]
+        allowance = request.scope.get(ALLOWANCE)
         if wanted.stream:
-            return self._answerer.streamed(wanted, model)
-        return JSONResponse(await self._answerer.whole(wanted, model, request.receive), headers=NO_STORE)
+            return self._answerer.streamed(wanted, model, allowance)
+        return JSONResponse(await self._answerer.whole(wanted, model, allowance, request.receive), headers=NO_STORE)
 
     async def _list_models(self, request: Request) -> Response:
         listed = [self._describe(model) for model in self._models.values()]
@@ -102,9 +111,26 @@ class Gateway:
         described = []
         for model in self._models.values():
             client = await self._peer.client(model.argument)
-            described.append(describe(client.watcher.view, client.checkpoint.num_blocks) | {"model": model.name})
-        told = {"peer_id": self._peer.peer_id, "models": described, "contribution": self._peer.ledger.describe()}
-        return JSONResponse(told, headers=NO_STORE)
+            told = describe(client.watcher.view, client.checkpoint.num_blocks, self._peer.host.link)
+            sessions = [route_of(stream) for name, stream in self._answerer.running if name == model.name]
+            described.append(told | {"model": model.name, "sessions": sessions})
+        whole = {
+            "peer_id": self._peer.peer_id,
+            "models": described,
+            "history": self.history.as_json(),
+            "contribution": self._peer.ledger.describe(),
+        }
+        return JSONResponse(whole, headers=NO_STORE)
+
+    def _read(self) -> Reading:
+        running = [stream for _, stream in self._answerer.running]
+        server = self._peer.server
+        return Reading(
+            self._meter.prompt_tokens + sum(len(stream.prompt_ids) for stream in running),
+            self._meter.generated_tokens + sum(len(stream.token_ids) for stream in running),
+            self._answerer.active,
+            server.inbound.sessions if server is not None else 0,
+        )
 
     async def _metrics(self, request: Request) -> Response:
         text = self._meter.text(self._peer, self._answerer.active)

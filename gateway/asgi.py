@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -15,13 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from petals.gateway.config import HttpConfig
 from petals.gateway.errors import ApiError
 from petals.gateway.fields import parse_json
-from petals.gateway.keys import is_known
+from petals.gateway.keys import hash_of
+from petals.gateway.limits import Allowance
 
 T = TypeVar("T")
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 GUARDED = ("/v1/", "/api/", "/metrics")
 """What needs a key, where there are keys. The pages themselves hold no secret."""
+ALLOWANCE = "petals.allowance"
+"""Where a request's scope has what its key may still ask; absent where no keys are needed."""
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -124,11 +127,15 @@ class Doorkeeper:
     the stranger points there. So, as long as no key is asked for, a loopback door answers to loopback names only.
     """
 
-    def __init__(self, app: ASGIApp, config: HttpConfig, hashes: frozenset[str] | None) -> None:
+    def __init__(self, app: ASGIApp, config: HttpConfig, keys: Mapping[str, Allowance] | None) -> None:
+        """
+        Args:
+            keys: by hash; None: nobody needs one.
+        """
         self._app = app
-        self._hashes = hashes
+        self._keys = keys
         self._names: frozenset[str] | None = None
-        if config.is_loopback and hashes is None:
+        if config.is_loopback and keys is None:
             self._names = LOOPBACK_NAMES | {urlsplit(origin).hostname or "" for origin in config.cors}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,11 +160,18 @@ class Doorkeeper:
         told = {name: value.decode("latin-1") for name, value in headers}
         if self._names is not None and _without_port(told.get(b"host", "")) not in self._names:
             return ApiError(403, "this peer answers to localhost only; --api_keys opens it to other names")
-        if self._hashes is not None and scope["path"].startswith(GUARDED):
+        if self._keys is not None and scope["path"].startswith(GUARDED):
             if b"authorization" not in told:
                 return ApiError(401, "this peer wants an API key: Authorization: Bearer KEY", code="missing_api_key")
-            if not is_known(told[b"authorization"], self._hashes):
+            allowance = self._keys.get(hash_of(told[b"authorization"]) or "")
+            if allowance is None:
                 return ApiError(401, "this peer does not know that API key", code="invalid_api_key")
+            scope[ALLOWANCE] = allowance
+            if scope["path"].startswith("/v1/"):
+                try:
+                    allowance.take_request()
+                except ApiError as error:
+                    return error
         return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from petals.gateway.requests import Wanted
 from petals.peer.client.generation import TokenStream
 from petals.peer.node import Peer
 
@@ -17,8 +16,10 @@ class Meter:
 
     def __init__(self) -> None:
         self._requests: Counter[tuple[str, int]] = Counter()
-        self._prompt_tokens = 0
-        self._generated_tokens = 0
+        self.prompt_tokens = 0
+        """Computed for every answer: a prompt with n answers counts n times."""
+        self.generated_tokens = 0
+        self._reused_tokens = 0
         self._answers: Counter[str] = Counter()
         self._first_token_s = 0.0
         self._first_tokens = 0
@@ -28,12 +29,13 @@ class Meter:
         """A request has got its status; `path` is one of our routes."""
         self._requests[path, status] += 1
 
-    def generated(self, wanted: Wanted, streams: Sequence[TokenStream]) -> None:
+    def generated(self, streams: Sequence[TokenStream]) -> None:
         """The generations of a request have ended, one way or another."""
-        self._prompt_tokens += sum(len(stream.prompt_ids) for stream in streams[:: wanted.n])
         for stream in streams:
+            self.prompt_tokens += len(stream.prompt_ids)
+            self._reused_tokens += stream.reused_tokens
             self._answers[stream.finish_reason or "cut"] += 1
-            self._generated_tokens += len(stream.token_ids)
+            self.generated_tokens += len(stream.token_ids)
             self._decode_s += stream.seconds.decode
             if stream.token_ids:
                 self._first_tokens += 1
@@ -52,8 +54,9 @@ class Meter:
         tell("http_answers_active", "gauge", "Answers being generated for HTTP clients.", ("", active))
         answers = [(f'{{ended="{reason}"}}', n) for reason, n in sorted(self._answers.items())]
         tell("answers_total", "counter", "Answers by how they ended; cut: hung up or failed.", *answers)
-        tell("prompt_tokens_total", "counter", "Tokens of prompts.", ("", self._prompt_tokens))
-        tell("generated_tokens_total", "counter", "Tokens of answers.", ("", self._generated_tokens))
+        tell("prompt_tokens_total", "counter", "Tokens of prompts, once for each answer.", ("", self.prompt_tokens))
+        tell("reused_tokens_total", "counter", "Of them, those that servers had kept.", ("", self._reused_tokens))
+        tell("generated_tokens_total", "counter", "Tokens of answers.", ("", self.generated_tokens))
         tell(
             "first_token_seconds",
             "summary",

@@ -33,7 +33,8 @@ async def open_gateway(peer: Peer, config: HttpConfig) -> AsyncIterator[str]:
         UserError: the address can not be listened on, or the API keys can not be read.
         ModelError: a model that can not be opened.
     """
-    app = Gateway(peer, config, await open_models(peer, config)).app()
+    gateway = Gateway(peer, config, await open_models(peer, config))
+    app = gateway.app()
     listener = listen(config)
     host, port = listener.getsockname()[:2]
     settings = hypercorn.Config()
@@ -45,6 +46,7 @@ async def open_gateway(peer: Peer, config: HttpConfig) -> AsyncIterator[str]:
     settings.backlog = BACKLOG
     application: Any = app
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(gateway.history.run)
         await nursery.start(serve, application, settings)
         yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         nursery.cancel_scope.cancel()

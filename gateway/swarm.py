@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from petals.dht.health import health, weakest_stretch
 from petals.dht.records import ServerState
 from petals.peer.client.view import Offer, SwarmView
+from petals.protocols.types import PeerId
 
 
-def describe(view: SwarmView, num_blocks: int) -> dict[str, Any]:
-    """One model's swarm as JSON."""
+def describe(view: SwarmView, num_blocks: int, link: Callable[[PeerId], str]) -> dict[str, Any]:
+    """One model's swarm as JSON; `link` says how we are connected with a peer."""
     copies = [sum(block in offer.record.blocks for offer in view.offers) for block in range(num_blocks)]
     supply = [
         sum(offer.record.inference_rps / len(offer.record.blocks) for offer in view.offers if b in offer.record.blocks)
@@ -27,11 +29,11 @@ def describe(view: SwarmView, num_blocks: int) -> dict[str, Any]:
         "copies": copies,
         "blocks_per_s": supply,
         "weakest": [weakest.start, weakest.stop],
-        "peers": [_peer(offer) for offer in (*view.offers, *view.away)],
+        "peers": [_peer(offer, link(offer.record.peer_id)) for offer in (*view.offers, *view.away)],
     }
 
 
-def _peer(offer: Offer) -> dict[str, Any]:
+def _peer(offer: Offer, link: str) -> dict[str, Any]:
     record = offer.record
     return {
         "peer_id": record.peer_id,
@@ -49,5 +51,7 @@ def _peer(offer: Offer) -> dict[str, Any]:
         "round_trip_s": offer.round_trip_s,
         "round_trips_s": {str(peer): seconds for peer, seconds in record.round_trips_s.items()},
         "relayed": record.using_relay,
+        "reachability": record.reachability,
+        "link": link,
         "banned_s": offer.ban_left_s,
     }

@@ -379,4 +379,21 @@ async def models(member: Member, tell: Tell) -> None:
         tell(Finding("model", kind, text, "" if kind == "ok" else advice, figures))
 
 
-SWARM: tuple[Callable[[Member, Tell], Awaitable[None]], ...] = (models,)
+async def reachable(member: Member, tell: Tell) -> None:
+    """Whether others can dial a peer that listens here, as one of them says who tried."""
+    addrs = member.host.addrs
+    for peer in member.peers if addrs else ():
+        try:
+            dialled = await member.host.traversal.ask_dial_back(peer, addrs)
+        except SwarmError:  # it may not dial back
+            continue
+        if dialled:
+            tell(Finding("reachable", "ok", f"peer …{peer[-6:]} could dial a peer that listens here"))
+        else:
+            advice = "nothing, as a rule: relays hand calls on (docs/nat.md); a port forwarded to --listen is faster"
+            tell(Finding("reachable", "note", f"peer …{peer[-6:]} could not dial a peer that listens here", advice))
+        return
+    tell(Finding("reachable", "note", "no initial peer could say whether others can dial a peer that listens here"))
+
+
+SWARM: tuple[Callable[[Member, Tell], Awaitable[None]], ...] = (reachable, models)

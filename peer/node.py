@@ -173,9 +173,6 @@ class Peer:
         if config.blocks is None:
             for line in place.why:
                 self._progress(line)
-        sender = WeightSender(checkpoint, config)
-        self._progress(sender.describe())
-        self.host.set_handler(WEIGHTS_V1, sender.answer)
         self._service = service = Service(
             self.host,
             self.directory,
@@ -188,6 +185,9 @@ class Peer:
             self.ledger,
             self._identity,
         )
+        sender = WeightSender(checkpoint, config, service.admission.admits)
+        self._progress(sender.describe())
+        self.host.set_handler(WEIGHTS_V1, sender.answer)
         await self._nursery.start(service.run, place.blocks)
         assert service.server is not None
         self.climb()

@@ -171,7 +171,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_help_and_the_directory_start_without_torch() -> None:
     probe = (
-        "import sys; import petals.cli.main, petals.cli.run_dht, petals.cli.run_server, petals.peer.bootstrap; "
+        "import sys; import petals.cli.main, petals.cli.run_dht, petals.cli.run_server, petals.cli.alive; "
+        "import petals.gateway.keys, petals.peer.bootstrap; "
         "sys.exit(','.join({'torch', 'transformers'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", probe], check=True, cwd=ROOT)

@@ -72,6 +72,7 @@ class HopTrace:
             "round_trip_s": self.round_trip_s,
             "queue_s": self.queue_s,
             "compute_s": self.compute_s,
+            "link": self.link,
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -56,9 +56,14 @@ def refusal_of(checkpoint: Checkpoint, config: ServeConfig) -> str | None:
 
 
 class WeightSender:
-    """Answers `/petals/weights` for one checkpoint; `answer` is the handler of its streams."""
+    """Answers `/petals/weights` for one checkpoint; `answer` is the handler of its streams.
 
-    def __init__(self, checkpoint: Checkpoint, config: ServeConfig) -> None:
+    Args:
+        admits: whether a peer may use the server at all.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: ServeConfig, admits: Callable[[PeerId], bool]) -> None:
+        self._admits = admits
         self.refusal = refusal_of(checkpoint, config)
         self.sent_bytes = 0
         """Of pieces and documents, so far."""
@@ -84,6 +89,8 @@ class WeightSender:
         """Answer requests on one stream until its asker ends it, or asks what can not be given."""
         messages = MessageStream(stream, max_message_bytes=MAX_REQUEST_BYTES)
         try:
+            if not self._admits(stream.remote_peer):
+                raise Refused(pb.FORBIDDEN, "these weights are for peers that its operator knows")
             with self._count(stream.remote_peer):
                 while (data := await self._next(messages)) is not None:
                     await self._answer_one(messages, data)

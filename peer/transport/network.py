@@ -60,7 +60,7 @@ from petals.peer.transport.multistream import MULTISTREAM, Dialler, Listener, en
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
 from petals.peer.transport.peerstore import BoundedPeerStore
-from petals.peer.transport.pipe import CircuitPipe, Pipe, RawPipe, TcpPipe
+from petals.peer.transport.pipe import CircuitPipe, Pipe, RawPipe, tcp_pipe
 from petals.peer.transport.pnet import NONCE_BYTES, SwarmCipher, SwarmKey, WrongSwarmKey, make_nonce
 from petals.peer.transport.private import PrivateConnection, PrivatePipe
 from petals.peer.transport.yamux import PROTOCOL as YAMUX_ID
@@ -254,7 +254,7 @@ def _pipe_of(raw: IRawConnection) -> Pipe:
     if isinstance(raw, PrivateConnection):
         return PrivatePipe(_pipe_of(raw.carrier), raw.cipher)
     if isinstance(raw, RawConnection) and isinstance(raw.stream, TrioTCPStream):
-        return TcpPipe(raw.stream.stream)
+        return tcp_pipe(raw.stream.stream)
     return CircuitPipe(raw) if isinstance(raw, CircuitConn) else RawPipe(raw)
 
 

@@ -14,7 +14,10 @@ import pytest
 import torch
 import trio
 
-from petals.gateway.keys import create_key, load_hashes
+from petals.gateway.errors import ApiError
+from petals.gateway.history import SAMPLES, History, Reading
+from petals.gateway.keys import Limits, create_key, load_keys
+from petals.gateway.limits import Allowance
 from petals.protocols.errors import UserError
 from tests.gateway.conftest import COLOURS, NAME, Door, OpenDoor
 from tests.swarm.conftest import Truth, all_leases_returned
@@ -65,7 +68,7 @@ async def test_the_official_client_reads_what_transformers_says(open_door: OpenD
         assert "".join(each.choices[0].delta.content or "" for each in chunks if each.choices) == text
         assert chunks[0].choices[0].delta.role == "assistant"
         assert [each.choices[0].finish_reason for each in chunks if each.choices][-1] == "length"
-        assert chunks[-1].usage == answer.usage
+        assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
         listed = await trio.to_thread.run_sync(door.client.models.list)
         assert [each.id for each in listed.data] == [NAME]
         await all_leases_returned(door.server)
@@ -258,7 +261,7 @@ async def test_keys(open_door: OpenDoor, tmp_path: Path) -> None:
     key = create_key(file, "for a friend")
     create_key(file)
     assert key not in file.read_text()
-    assert len(load_hashes(file)) == 2
+    assert len(load_keys(file)) == 2
     async with open_door(api_keys=file) as door:
         good = {"model": NAME, "messages": COLOURS, "max_tokens": 2}
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": key}):
@@ -273,7 +276,80 @@ async def test_keys(open_door: OpenDoor, tmp_path: Path) -> None:
         assert authorised.status_code == 200
     (tmp_path / "other").write_text("hunter2\n")
     with pytest.raises(UserError, match="line 1"):
-        load_hashes(tmp_path / "other")
+        load_keys(tmp_path / "other")
+
+
+async def test_a_key_may_ask_so_much_and_no_more(open_door: OpenDoor, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    often, much, free = [
+        create_key(file, "a friend", limits) for limits in (Limits(requests_per_minute=2), Limits(answers=1), Limits())
+    ]
+    chat, good = "/v1/chat/completions", {"model": NAME, "messages": COLOURS, "max_tokens": 2}
+    async with open_door(api_keys=file) as door:
+        statuses = [(await door.get("/v1/models", authorization=f"Bearer {often}")).status_code for _ in range(2)]
+        assert statuses == [200, 200]
+        refused = await door.post(chat, good, authorization=f"Bearer {often}")
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        looking = await door.get("/api/swarm", authorization=f"Bearer {often}")
+        assert looking.status_code == 200, "the swarm page asks often, and is not counted"
+        refused = await door.post(chat, good | {"n": 2}, authorization=f"Bearer {much}")
+        assert refused.status_code == 429
+        assert "1 answers" in refused.json()["error"]["message"]
+        for key in (much, free):
+            assert (await door.post(chat, good, authorization=f"Bearer {key}")).status_code == 200
+
+
+def test_requests_grow_back() -> None:
+    now = 0.0
+    allowance = Allowance(Limits(requests_per_minute=3), lambda: now)
+    for _ in range(3):
+        allowance.take_request()
+    with pytest.raises(ApiError) as caught:
+        allowance.take_request()
+    assert caught.value.retry_after_s == pytest.approx(20)
+    now += 20
+    allowance.take_request()
+    now += 1e6
+    for _ in range(3):
+        allowance.take_request()
+    with pytest.raises(ApiError):
+        allowance.take_request()
+
+
+def test_limits_stand_in_the_key_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    create_key(file, "a friend", Limits(requests_per_minute=60, answers=2))
+    create_key(file, "another", Limits(answers=3))
+    assert list(load_keys(file).values()) == [Limits(requests_per_minute=60, answers=2), Limits(answers=3)]
+    assert "requests_per_minute=60 answers=2 a friend" in file.read_text()
+    file.write_text(f"{'0' * 64} answers=0 a friend\n")
+    with pytest.raises(UserError, match="line 1: answers must be at least 1"):
+        load_keys(file)
+
+
+async def test_what_servers_had_kept_is_told(open_door: OpenDoor) -> None:
+    async with open_door() as door:
+        body = {"model": NAME, "messages": [{"role": "user", "content": "Name three colours. " * 12}], "max_tokens": 2}
+        first, again = [(await door.post("/v1/chat/completions", body)).json()["usage"] for _ in range(2)]
+        assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+        kept = again["prompt_tokens_details"]["cached_tokens"]
+        assert 0 < kept < again["prompt_tokens"]
+        assert f"petals_reused_tokens_total {kept}\n" in (await door.get("/metrics")).text
+
+
+def test_history_forgets_and_tells_rates() -> None:
+    now, tokens = 0.0, 0
+    history = History(lambda: Reading(tokens, 2 * tokens, 1, 3), lambda: now)
+    for step in range(SAMPLES + 5):
+        now, tokens = now + 2.0, tokens + step
+        history.take()
+    told = history.as_json()
+    assert len(told["samples"]) == told["room"] == SAMPLES
+    last = SAMPLES + 4
+    assert told["samples"][-1] == {"generated_per_s": last, "prompt_per_s": last / 2, "answers": 1, "sessions": 3}
 
 
 async def test_foreign_pages_are_let_in_only_when_named(open_door: OpenDoor) -> None:

@@ -201,3 +201,28 @@ async def test_the_swarm_page_names_the_weakest_stretch(open_door: OpenDoor, tmp
         assert await page.js("document.querySelectorAll('.map .c0').length") == 20
         assert door.server.peer_id[-8:] in await page.js("document.querySelector('td.peer').textContent")
         assert "gave 0 block-tokens" in await page.js("document.querySelector('.contribution .words').textContent")
+
+
+async def test_the_swarm_page_shows_routes_round_trips_and_plots(
+    open_door: OpenDoor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petals.gateway.history.PERIOD_S", 0.05)
+    async with open_door() as door, visiting(door.url, tmp_path) as page, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            while True:  # there is always an answer under way
+                body = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 1500}
+                await door.post("/v1/chat/completions", {"model": NAME, **body})
+
+        nursery.start_soon(ask)
+        await page.go(f"{door.url}/swarm")
+        hop = f"0:30 …{door.server.peer_id[-8:]}"
+        await page.until(f"document.querySelector('.sessions .hop')?.textContent.startsWith({json.dumps(hop)})")
+        await page.until("document.querySelector('td.rtt')?.textContent.endsWith('s')")
+        await page.until("document.querySelectorAll('.plot .curve').length === 3")
+        label = "document.querySelector('.plot svg').getAttribute('aria-label')"
+        assert (await page.js(label)).startswith("Tokens generated per second: now ")
+        await page.until("document.querySelector('.model tbody').textContent.includes('direct')")
+        await page.look(width=390, height=844)
+        assert await page.js("document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling on a phone"
+        nursery.cancel_scope.cancel()

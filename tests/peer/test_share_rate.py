@@ -59,7 +59,7 @@ def test_after_a_rest_the_burst_is_back_and_no_more() -> None:
 async def test_a_sender_keeps_to_its_rate_and_says_busy_to_the_rest(
     autojump_clock: MockClock, checkpoint: Checkpoint
 ) -> None:
-    sender = WeightSender(checkpoint, ServeConfig(max_share_bytes_s=2 << 20))
+    sender = WeightSender(checkpoint, ServeConfig(max_share_bytes_s=2 << 20), lambda _: True)
     started = trio.current_time()
     for _ in range(8):
         await sender._wait(1 << 20)

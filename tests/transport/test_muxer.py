@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,10 +13,19 @@ from trio.testing import wait_all_tasks_blocked
 
 from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
 from petals.peer.transport.noise import NoiseFraming
-from petals.peer.transport.pipe import TcpPipe
+from petals.peer.transport.pipe import PortableTcpPipe, TcpPipe, tcp_pipe
 from petals.peer.transport.yamux import HEADER, FrameType, YamuxLimits
 from petals.protocols.errors import PeerUnreachable, RemoteProtocolError
 from petals.protocols.types import PeerId
+
+
+@pytest.fixture(autouse=True, params=["posix", "portable"])
+def _system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds, too, where sockets are no files (Windows)."""
+    if request.param == "portable":
+        monkeypatch.delattr(os, "readv")
+        monkeypatch.delattr(os, "writev")
+
 
 KEYS = bytes(range(32)), bytes(range(32, 64))
 NEAR, FAR = PeerId("peer-near"), PeerId("peer-far")
@@ -27,7 +37,7 @@ class End:
     def __init__(self, stream: trio.SocketStream, *, is_client: bool, config: MuxerConfig) -> None:
         self.accepted_send, self.accepted = trio.open_memory_channel[MuxedStream](10_000)
         self.connection = Connection(
-            TcpPipe(stream),
+            tcp_pipe(stream),
             NoiseFraming(*(KEYS if is_client else reversed(KEYS))),
             remote_peer=FAR if is_client else NEAR,
             is_client=is_client,
@@ -42,6 +52,12 @@ async def socket_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
     far = await listener.accept()
     await listener.aclose()
     return near, far
+
+
+async def test_the_pipe_is_the_fastest_that_the_system_has() -> None:
+    near, far = await socket_pair()
+    async with near, far:
+        assert isinstance(tcp_pipe(near), TcpPipe if hasattr(os, "writev") else PortableTcpPipe)
 
 
 @asynccontextmanager
@@ -260,6 +276,7 @@ async def test_a_reader_that_pauses_for_many_keep_alives_loses_nothing() -> None
 
 
 @pytest.mark.swarm
+@pytest.mark.parametrize("_system", ["posix"], indirect=True)  # a minute of sleep is enough once
 async def test_a_reader_that_pauses_for_a_minute_loses_nothing() -> None:
     await pause(MuxerConfig(), 60.0)
 
