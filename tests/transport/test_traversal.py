@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from petals.peer.config import RelayLimits
 from petals.peer.host import Host, HostConfig, open_host
 from petals.peer.transport import circuit
 from petals.peer.transport.addresses import circuit_of, split_peer
+from petals.peer.transport.pnet import SwarmKey
 from petals.peer.transport.relay import Pace, Relay
 from petals.protocols.errors import PeerUnreachable, RemoteError, RequestRefused
 from petals.protocols.stream import ByteStream, MessageStream
@@ -52,11 +54,14 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def relayed(
-    limits: RelayLimits | None = None, served: HostConfig = HIDDEN, asked: HostConfig = HIDDEN
+    limits: RelayLimits | None = None,
+    served: HostConfig = HIDDEN,
+    asked: HostConfig = HIDDEN,
+    middle: HostConfig = LOOPBACK,
 ) -> AsyncIterator[tuple[Host, Host, Host, Relay]]:
     """A client, a server that has a place at a relay, the relay."""
     async with (
-        open_host(create_new_key_pair(), LOOPBACK) as relay,
+        open_host(create_new_key_pair(), middle) as relay,
         open_host(create_new_key_pair(), served) as server,
         open_host(create_new_key_pair(), asked) as client,
     ):
@@ -189,6 +194,17 @@ async def test_two_that_met_over_a_relay_get_a_connection_of_their_own() -> None
         assert await ask(client, server.peer_id, b"directly") == b"directly"
         await until(lambda: service.circuits == 0)
         assert await ask(client, server.peer_id, b"alone") == b"alone"
+
+
+async def test_a_private_swarm_has_ways_around_routers_too() -> None:
+    private = replace(LOOPBACK, swarm_key=SwarmKey(bytes(range(32))))
+    async with relayed(served=private, asked=private, middle=private) as (client, server, relay, _):
+        assert await server.traversal.ask_dial_back(relay.peer_id, server.addrs)
+        await client.connect(through_relay(server)[0])
+        assert client.link(server.peer_id) == "relayed"
+        assert await ask(client, server.peer_id, b"ciphered twice") == b"ciphered twice"
+        await until(lambda: client.link(server.peer_id) == "punched")
+        assert await ask(client, server.peer_id, b"directly") == b"directly"
 
 
 async def test_a_dial_back_tells_an_open_door_from_a_wall() -> None:
