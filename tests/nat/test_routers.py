@@ -16,6 +16,8 @@ import pytest
 import trio
 
 from tests.nat.lab import Lab, NoLab
+from tests.swarm.conftest import Truth
+from tests.swarm.conftest import smollm as smollm  # a fixture
 
 ROOT = Path(__file__).parents[2]
 CHILD = [sys.executable, "-m", "tests.nat.child"]
@@ -127,6 +129,48 @@ async def test_a_forwarded_port_is_found_and_announced(lab: Lab, start: Callable
     assert [addr for addr in found["addrs"] if addr.startswith("/ip4/1.0.0.21/tcp/4001/")]
     client = await start("relay-b", "client", entry, *[addr for addr in found["addrs"] if "1.0.0.21" in addr])
     await client.until(lambda line: "answers" in line and line["link"] == "direct")
+
+
+def petals(lab: Lab, where: str, *words: str) -> list[str]:
+    return [*lab.inside(where), sys.executable, "-m", "petals.cli.main", *words]
+
+
+@pytest.mark.parametrize("lab", [{"one": "symmetric", "two": "symmetric"}], indirect=True)
+async def test_a_private_server_serves_a_private_client_and_the_relay_dies_in_the_middle(
+    lab: Lab, start: Callable[..., Any], nursery: trio.Nursery, smollm: Truth
+) -> None:
+    relays = {}
+    entry: tuple[str, ...] = ()
+    for where in ("relay-a", "relay-b"):
+        relay = await start(where, "relay", *entry)
+        addr = (await relay.until(lambda line: "addrs" in line))["addrs"][0]
+        relays[addr.rpartition("/p2p/")[2]] = relay
+        entry = entry or (addr,)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PETALS_LISTEN": "/ip4/0.0.0.0/tcp/4001"}
+    serve = petals(lab, "one", "peer", "--serve", "0:30", "--throughput", "100", "--no_mdns", "--initial_peers", *entry)
+    run = partial(trio.run_process, stdin=subprocess.DEVNULL, cwd=ROOT, check=False, env=environment)
+    server: trio.Process = await nursery.start(partial(run, serve, stdout=subprocess.DEVNULL))
+    look = petals(lab, "relay-a", "status", "--json", "--initial_peers", *entry)
+    circuits: list[str] = []
+    with trio.fail_after(90):
+        while len(circuits) < 2:  # the server has its places once the record says so
+            done = await run(look, capture_stdout=True, stderr=subprocess.DEVNULL)
+            models = json.loads(done.stdout)["models"] if done.stdout else []
+            circuits = [addr for model in models for addr in model["peers"][0]["addrs"] if "p2p-circuit" in addr]
+    asking = petals(
+        lab, "two", "peer", "--generate", "A cat sat on", "--max_new_tokens", "32", "--initial_peers", *entry
+    )
+    client: trio.Process = await nursery.start(partial(run, [*asking, "--no_mdns"], stdout=subprocess.PIPE))
+    assert client.stdout is not None
+    said = b""
+    while piece := await client.stdout.receive_some():
+        if not said:  # the first circuit in the list is tried first
+            relays[circuits[0].partition("/p2p-circuit")[0].rpartition("/p2p/")[2]].process.send_signal(signal.SIGKILL)
+        said += piece
+    server.send_signal(signal.SIGKILL)
+    inputs = smollm.tokenizer("A cat sat on", return_tensors="pt")
+    expected = smollm.model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    assert said.decode().strip() == smollm.tokenizer.decode(expected[0], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("lab", [{}], indirect=True)
