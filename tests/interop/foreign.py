@@ -114,13 +114,14 @@ class JsPeer:
 
 
 @asynccontextmanager
-async def js_peer(swarm_key: bytes = b"") -> AsyncIterator[tuple[str, Callable[[str, str], object]]]:
+async def js_peer(swarm_key: bytes = b"", relay: str = "") -> AsyncIterator[tuple[str, Callable[[str, str], object]]]:
     """
     Args:
         swarm_key: a key file's content, for a private network.
+        relay: where it takes calls, and nowhere else; "none": it is a relay itself.
     """
     script = install_js()
-    environment = {**os.environ, "SWARM_KEY": swarm_key.decode()}
+    environment = {**os.environ, "SWARM_KEY": swarm_key.decode(), "RELAY": relay}
     process = await trio.lowlevel.open_process(
         ["node", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=script.parent, env=environment
     )

@@ -12,6 +12,7 @@ import pytest
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
+from petals.peer.config import RelayLimits
 from petals.peer.host import Host, HostConfig, open_host
 from petals.peer.transport.pnet import SwarmKey, encode_swarm_key
 from petals.protocols.errors import PeerUnreachable
@@ -72,6 +73,41 @@ async def test_we_dial_them(kind: str, tmp_path: Path) -> None:
         await stream.write(b"x")
         assert await end_of(stream) == ("ended" if kind == "go" else "reset")
         assert await host.ping(peer_id) > 0
+
+
+LOOPBACK, HIDDEN = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)), HostConfig(listen=())
+
+
+async def test_js_is_called_through_our_relay_and_calls() -> None:
+    async with open_host(create_new_key_pair(), LOOPBACK) as relay, open_host(create_new_key_pair(), HIDDEN) as hidden:
+        relay.traversal.start_relaying(RelayLimits(), lambda: relay.addrs)
+        hidden.set_handler(ECHO, echo)
+        await hidden.connect(relay.addrs[0])
+        await hidden.traversal.reserve(relay.peer_id)
+        with trio.fail_after(120):
+            async with js_peer(relay=relay.addrs[0]) as (addr, dial):
+                assert addr.startswith(f"{relay.addrs[0]}/p2p-circuit/p2p/")
+                peer_id = await hidden.connect(addr)
+                assert hidden.link(peer_id) == "relayed"
+                await ask(hidden, peer_id, 4 * MIB, True)
+                await hidden.disconnect(peer_id)
+                assert await dial("echo", hidden.addrs[0]) is True
+
+
+async def test_we_are_called_through_a_relay_of_js() -> None:
+    with trio.fail_after(120):
+        async with (
+            js_peer(relay="none") as (addr, _),
+            open_host(create_new_key_pair(), HIDDEN) as server,
+            open_host(create_new_key_pair(), HIDDEN) as client,
+        ):
+            server.set_handler(ECHO, echo)
+            relay = await server.connect(addr)
+            await server.traversal.reserve(relay, [addr])
+            (way,) = server.addrs
+            await client.connect(way)
+            assert client.link(server.peer_id) == "relayed"
+            await ask(client, server.peer_id, 20_000, True)  # js lets 128 KiB through
 
 
 KEY, OTHER = SwarmKey(bytes(range(32))), SwarmKey(bytes(range(1, 33)))

@@ -10,6 +10,8 @@ const { tcp } = await import('@libp2p/tcp')
 const { noise } = await import('@chainsafe/libp2p-noise')
 const { yamux } = await import('@chainsafe/libp2p-yamux')
 const { ping } = await import('@libp2p/ping')
+const { identify } = await import('@libp2p/identify')
+const { circuitRelayServer, circuitRelayTransport } = await import('@libp2p/circuit-relay-v2')
 const { multiaddr } = await import('@multiformats/multiaddr')
 
 
@@ -24,13 +26,18 @@ const ECHO = '/test/echo/1'
 const RESET = '/test/reset/1'
 const PIECE = 65536
 
+const relay = process.env.RELAY // whose calls are taken; "none": be one
 const node = await createLibp2p({
-  addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp()],
+  addresses: { listen: relay && relay !== 'none' ? [`${relay}/p2p-circuit`] : ['/ip4/127.0.0.1/tcp/0'] },
+  transports: [tcp(), ...(relay ? [circuitRelayTransport()] : [])],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
   ...(process.env.SWARM_KEY ? { connectionProtector: preSharedKey({ psk: Buffer.from(process.env.SWARM_KEY) }) } : {}),
-  services: { ping: ping() }
+  services: {
+    ping: ping(),
+    ...(relay ? { identify: identify() } : {}),
+    ...(relay === 'none' ? { relay: circuitRelayServer() } : {})
+  }
 })
 
 async function send (stream, data) {
@@ -66,7 +73,7 @@ async function reset (stream) {
   for await (const _ of stream) { stream.abort(new Error('as asked')); return }
 }
 
-const many = { maxInboundStreams: 1000, maxOutboundStreams: 1000 }
+const many = { maxInboundStreams: 1000, maxOutboundStreams: 1000, runOnLimitedConnection: true }
 await node.handle(ECHO, echo, many)
 await node.handle(RESET, (stream) => reset(stream).catch(() => {}), many)
 
@@ -96,6 +103,7 @@ const commands = {
   }
 }
 
+while (node.getMultiaddrs().length === 0) await new Promise((resolve) => setTimeout(resolve, 20))
 console.log(JSON.stringify(node.getMultiaddrs()[0].toString()))
 for await (const line of createInterface({ input: process.stdin })) {
   const { command, addr } = JSON.parse(line)
