@@ -63,7 +63,8 @@ def install_js() -> Path:
             shutil.copy(HERE / "js" / name, folder)
         fetch(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], folder)
         (folder / "complete").touch()
-    shutil.copy(HERE / "js" / "peer.mjs", folder)
+    for name in ("peer.mjs", "inference.mjs"):
+        shutil.copy(HERE / "js" / name, folder)
     return folder / "peer.mjs"
 
 
