@@ -107,22 +107,26 @@ class JsPeer:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)
 
-    async def dial(self, command: str, addr: str) -> object:
-        """Have it dial `addr` and do what `command` says; True when all went well, an error's text otherwise."""
+    async def dial(self, command: str, addr: str, argument: object = None) -> object:
+        """Have it dial `addr` and do what `command` says; what came of it, True as a rule, or an error's text."""
         assert self._process.stdin is not None
-        await self._process.stdin.send_all(json.dumps({"command": command, "addr": addr}).encode() + b"\n")
+        words = {"command": command, "addr": addr, "argument": argument}
+        await self._process.stdin.send_all(json.dumps(words).encode() + b"\n")
         return await self.line()
 
 
 @asynccontextmanager
-async def js_peer(swarm_key: bytes = b"", relay: str = "") -> AsyncIterator[tuple[str, Callable[[str, str], object]]]:
+async def js_peer(
+    swarm_key: bytes = b"", relay: str = "", kademlia: str = ""
+) -> AsyncIterator[tuple[str, Callable[..., object]]]:
     """
     Args:
         swarm_key: a key file's content, for a private network.
         relay: where it takes calls, and nowhere else; "none": it is a relay itself.
+        kademlia: if not empty, it is a node of the directory.
     """
     script = install_js()
-    environment = {**os.environ, "SWARM_KEY": swarm_key.decode(), "RELAY": relay}
+    environment = {**os.environ, "SWARM_KEY": swarm_key.decode(), "RELAY": relay, "KADEMLIA": kademlia}
     process = await trio.lowlevel.open_process(
         ["node", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=script.parent, env=environment
     )

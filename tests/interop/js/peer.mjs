@@ -12,6 +12,9 @@ const { yamux } = await import('@chainsafe/libp2p-yamux')
 const { ping } = await import('@libp2p/ping')
 const { identify } = await import('@libp2p/identify')
 const { circuitRelayServer, circuitRelayTransport } = await import('@libp2p/circuit-relay-v2')
+const { kadDHT, passthroughMapper } = await import('@libp2p/kad-dht')
+const { CID } = await import('multiformats/cid')
+const { decode: decodeDigest } = await import('multiformats/hashes/digest')
 const { multiaddr } = await import('@multiformats/multiaddr')
 
 
@@ -26,6 +29,11 @@ const ECHO = '/test/echo/1'
 const RESET = '/test/reset/1'
 const PIECE = 65536
 
+// A node that keeps our records, without knowing what they are.
+const dht = () => kadDHT({
+  protocol: '/ipfs/kad/1.0.0', clientMode: false, peerInfoMapper: passthroughMapper,
+  validators: { petals: async () => {} }, selectors: { petals: () => 0 }
+})
 const relay = process.env.RELAY // whose calls are taken; "none": be one
 const node = await createLibp2p({
   addresses: { listen: relay && relay !== 'none' ? [`${relay}/p2p-circuit`] : ['/ip4/127.0.0.1/tcp/0'] },
@@ -35,7 +43,8 @@ const node = await createLibp2p({
   ...(process.env.SWARM_KEY ? { connectionProtector: preSharedKey({ psk: Buffer.from(process.env.SWARM_KEY) }) } : {}),
   services: {
     ping: ping(),
-    ...(relay ? { identify: identify() } : {}),
+    ...(relay || process.env.KADEMLIA ? { identify: identify() } : {}),
+    ...(process.env.KADEMLIA ? { dht: dht() } : {}),
     ...(relay === 'none' ? { relay: circuitRelayServer() } : {})
   }
 })
@@ -91,7 +100,38 @@ async function ask (addr, size) {
   return count === size && hash.digest('hex') === createHash('sha256').update(data).digest('hex')
 }
 
+const cid = (hex) => CID.createV1(0x55, decodeDigest(Buffer.from(hex, 'hex')))
+async function known (addr) { // in the routing table, once identify has said what it speaks
+  await node.dial(addr)
+  while (node.services.dht.routingTable.size === 0) await new Promise((resolve) => setTimeout(resolve, 20))
+}
+
 const commands = {
+  provide: async (addr, key) => {
+    await known(addr)
+    for await (const _ of node.services.dht.provide(cid(key))) ;
+    return true
+  },
+  find: async (addr, key) => {
+    await known(addr)
+    const found = new Set()
+    for await (const event of node.services.dht.findProviders(cid(key))) {
+      if (event.name === 'PROVIDER') event.providers.forEach((peer) => found.add(peer.id.toString()))
+    }
+    return [...found]
+  },
+  get: async (addr, key) => {
+    await known(addr)
+    for await (const event of node.services.dht.get(Buffer.from(key))) {
+      if (event.name === 'VALUE') return Buffer.from(event.value).toString('hex')
+    }
+    return null
+  },
+  put: async (addr, [key, value]) => {
+    await known(addr)
+    for await (const _ of node.services.dht.put(Buffer.from(key), Buffer.from(value, 'hex'))) ;
+    return true
+  },
   ping: async (addr) => await node.services.ping.ping(addr) >= 0,
   echo: async (addr) => await ask(addr, 16 << 20),
   many: async (addr) => (await Promise.all(Array.from({ length: 100 }, () => ask(addr, 50_000)))).every(Boolean),
@@ -106,9 +146,9 @@ const commands = {
 while (node.getMultiaddrs().length === 0) await new Promise((resolve) => setTimeout(resolve, 20))
 console.log(JSON.stringify(node.getMultiaddrs()[0].toString()))
 for await (const line of createInterface({ input: process.stdin })) {
-  const { command, addr } = JSON.parse(line)
+  const { command, addr, argument } = JSON.parse(line)
   try {
-    console.log(JSON.stringify(await commands[command](multiaddr(addr))))
+    console.log(JSON.stringify(await commands[command](multiaddr(addr), argument)))
   } catch (error) {
     console.log(JSON.stringify(`${error.name}: ${error.message}`))
   }
