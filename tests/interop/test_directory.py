@@ -1,4 +1,8 @@
-"""A js-libp2p node as part of our directory: it keeps what we store, and finds what we keep."""
+"""A js-libp2p node as part of our directory: it keeps what we store, and finds what we keep.
+
+It can not store under our keys: py-libp2p 0.8.1 answers no FIND_NODE for a key of more than 50 bytes, which js asks
+first.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ from typing import Any
 
 import pytest
 import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 
 from petals.dht.keys import record_key, swarm_key
 from petals.dht.records import open_record
 from petals.peer.identity import verify
+from petals.protocols.types import PeerId
 from tests.dht.conftest import MODEL, Net
 from tests.dht.conftest import net as net  # a fixture
 from tests.interop.foreign import js_peer
@@ -32,11 +38,9 @@ async def test_js_finds_what_we_keep_and_keeps_what_we_find(net: Net) -> None:
             assert await dial("provide", mine, swarm_key(MODEL)) is True
             named = addr.rpartition("/p2p/")[2]
             assert named in await server.directory.find_providers(swarm_key(MODEL))
-            # What js stores at a third node, that node believes, since the record speaks for itself; not a changed one.
-            key = record_key(MODEL, server.peer_id)
-            assert await dial("put", reader.host.addrs[0], [key, value.hex()]) is True
-            await dial("put", reader.host.addrs[0], [key, value[:-1].hex() + "00"])
-            kept = reader.directory._dht.value_store.get(key.encode())
+            record = await server.announce()  # js is one of the nodes nearest to everything
+            request = Message(type=Message.MessageType.GET_VALUE, key=record_key(MODEL, server.peer_id).encode())
+            await reader.host.connect(addr)
+            kept = await reader.directory._ask(PeerId(named), request)
             assert kept is not None
-            assert kept.value == value
-            assert [each.peer_id for each in await reader.directory.lookup(MODEL)] == [server.peer_id]
+            assert open_record(kept.record.value, now=now, verify=verify, expected_model=MODEL) == record

@@ -102,8 +102,10 @@ async function ask (addr, size) {
 
 const cid = (hex) => CID.createV1(0x55, decodeDigest(Buffer.from(hex, 'hex')))
 async function known (addr) { // in the routing table, once identify has said what it speaks
-  await node.dial(addr)
-  while (node.services.dht.routingTable.size === 0) await new Promise((resolve) => setTimeout(resolve, 20))
+  const { remotePeer } = await node.dial(addr)
+  while (await node.services.dht.routingTable.find(remotePeer) == null) {
+    await new Promise((resolve) => setTimeout(resolve, 20))
+  }
 }
 
 const commands = {
@@ -126,11 +128,6 @@ const commands = {
       if (event.name === 'VALUE') return Buffer.from(event.value).toString('hex')
     }
     return null
-  },
-  put: async (addr, [key, value]) => {
-    await known(addr)
-    for await (const _ of node.services.dht.put(Buffer.from(key), Buffer.from(value, 'hex'))) ;
-    return true
   },
   ping: async (addr) => await node.services.ping.ping(addr) >= 0,
   echo: async (addr) => await ask(addr, 16 << 20),
