@@ -131,6 +131,9 @@ def apply(
         said += [values[name] for name in flag.names if name in values]
         for source, value in said[:1]:
             flag.set(value, source=source)
+            for other in parsers[verb]._actions:  # --share_weights and --no_share_weights say the same in two ways
+                if other.dest == flag.action.dest:
+                    other.default = flag.action.default
     return list(_strangers(parsers, environment))
 
 

@@ -29,6 +29,7 @@ def main() -> None:
     from petals.gateway.serve import open_gateway
     from petals.models.errors import ModelError
     from petals.peer.identity import IdentityError, load_identity
+    from petals.protocols.errors import UserError
 
     model = ROOM / "model"
     make_model(model)
@@ -82,7 +83,7 @@ def main() -> None:
             nursery.start_soon(trio.serve_listeners, hub, [listener])
             try:
                 await client.checkpoint("somebody/something", token=TOKEN)  # type: ignore[attr-defined]
-            except ModelError:
+            except (ModelError, UserError):  # neither the hub nor the swarm has it
                 traceback.print_exc()
             nursery.cancel_scope.cancel()
         print("the hub was told the token:", any(TOKEN.encode() in request for request in asked))

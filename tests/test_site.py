@@ -35,7 +35,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands(page: str) -> list[list[str]]:
     lines = "\n".join(blocks(page, "bash")).splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith("petals ")]
+    return [shlex.split(line.partition(" > ")[0])[1:] for line in lines if line.startswith("petals ")]
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

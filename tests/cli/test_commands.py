@@ -147,7 +147,7 @@ MISTAKES = [
     (["keygen", "identities/local-1.key"], "exists already"),
     (["keygen", "--swarm", "--api", "x"], "give one of them"),
     (["invite", "--identity", "identities/local-1.key", "--peer", "nonsense"], "'nonsense' is no peer ID"),
-    (["status"], "which swarm?"),
+    (["status"], "whose status?"),
     (["status", "--initial_peers", NOBODY, "--swarm_key", "README.md"], "README.md holds no swarm key"),
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from petals.cli.main import parse, parsers
+from petals.cli.peer import EVERYWHERE
 from petals.cli.settings import Flag, flags_of
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +104,7 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
     monkeypatch.setenv("PETALS_LISTEN", "")
     options = parse(["peer"])
     assert (options.cache_mb, options.initial_peers, options.json) == (3, ["c", "d", "e"], False)
-    assert options.listen is None
+    assert options.listen == [EVERYWHERE]
     options = parse(["peer", "--cache_mb", "4", "--initial-peers", "f"])
     assert (options.cache_mb, options.initial_peers) == (4, ["f"])
 
@@ -176,7 +177,7 @@ def test_a_variable_that_is_nearly_a_flag_is_mentioned_and_others_are_left_alone
 ) -> None:
     for variable in ("PETALS_LISTN", "PETALS_HOME", "PETALS_CACHE", "PETALS_INTEROP_CACHE", "PETALS_TEST"):
         monkeypatch.setenv(variable, "x")
-    assert parse(["peer"]).listen is None
+    assert parse(["peer"]).listen == [EVERYWHERE]
     assert capsys.readouterr().err == "petals: PETALS_LISTN names no flag; did you mean PETALS_LISTEN?\n"
 
 

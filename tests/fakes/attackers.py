@@ -227,7 +227,9 @@ async def idle_connection(target: Target, opened: Callable[[bool], None]) -> Non
         def refuse(stream: MuxedStream) -> None:
             stream.reset_nowait()
 
-        _, connection = await upgrade(raw, noise, expected=expected, on_stream=refuse, config=MuxerConfig())
+        _, connection = await upgrade(
+            raw, noise, expected=expected, is_client=True, on_stream=refuse, config=MuxerConfig()
+        )
     except Exception:  # the handshake of a stranger who is turned away: any of four libraries says so in its own way
         opened(False)
         return

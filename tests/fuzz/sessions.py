@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -21,9 +22,12 @@ from petals.models.checkpoint import open_checkpoint
 from petals.models.loading import load_span
 from petals.peer.client.hop import Hop, SessionSpec, StepInput
 from petals.peer.config import ServeConfig, Timeouts
+from petals.peer.identity import signer_of
+from petals.peer.server.admission import Admission
 from petals.peer.server.inbound import Inbound
 from petals.peer.server.leases import CacheBudget
 from petals.peer.server.push import Pusher
+from petals.peer.server.quotas import Rates
 from petals.peer.server.throughput import Speedometer, Throughput
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, SwarmError
@@ -74,7 +78,11 @@ def server() -> Inbound:
     config = ServeConfig(
         cache_bytes=1 << 22, max_wait_s=0.0, max_batch_tokens=256, max_lora_bytes=1 << 20, prefix_idle_s=60.0
     )
-    return Inbound(MODEL, span(), lane, CacheBudget(config.cache_bytes), config, speed=speed, pusher=Pusher(host))
+    admission = Admission(PeerId("server"), MODEL.digest, verify=signer_of, clock=time.time)
+    rates = Rates(None, None, frozenset(), lambda: 0.0)
+    return Inbound(
+        MODEL, span(), lane, CacheBudget(config.cache_bytes), config, admission, rates, speed=speed, pusher=Pusher(host)
+    )
 
 
 def _ask(data: bytes, answer: Callable[[Inbound, ByteStream], Any]) -> None:
