@@ -40,7 +40,6 @@ def room() -> Path:
     shared = Path("/dev/shm")
     room = tempfile.mkdtemp(prefix="petals-fuzz-", dir=shared if os.access(shared, os.W_OK) else None)
     atexit.register(shutil.rmtree, room, ignore_errors=True)
-    os.environ["PETALS_CACHE"] = room
     return Path(room)
 
 
