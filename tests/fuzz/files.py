@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ def room() -> Path:
     """A directory in memory where there is one: every input becomes a file."""
     shared = Path("/dev/shm")
     room = tempfile.mkdtemp(prefix="petals-fuzz-", dir=shared if os.access(shared, os.W_OK) else None)
-    os.environ["PETALS_CACHE"] = room
+    atexit.register(shutil.rmtree, room, ignore_errors=True)
     return Path(room)
 
 
