@@ -25,7 +25,7 @@ from tests.models.tiny import CASES, save_tiny
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 from tests.swarm.test_processes import start
 
-GROUPS, SCHEDULES = 40, 50
+GROUPS, SCHEDULES = 20, 50
 BATCH, LENGTH = 2, 24
 
 Turn = tuple[int, torch.Tensor, torch.Tensor | None]
