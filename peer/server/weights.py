@@ -15,8 +15,8 @@ from petals.models.checkpoint import Checkpoint
 from petals.models.errors import ModelError
 from petals.models.licence import may_share
 from petals.models.weights import SharedWeights
+from petals.peer.bucket import TokenBucket
 from petals.peer.config import ServeConfig
-from petals.peer.server.bucket import TokenBucket
 from petals.peer.server.guard import Refused
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, RemoteProtocolError

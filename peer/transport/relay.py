@@ -21,6 +21,7 @@ from libp2p.relay.circuit_v2.resources import RelayLimits as LibraryLimits
 from libp2p.relay.circuit_v2.resources import Reservation
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
+from petals.peer.bucket import TokenBucket
 from petals.peer.concurrency import shielded_for
 from petals.peer.config import RelayLimits
 from petals.peer.transport.circuit import MAX_MESSAGE_BYTES, CircuitLimit, announce
@@ -35,21 +36,6 @@ _BURST_S = 0.1
 GOODBYE_S = 1.0
 ASK_S = 15.0
 """What a peer may take to say what it wants, and the called one to take the call."""
-
-
-class Pace:
-    """Spreads bytes over time: `bytes_per_s` on average, after a short burst."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._paid_until = 0.0
-
-    async def take(self, nbytes: int) -> None:
-        """Return when `nbytes` may pass."""
-        if self._bytes_per_s <= 0:
-            return
-        self._paid_until = max(self._paid_until, trio.current_time() - _BURST_S) + nbytes / self._bytes_per_s
-        await trio.sleep_until(self._paid_until)
 
 
 class Relay:
@@ -75,7 +61,8 @@ class Relay:
         self._host, self._open_stop, self._is_connected, self._addrs = host, open_stop, is_connected, addrs
         self._places: dict[PeerId, float] = {}
         self._circuits: Counter[PeerId] = Counter()
-        self._pace = Pace(limits.bytes_per_s)
+        rate = limits.bytes_per_s
+        self._bucket = TokenBucket(rate, max(_PIECE_BYTES, rate * _BURST_S)) if rate > 0 else None
 
     @property
     def circuits(self) -> int:
@@ -185,7 +172,8 @@ class Relay:
             left[0] -= len(data)
             if left[0] <= 0:
                 raise RemoteError("the circuit's bytes are used up")
-            await self._pace.take(len(data))
+            if self._bucket is not None:
+                await trio.sleep(self._bucket.take(len(data), trio.current_time()))
             await sink.stream.write(data)
             self.passed_bytes += len(data)
         await sink.close_write()

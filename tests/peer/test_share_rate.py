@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from petals.models.checkpoint import Checkpoint, open_checkpoint
+from petals.peer.bucket import TokenBucket
 from petals.peer.client.weights import SENDERS, Report, choose_senders
 from petals.peer.config import ServeConfig
-from petals.peer.server.bucket import TokenBucket
 from petals.peer.server.guard import Refused
 from petals.peer.server.weights import MAX_WAIT_S, WeightSender
 from petals.protocols import messages_pb2 as pb
