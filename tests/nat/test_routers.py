@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -171,6 +172,27 @@ async def test_a_private_server_serves_a_private_client_and_the_relay_dies_in_th
     inputs = smollm.tokenizer("A cat sat on", return_tensors="pt")
     expected = smollm.model.generate(**inputs, max_new_tokens=32, do_sample=False)
     assert said.decode().strip() == smollm.tokenizer.decode(expected[0], skip_special_tokens=True).strip()
+
+
+def as_on_the_page(lab: Lab, where: str, index: int) -> list[str]:
+    page = (ROOT / "docs" / "nat.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("petals ")]
+    return petals(lab, where, *shlex.split(lines[index])[1:])
+
+
+@pytest.mark.parametrize("lab", [{}], indirect=True)
+async def test_two_commands_without_an_address_make_a_swarm(lab: Lab, nursery: trio.Nursery, smollm: Truth) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PETALS_LISTEN": "", "PETALS_THROUGHPUT": "100"}
+    run = partial(trio.run_process, stdin=subprocess.DEVNULL, cwd=ROOT, check=False, env=environment)
+    serve = [*as_on_the_page(lab, "relay-a", 0), "--json"]
+    server: trio.Process = await nursery.start(partial(run, serve, stdout=subprocess.PIPE))
+    assert server.stdout is not None
+    assert b"addrs" in await server.stdout.receive_some()  # it serves
+    done = await run(as_on_the_page(lab, "relay-b", 1), capture_stdout=True)
+    server.send_signal(signal.SIGKILL)
+    inputs = smollm.tokenizer("A cat sat on", return_tensors="pt")
+    expected = smollm.model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert done.stdout.decode().strip() == smollm.tokenizer.decode(expected[0], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("lab", [{}], indirect=True)
