@@ -31,6 +31,7 @@ import multihash  # type: ignore[import-untyped]
 import trio
 from google.protobuf.message import DecodeError
 from libp2p.abc import IHost, INetStream
+from libp2p.custom_types import TProtocol
 from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
@@ -47,7 +48,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from petals.dht.keys import NAMESPACE, parse_record_key, record_key, swarm_key
 from petals.dht.records import RecordError, ServerRecord, ServerState, Verify, open_record, peek, sign_record
 from petals.dht.walk import walk
-from petals.protocols.errors import PeerUnreachable, SwarmError
+from petals.protocols.errors import PeerUnreachable, ProtocolViolation, SwarmError
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import ModelId, PeerId
 
@@ -80,6 +81,10 @@ MAX_INBOUND_PER_PEER = 8
 """The same of one peer; else one who asks nothing on 64 streams would make a node deaf."""
 INBOUND_S = 20.0
 """One stream of questions; the library waits for the next one for ever."""
+MAX_INBOUND_BYTES = 256 << 10
+"""The same; a record has 8 KiB at most, and the library reads up to 4 MiB of each question."""
+STREAM_COSTS = 4
+"""Of those that a peer may open in a second: keeping what others say takes signatures."""
 MAX_FETCHES = 64
 """Servers asked for their records at once."""
 MAX_PROVIDERS = 2000
@@ -111,6 +116,8 @@ class Connected(Protocol):
     def on_peer(self, callback: Callable[[PeerId], None]) -> None: ...
 
     def connected_peers(self) -> tuple[PeerId, ...]: ...
+
+    def charge(self, peer_id: PeerId, streams: int) -> None: ...
 
     async def open_stream(self, peer_id: PeerId, protocol: str, *, addrs: Sequence[str] = ()) -> ByteStream: ...
 
@@ -417,27 +424,73 @@ class _Kademlia(KadDHT):
     its own for each bucket, more than a thousand questions for a newcomer to a swarm of 40."""
 
     refresh: Callable[[], Awaitable[None]]
+    charge: Callable[[PeerId, int], None]
     _inbound: Counter[ID]
 
     async def refresh_routing_table(self) -> None:
         await self.refresh()
 
     async def handle_stream(self, stream: INetStream) -> None:
-        """Answer one stream, for a while, unless its peer has enough of them. Cut short, it is reset by the host."""
+        """Answer one stream, for a while, unless its peer has enough of them.
+
+        Raises:
+            ProtocolViolation: the peer says too much.
+        """
         peer_id = stream.muxed_conn.peer_id
+        self.charge(PeerId(str(peer_id)), STREAM_COSTS - 1)
         if self._inbound[peer_id] >= MAX_INBOUND_PER_PEER:
             await stream.reset()
             return
         self._inbound[peer_id] += 1
         try:
+            measured = _Measured(stream)
             with trio.move_on_after(INBOUND_S) as scope:
-                await super().handle_stream(stream)
+                await super().handle_stream(measured)
             if scope.cancelled_caught:
                 await stream.reset()
+            if measured.left < 0:
+                raise ProtocolViolation(f"over {MAX_INBOUND_BYTES} bytes of questions on one stream")
         finally:
             self._inbound[peer_id] -= 1
             if not self._inbound[peer_id]:
                 del self._inbound[peer_id]
+
+
+class _Measured(INetStream):
+    """A stream of questions that ends after `MAX_INBOUND_BYTES`."""
+
+    def __init__(self, stream: INetStream) -> None:
+        self._stream = stream
+        self.muxed_conn = stream.muxed_conn
+        self.metric_send_channel = None  # the library (0.8.1) takes every stream for its NetStream, which has one
+        self.left = MAX_INBOUND_BYTES
+
+    async def read(self, n: int | None = None) -> bytes:
+        if (n or 1) > self.left:
+            self.left = -1
+            await self._stream.reset()
+            return b""
+        data = await self._stream.read(n)
+        self.left -= len(data)
+        return data
+
+    async def write(self, data: bytes) -> None:
+        await self._stream.write(data)
+
+    async def close(self) -> None:
+        await self._stream.close()
+
+    async def reset(self) -> None:
+        await self._stream.reset()
+
+    def get_protocol(self) -> TProtocol | None:
+        return self._stream.get_protocol()
+
+    def set_protocol(self, protocol_id: TProtocol) -> None:
+        self._stream.set_protocol(protocol_id)
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self._stream.get_remote_address()
 
 
 class _RecordValidator(Validator):
@@ -586,6 +639,7 @@ async def open_directory(
         validator_changed=True,
         strict_validation=True,
     )
+    dht.charge = host.charge
     dht._inbound = Counter()
     dht.value_store = _Values(host.libp2p)
     dht.provider_store = providers = _Providers(host.libp2p, clock)

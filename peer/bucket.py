@@ -1,4 +1,4 @@
-"""A token bucket: so many bytes a second on average, a burst at first. Pure; whoever asks brings the time."""
+"""A token bucket: so much a second on average, a burst at first. Pure; whoever asks brings the time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ class TokenBucket:
     """Says how long to wait before sending, so that no second sees more than its share.
 
     Args:
-        rate: bytes per second.
-        burst: bytes that may go at once after a rest.
+        rate: bytes (or whatever is counted) per second.
+        burst: how many may go at once after a rest.
     """
 
     def __init__(self, rate: float, burst: float) -> None:
@@ -29,6 +29,10 @@ class TokenBucket:
         self._level = self._level_at(now) - nbytes
         self._filled_at = now
         return delay
+
+    def is_full(self, now: float) -> bool:
+        """Whether all of the burst is there."""
+        return self._level_at(now) >= self._burst
 
     def _level_at(self, now: float) -> float:
         """Below zero: promised already."""

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from multiaddr.utils import get_network_addrs  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import shielded_for
+from petals.peer.conduct import MISTAKE, Conduct
 from petals.peer.transport.addresses import is_loopback, split_peer, tcp_endpoint
 from petals.peer.transport.loopback import loopback_pair
 from petals.peer.transport.multistream import Listener
@@ -106,20 +108,32 @@ class HostConfig:
     """Streams of all peers being answered; one more is refused."""
     max_handlers_per_peer: int = 1024
     """The same of one peer, whatever its connections allow."""
+    streams_per_s: float = 128.0
+    """What one peer may open for nothing, on average; who is faster is read no faster. Served work does not count, what
+    breaks a rule counts 16 times."""
+    streams_burst: int = 512
+    """The same, at once after a rest."""
+    connects_per_s: float = 32.0
+    """Handshakes with one IP address, on average; more wait their turn."""
+    connects_burst: int = 128
+    """The same, at once after a rest."""
     limits: YamuxLimits = field(default_factory=YamuxLimits)
     """Streams, windows and bytes of one connection."""
 
     def __post_init__(self) -> None:
         times = (self.keep_alive_s, self.connect_s, self.handshake_s, self.negotiate_s, self.close_s)
+        rates = (self.streams_per_s, self.connects_per_s)
         counts = (
             self.max_connections,
             self.max_connections_per_peer,
             self.max_half_open,
             self.max_handlers,
             self.max_handlers_per_peer,
+            self.streams_burst,
+            self.connects_burst,
         )
-        if min(times) <= 0 or min(counts) < 1:
-            raise ValueError("times must be positive and limits at least 1")
+        if min(*times, *rates) <= 0 or min(counts) < 1:
+            raise ValueError("times and rates must be positive and limits at least 1")
         if self.swarm_key is not None and self.transport == "stock":
             raise UserError(
                 "py-libp2p's own transport has no private swarms: leave out --swarm_key or --transport stock"
@@ -204,7 +218,10 @@ class Host:
         self._on_peer: list[Callable[[PeerId], None]] = []
         self._introduction: tuple[frozenset[str], Callable[[PeerId], Awaitable[None]]] | None = None
         self._introduced: WeakKeyDictionary[NetworkConn, _Introduced] = WeakKeyDictionary()
+        self._streams = Conduct[PeerId](config.streams_per_s, config.streams_burst, trio.current_time)
+        self._knocks = Conduct[str](config.connects_per_s, config.connects_burst, trio.current_time)
         network.on_stream = self._take_stream
+        network.pace = lambda peer_id: self._streams.charge(PeerId(str(peer_id)))
         network.is_frozen = lambda peer_id: PeerId(str(peer_id)) in self._frozen
         network.on_frozen = self._note_frozen
         network.register_notifee(_Notifee(self._note_connected))
@@ -391,6 +408,10 @@ class Host:
         self._handlers.pop(protocol, None)
         self.libp2p.remove_stream_handler(TProtocol(protocol))
 
+    def charge(self, peer_id: PeerId, streams: int) -> None:
+        """Count so many streams against a peer, as if it had opened them; or, if negative, in its favour."""
+        self._streams.charge(peer_id, streams)
+
     async def ping(self, peer_id: PeerId) -> float:
         """One round trip to a connected or known peer, in seconds. Raises as `open_stream` does."""
         stream = await self.open_stream(peer_id, PING)
@@ -444,6 +465,8 @@ class Host:
         except (RemoteError, ProtocolViolation, trio.TooSlowError, trio.ClosedResourceError) as error:
             log.debug("stream of %s came to nothing: %r", stream.remote_peer, error)
             stream.reset_nowait()
+            if isinstance(error, ProtocolViolation):
+                self.charge(stream.remote_peer, MISTAKE)
             return None
 
     async def _run_handler(self, protocol: str, stream: ByteStream, handler: Handler) -> None:
@@ -454,6 +477,10 @@ class Host:
             return
         except SwarmError as error:
             log.debug("%s with …%s ended: %s", protocol, stream.remote_peer[-6:], error)
+            if isinstance(error, ProtocolViolation) or (
+                isinstance(error, RemoteProtocolError) and error.peer_id == stream.remote_peer
+            ):
+                self.charge(stream.remote_peer, MISTAKE)
         except Exception:
             log.exception("%s with %s failed; its stream is reset", protocol, stream.remote_peer)
         except BaseException:  # the host is leaving
@@ -478,6 +505,8 @@ class Host:
         except Exception as error:
             log.debug("%s of %s failed: %r", protocol, stream.remote_peer, error)
             stream.reset_nowait()
+            if isinstance(error, ProtocolViolation):
+                self.charge(stream.remote_peer, MISTAKE)
         finally:
             conn.remove_stream(net_stream)
 
@@ -507,6 +536,11 @@ class Host:
         self._half_open[scope] = None
         try:
             with scope:
+                try:
+                    await trio.sleep(self._knocks.charge(_house_of(stream)))
+                except trio.Cancelled:
+                    await trio.aclose_forcefully(stream)
+                    raise
                 await self._network.accept(stream, addr)
         finally:
             del self._half_open[scope]
@@ -623,6 +657,18 @@ async def _answer_ping(stream: ByteStream) -> None:
                 await stream.write(payload)
                 payload = bytearray()
                 scope.deadline = trio.current_time() + PING_IDLE_S
+
+
+def _house_of(stream: trio.SocketStream) -> str:
+    """Where a stranger calls from: an IP address, or of version 6 its network, since everybody has many of those."""
+    try:
+        host: str = stream.socket.getpeername()[0].partition("%")[0]  # a link-local one names its interface
+    except OSError:
+        return ""  # gone already
+    address = ip_address(host)
+    if not isinstance(address, IPv6Address):
+        return host
+    return str(address.ipv4_mapped or ip_network((address, 64), strict=False))
 
 
 def _id_of(peer_id: PeerId) -> ID:

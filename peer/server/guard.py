@@ -15,6 +15,7 @@ from torch import Tensor
 from petals.models.adapters import Lora
 from petals.models.block import BlockSpan
 from petals.models.errors import ModelError
+from petals.peer.conduct import MISTAKE
 from petals.peer.config import ServeConfig
 from petals.peer.ledger import nobody_counts
 from petals.peer.server.admission import Admission
@@ -74,10 +75,12 @@ class Guard:
         rates: Rates,
         *,
         gave: Callable[[PeerId, int], None] = nobody_counts,
+        charge: Callable[[PeerId, int], None] = nobody_counts,
     ) -> None:
         """
         Args:
             gave: told whom we did how many block-tokens of work for, once it has been answered.
+            charge: `Host.charge`: told of mistakes, and of streams that were worth opening.
         """
         self.model = model
         self.span = span
@@ -87,6 +90,7 @@ class Guard:
         self._admission = admission
         self._rates = rates
         self.gave = gave
+        self._charge = charge
         self.leaving = False
         self._sessions: Counter[PeerId] = Counter()
         self._scopes: set[trio.CancelScope] = set()
@@ -128,6 +132,7 @@ class Guard:
         except (RemoteProtocolError, ProtocolViolation) as violation:
             log.info("…%s broke the rules: %s", stream.remote_peer[-6:], violation)
             error = _blame(violation)
+            self._charge(stream.remote_peer, MISTAKE)
         await self._say_goodbye(messages, reply(error))
 
     async def _lease(self, peer_id: PeerId, nbytes: int, wait_s: float) -> Lease:

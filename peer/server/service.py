@@ -216,6 +216,7 @@ class Service:
                 self.admission,
                 self._rates,
                 gave=self._ledger.gave,
+                charge=self._host.charge,
                 speed=speed,
                 pusher=Pusher(self._host),
                 signer=self._signer,

@@ -71,11 +71,12 @@ class Sessions(Guard):
         rates: Rates,
         *,
         gave: Callable[[PeerId, int], None] = nobody_counts,
+        charge: Callable[[PeerId, int], None] = nobody_counts,
         speed: Speedometer,
         pusher: Pusher,
         signer: Signer | None = None,
     ) -> None:
-        super().__init__(model, span, lane, budget, config, admission, rates, gave=gave)
+        super().__init__(model, span, lane, budget, config, admission, rates, gave=gave, charge=charge)
         self._speed = speed
         self._pusher = pusher
         self._signer = signer
@@ -280,6 +281,7 @@ class Sessions(Guard):
         async def from_server() -> None:
             nonlocal found
             pushed = await mailbox.take(step)
+            self._charge(pushed.sender, -1)
             if not supplying:  # a payload that is being read must be read to its end
                 found = decode_tensor(pushed.push.hidden, pushed.payload)
                 nursery.cancel_scope.cancel()

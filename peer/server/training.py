@@ -78,6 +78,7 @@ class Trainings(Guard):
         await self._answer(messages, pb.TrainingReply(done=reply), *pieces)
         done_work = block_tokens(len(blocks), request.hidden.shape[0], request.hidden.shape[1])
         self.gave(peer_id, done_work * BACKWARD if backward else done_work)
+        self._charge(peer_id, -1)
 
     def _run_forward(self, blocks: range, tensors: dict[str, Tensor], adapter: Adapter) -> _Trained:
         """In the compute thread."""

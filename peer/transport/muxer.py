@@ -45,6 +45,13 @@ _SMALL_READ, _LARGE_READ = MAX_FRAME_BYTES + 1, 256 * 1024
 """A connection's receive buffer: one Noise frame fits always; it grows once for a peer that fills it."""
 
 _YIELD_BYTES = 512 * 1024
+_LONGEST_PAUSE_S = 5.0
+"""In reading from a peer that opens streams too fast."""
+
+
+def _at_once() -> float:
+    """The pace of peers that nobody slows down."""
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +321,7 @@ class Connection:
 
     Args:
         on_stream: called for each stream the peer opens, from the reader task; must not block or raise.
+        pace: told of each stream the peer opens; returns the seconds for which nothing more is read from it.
         early: plaintext that arrived with the end of the handshake.
     """
 
@@ -325,6 +333,7 @@ class Connection:
         remote_peer: PeerId,
         is_client: bool,
         on_stream: Callable[[MuxedStream], None],
+        pace: Callable[[], float] = _at_once,
         config: MuxerConfig | None = None,
         early: tuple[list[bytes], bytes] = ([], b""),
     ) -> None:
@@ -342,7 +351,7 @@ class Connection:
         self._queue_bytes = self._config.queue_bytes
         self._unyielded = 0
         self._pipe, self._framing, self._early = pipe, framing, early
-        self._on_stream = on_stream
+        self._on_stream, self._pace = on_stream, pace
         self._unsent: memoryview | None = None
         self._writer = _Parked()
         self._in_line: deque[_Parked] = deque()
@@ -465,7 +474,7 @@ class Connection:
 
     async def _read_loop(self) -> None:
         plaintexts, rest = self._early
-        self._digest(plaintexts)
+        await self._digest(plaintexts)
         buffer = bytearray(_SMALL_READ)
         buffer[: len(rest)] = rest
         start, end = 0, len(rest)
@@ -473,7 +482,7 @@ class Connection:
             with memoryview(buffer) as view:
                 plaintexts, used = self._framing.decrypt(view[start:end])
                 start += used
-                self._digest(plaintexts)
+                await self._digest(plaintexts)
                 if len(buffer) - end < MAX_FRAME_BYTES or start == end:
                     view[: end - start] = bytes(view[start:end])
                     start, end = 0, end - start
@@ -485,11 +494,14 @@ class Connection:
             if end == len(buffer) == _SMALL_READ:
                 buffer += bytes(_LARGE_READ - len(buffer))
 
-    def _digest(self, plaintexts: list[bytes]) -> None:
+    async def _digest(self, plaintexts: list[bytes]) -> None:
         try:
             for plaintext in plaintexts:
                 for event in self.session.receive_data(plaintext):
                     self._on_event(event)
+                    if event.kind is EventKind.OPENED and (pause := self._pace()):
+                        self.flush()
+                        await trio.sleep(min(pause, _LONGEST_PAUSE_S))
         finally:
             if self.session.output_bytes:  # answers; after a violation, the GO_AWAY that says so
                 self.flush()
@@ -498,12 +510,13 @@ class Connection:
         kind, stream, value = event
         if kind is EventKind.OPENED:
             assert stream is not None
-            self._on_stream(MuxedStream(self, stream))
+            if not stream.reset:  # taken back in the same breath
+                self._on_stream(MuxedStream(self, stream))
         elif kind is EventKind.PONG:
             if self._ping is not None and self._ping[0] == value:
                 self.rtt_s = trio.current_time() - self._ping[1]
                 self._ping = None
-        elif stream is not None:
+        elif stream is not None and stream.owner is not None:
             owner: MuxedStream = stream.owner
             if kind is EventKind.READABLE:
                 owner.wake_reader()

@@ -18,6 +18,7 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -165,6 +166,11 @@ class _Channel:
         return bytes(self._buffer[: self._end])
 
 
+def _at_once(peer_id: ID) -> float:
+    """The pace of peers that nobody slows down."""
+    return 0.0
+
+
 async def upgrade(
     raw: IRawConnection,
     noise: NoiseTransport,
@@ -172,6 +178,7 @@ async def upgrade(
     expected: ID | None,
     is_client: bool,
     on_stream: Callable[[MuxedStream], None],
+    pace: Callable[[ID], float] = _at_once,
     config: MuxerConfig,
     swarm_key: SwarmKey | None = None,
 ) -> tuple[ID, Connection]:
@@ -179,6 +186,7 @@ async def upgrade(
 
     Args:
         expected: whom we dialled; None: we listened, and take whoever can prove who it is.
+        pace: told of each stream that the peer opens, as `Connection` wants it.
         is_client: who speaks first. Who dials does, but for one of two who dialled each other at once.
         swarm_key: what both ends must have; None: neither has one.
     Raises: one of _HANDSHAKE_ERRORS; WrongSwarmKey as soon as it shows. The caller closes `raw` then.
@@ -207,6 +215,7 @@ async def upgrade(
         remote_peer=peer_id_text(remote),
         is_client=is_client,
         on_stream=on_stream,
+        pace=partial(pace, remote),
         config=config,
         early=([early] if early else [], channel.rest()),
     )
@@ -426,6 +435,7 @@ class Network(Swarm):
         nursery: runs the connections; set by the host before the first of them.
         open_circuit: dials through a relay, or raises SwarmException.
         on_stream: takes each stream a peer opens, before its protocol is known.
+        pace: told of each of them first; returns the seconds for which that peer is not read any further.
         on_frozen: told, before anybody else, of a peer that the keep-alive has given up.
         is_wanted: says whether a connection without a stream serves a purpose all the same.
         is_frozen: says whether a peer has stopped answering, so that dialling it would only wait.
@@ -434,6 +444,7 @@ class Network(Swarm):
     nursery: trio.Nursery
     open_circuit: Callable[[Circuit, ID, Multiaddr], Awaitable[CircuitConn]]
     on_stream: Callable[[NetworkConn, MuxedStream], None]
+    pace: Callable[[ID], float]
     on_frozen: Callable[[ID], None]
     is_frozen: Callable[[ID], bool]
     is_wanted: Callable[[ID], bool]
@@ -558,6 +569,7 @@ class Network(Swarm):
             expected=expected,
             is_client=is_client,
             on_stream=on_stream,
+            pace=self.pace,
             config=self._muxer,
             swarm_key=self._swarm_key,
         )

@@ -176,7 +176,7 @@ class Attacker:
             value = sign_record(record, self.identity.sign, self.identity.public_key)
             put = Message(type=Message.MessageType.PUT_VALUE, key=key, record=Record(key=key, value=value))
             provide = Message(type=Message.MessageType.ADD_PROVIDER, key=bytes.fromhex(swarm_key(model)))
-            provide.providerPeers.add(id=me, addrs=[address, *[fat] * 40])
+            provide.providerPeers.add(id=me, addrs=[address, *[fat] * (40 if number % 16 == 0 else 3)])
             for message in (put, provide):
                 with suppress(RemoteError):
                     messages = await self.stream(str(PROTOCOL_ID))

@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from trio.testing import wait_all_tasks_blocked
 from petals.peer.host import PING, PING_BYTES, Host, HostConfig, open_host
 from petals.peer.transport.multistream import MULTISTREAM, encode_line, proposal
 from petals.peer.transport.network import LibraryConn
-from petals.protocols.errors import PeerUnreachable, RequestRefused, UserError
+from petals.protocols.errors import PeerUnreachable, RemoteProtocolError, RequestRefused, UserError
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
 from tests.transport.conftest import LOOPBACK, meet, two_hosts
@@ -450,6 +451,64 @@ async def test_one_peer_can_not_have_all_handlers() -> None:
         assert await honest.ping(server.peer_id) > 0
 
 
+@pytest.mark.parametrize(("words", "least", "most"), [(b"?" * 64, 24, 32), (b"!" + b"?" * 64, 8, 16)])
+async def test_who_opens_streams_too_fast_waits_alone(words: bytes, least: int, most: int) -> None:
+    """A few of the 32 go to identify; a shout costs 16 more."""
+    slow = replace(LOOPBACK, streams_per_s=1e-3, streams_burst=32, close_s=0.1)
+    async with (
+        open_host(create_new_key_pair(), slow) as server,
+        open_host(create_new_key_pair(), HostConfig(listen=(), close_s=0.1)) as greedy,
+        open_host(create_new_key_pair(), HostConfig(listen=())) as honest,
+    ):
+        calls: Counter[PeerId] = Counter()
+
+        async def answer(stream: ByteStream) -> None:
+            word = await stream.read(1)
+            if word == b"!":
+                raise RemoteProtocolError("shouting", stream.remote_peer)
+            calls[stream.remote_peer] += 1
+            await stream.write(word)
+
+        server.set_handler(ECHO, answer)
+        await greedy.connect(server.addrs[0])
+        for word in words:
+            await (await greedy.open_stream(server.peer_id, ECHO)).write(bytes([word]))
+        await until(lambda: calls[greedy.peer_id] >= least)
+        await honest.connect(server.addrs[0])
+        assert await ask(honest, server.peer_id, b"?") == b"?"
+        assert calls[greedy.peer_id] <= most
+
+
+async def test_served_streams_do_not_count() -> None:
+    slow = replace(LOOPBACK, streams_per_s=1e-3, streams_burst=32)
+    async with (
+        open_host(create_new_key_pair(), slow) as server,
+        open_host(create_new_key_pair(), HostConfig(listen=())) as client,
+    ):
+
+        async def answer(stream: ByteStream) -> None:
+            await stream.write(bytes(await stream.read(1)))
+            server.charge(stream.remote_peer, -1)
+
+        server.set_handler(ECHO, answer)
+        await client.connect(server.addrs[0])
+        for _ in range(100):
+            assert await ask(client, server.peer_id, b"?") == b"?"
+
+
+async def test_connections_from_one_address_wait_their_turn() -> None:
+    slow = replace(LOOPBACK, connects_per_s=1e-3, connects_burst=3)
+    async with open_host(create_new_key_pair(), slow) as server, AsyncExitStack() as clients:
+        for allowed in (True, True, True, False):
+            config = HostConfig(listen=(), connect_s=5.0 if allowed else 0.1)
+            client = await clients.enter_async_context(open_host(create_new_key_pair(), config))
+            if allowed:
+                await client.connect(server.addrs[0])
+            else:
+                with pytest.raises(PeerUnreachable):
+                    await client.connect(server.addrs[0])
+
+
 # -- what is left behind ---------------------------------------------------------------------------------------------
 
 
@@ -461,7 +520,7 @@ async def test_descriptors_tasks_and_memory_return_to_the_start() -> None:
     """After three hundred connections that came and went, with streams closed, reset and abandoned."""
     me, root = psutil.Process(), trio.lowlevel.current_root_task()
     assert root is not None
-    async with open_host(create_new_key_pair(), LOOPBACK) as server:
+    async with open_host(create_new_key_pair(), replace(LOOPBACK, connects_burst=1000)) as server:
         server.set_handler(ECHO, echo)
         keys = create_new_key_pair()
 
