@@ -359,7 +359,9 @@ def write_identity(directory: Path, identity: str, licence: str | None = None) -
 
 def _written(directory: Path, entry: str) -> str | None:
     found = _load_manifest(directory / MANIFEST).get(entry)
-    return found if isinstance(found, str) else None
+    if not isinstance(found, str) or any("\ud800" <= char <= "\udfff" for char in found):  # half of a pair has no bytes
+        return None
+    return found
 
 
 def _load_config(name: str, directory: Path) -> PretrainedConfig:
