@@ -144,10 +144,14 @@ async def js_peer(
 
 
 # -- go-libp2p's daemon ----------------------------------------------------------------------------------------------
-# Its control protocol is protobuf over a unix socket (p2pd.proto of the wheel); the five messages used are built here.
+# Its control protocol is protobuf over a unix socket (p2pd.proto of the wheel); the six messages used are built here.
 
 UNIX_CODE = 400
-IDENTIFY, CONNECT, STREAM_OPEN, STREAM_HANDLER = range(4)
+IDENTIFY, CONNECT, STREAM_OPEN, STREAM_HANDLER, DHT = range(5)
+FIND_PROVIDERS, GET_CLOSEST_PEERS, GET_VALUE, PUT_VALUE, PROVIDE = 2, 3, 5, 7, 8
+DHT_BEGIN, DHT_END = 0, 2
+RAW_CID = b"\x01\x55"
+DHT_TIMEOUT_S = 20
 
 
 def field(number: int, value: int | bytes) -> bytes:
@@ -213,13 +217,57 @@ class GoPeer:
         await stream.aclose()
 
     async def open(self, addr: str, protocol: str) -> trio.SocketStream:
+        await self.connect(addr)
+        peer = ID.from_base58(Multiaddr(addr).get_peer_id()).to_bytes()
+        _, stream = await self.call(field(1, STREAM_OPEN) + field(3, field(1, peer) + field(2, protocol.encode())))
+        return stream
+
+    async def connect(self, addr: str) -> None:
         full = Multiaddr(addr)
         peer = ID.from_base58(full.get_peer_id()).to_bytes()
         where = full.decapsulate(Multiaddr(f"/p2p/{full.get_peer_id()}")).to_bytes()
         _, stream = await self.call(field(1, CONNECT) + field(2, field(1, peer) + field(2, where)))
         await stream.aclose()
-        _, stream = await self.call(field(1, STREAM_OPEN) + field(3, field(1, peer) + field(2, protocol.encode())))
-        return stream
+
+    async def ask_directory(self, kind: int, fields: bytes) -> list[dict[int, list[int | bytes]]]:
+        """The answers of go's Kademlia: one, or all of a search. Raises AssertionError with its error."""
+        fields = field(1, kind) + fields + field(7, DHT_TIMEOUT_S)
+        reply, stream = await self.call(field(1, DHT) + field(5, fields))
+        answers = [parse(each) for each in reply.get(6, []) if isinstance(each, bytes)]
+        if answers and answers[0][1] == [DHT_BEGIN]:
+            answers.clear()
+            while (answer := parse(await read_frame(stream)))[1] != [DHT_END]:
+                answers.append(answer)
+        await stream.aclose()
+        return answers
+
+    async def providers(self, key: str) -> list[str]:
+        """Peer IDs of whom go finds under a content key (a multihash in hex)."""
+        fields = field(3, RAW_CID + bytes.fromhex(key)) + field(6, 20)
+        named = [answer[2][0] for answer in await self.ask_directory(FIND_PROVIDERS, fields)]
+        return [str(ID(parse(each)[1][0])) for each in named]  # type: ignore[arg-type]
+
+    async def knows_nodes(self) -> bool:
+        """Whether go has met anybody who speaks Kademlia."""
+        try:
+            return bool(await self.ask_directory(GET_CLOSEST_PEERS, field(4, b"anybody")))
+        except AssertionError:  # "failed to find any peer in table"
+            return False
+
+    async def provide(self, key: str) -> None:
+        """Have go say that it provides a content key."""
+        await self.ask_directory(PROVIDE, field(3, RAW_CID + bytes.fromhex(key)))
+
+    async def put(self, key: bytes, value: bytes) -> None:
+        """Have go store a value."""
+        await self.ask_directory(PUT_VALUE, field(4, key) + field(5, value))
+
+    async def get(self, key: bytes) -> bytes:
+        """Have go look for a value."""
+        (answer,) = await self.ask_directory(GET_VALUE, field(4, key))
+        (value,) = answer[3]
+        assert isinstance(value, bytes)
+        return value
 
     async def dial(self, command: str, addr: str) -> object:
         if command == "ping":
@@ -283,12 +331,12 @@ async def read_all(stream: trio.SocketStream) -> bytes:
 
 
 @asynccontextmanager
-async def go_peer(folder: Path) -> AsyncIterator[tuple[str, Callable[[str, str], object]]]:
+async def go_peer(folder: Path, *flags: str) -> AsyncIterator[tuple[str, GoPeer]]:
     daemon = install_go()
     control = folder / "control.sock"
     process = await trio.lowlevel.open_process(
-        [str(daemon), "-listen", f"/unix{control}", "-hostAddrs", "/ip4/127.0.0.1/tcp/0", "-q", "-relay=false",
-         "-tls=false", "-quic=false"],
+        [str(daemon), "-listen", f"/unix{control}", "-hostAddrs", "/ip4/127.0.0.1/tcp/0", "-q",
+         "-tls=false", "-quic=false", *(flags or ["-relay=false"])],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -304,7 +352,7 @@ async def go_peer(folder: Path) -> AsyncIterator[tuple[str, Callable[[str, str],
                 listener.listen(200)
                 nursery.start_soon(trio.serve_listeners, answer, [trio.SocketListener(listener)])
                 await peer.handle(protocol, path)
-            yield await peer.addr(), peer.dial
+            yield await peer.addr(), peer
             nursery.cancel_scope.cancel()
     finally:
         process.kill()

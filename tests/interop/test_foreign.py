@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,14 +42,17 @@ async def meeting(
     # A foreign listener with another key may take our first words for a short line, and wait for the rest of it.
     connect_s = 2.0 if ours != theirs and ours is not None else 5.0
     config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=ours, connect_s=connect_s)
-    async with (
-        js_peer(encode_swarm_key(theirs) if theirs else b"") if kind == "js" else go_peer(folder) as (addr, dial),
-        open_host(create_new_key_pair(), config) as host,
-    ):
+    async with AsyncExitStack() as stack:
+        if kind == "js":
+            addr, dial = await stack.enter_async_context(js_peer(encode_swarm_key(theirs) if theirs else b""))
+        else:
+            addr, go = await stack.enter_async_context(go_peer(folder))
+            dial = go.dial
+        host = await stack.enter_async_context(open_host(create_new_key_pair(), config))
         host.set_handler(ECHO, echo)
         host.set_handler(RESET, reset)
         with trio.fail_after(240):
-            yield host, addr, dial  # type: ignore[misc]
+            yield host, addr, dial
 
 
 @pytest.mark.parametrize("kind", ["js", "go"])
@@ -108,6 +111,51 @@ async def test_we_are_called_through_a_relay_of_js() -> None:
             await client.connect(way)
             assert client.link(server.peer_id) == "relayed"
             await ask(client, server.peer_id, 20_000, True)  # js lets 128 KiB through
+
+
+async def test_go_calls_through_our_relay(tmp_path: Path) -> None:
+    async with open_host(create_new_key_pair(), LOOPBACK) as relay, open_host(create_new_key_pair(), HIDDEN) as hidden:
+        relay.traversal.start_relaying(RelayLimits(), lambda: relay.addrs)
+        hidden.set_handler(ECHO, echo)
+        await hidden.connect(relay.addrs[0])
+        await hidden.traversal.reserve(relay.peer_id)
+        with trio.fail_after(120):
+            async with go_peer(tmp_path, "-relay=true") as (_, go):
+                assert await go.ask(hidden.addrs[0], 4 * MIB) is True
+
+
+async def test_go_is_called_through_our_relay(tmp_path: Path) -> None:
+    """It takes itself for private, and reserves a place by itself."""
+    async with open_host(create_new_key_pair(), LOOPBACK) as relay, open_host(create_new_key_pair(), HIDDEN) as client:
+        relay.traversal.start_relaying(RelayLimits(), lambda: relay.addrs)
+        (at,) = relay.addrs
+        flags = ("-relay=true", "-dht", "-b", f"-bootstrapPeers={at}", "-forceReachabilityPrivate")
+        flags += ("-autoRelay", "-relayDiscovery=false", f"-trustedRelays={at}")
+        with trio.fail_after(120):
+            async with go_peer(tmp_path, *flags) as (addr, _):
+                peer_id = PeerId(addr.rpartition("/")[2])
+                while peer_id not in relay.traversal.relay._places:  # noqa: ASYNC110 - another process asks for it
+                    await trio.sleep(0.01)
+                await client.connect(f"{at}/p2p-circuit/p2p/{peer_id}")
+                assert client.link(peer_id) == "relayed"
+                await ask(client, peer_id, 4 * MIB, False)
+
+
+async def test_we_are_called_through_a_relay_of_go(tmp_path: Path) -> None:
+    flags = ("-relay=true", "-relayService=true", f"-relayBufferSize={MIB}", "-forceReachabilityPublic")
+    with trio.fail_after(120):
+        async with (
+            go_peer(tmp_path, *flags) as (addr, _),
+            open_host(create_new_key_pair(), HIDDEN) as server,
+            open_host(create_new_key_pair(), HIDDEN) as client,
+        ):
+            server.set_handler(ECHO, echo)
+            relay = await server.connect(addr)
+            await server.traversal.reserve(relay, [addr])
+            (way,) = server.addrs
+            await client.connect(way)
+            assert client.link(server.peer_id) == "relayed"
+            await ask(client, server.peer_id, 20_000, True)  # in some runs the daemon lets 128 KiB through, as go does
 
 
 KEY, OTHER = SwarmKey(bytes(range(32))), SwarmKey(bytes(range(1, 33)))
