@@ -114,8 +114,8 @@ class Soak:
                 self.working -= 1
 
     def prompt(self, dice: random.Random) -> list[int]:
-        """One of 24, so that kept prefixes are met too. None of their words is a near tie (the likeliest is ahead by 8e-4
-        at least), which rounding might decide."""
+        """One of 24, so that kept prefixes are met too. None of their words is a near tie, which rounding might
+        decide: the likeliest is ahead by 8e-4 at least."""
         first, length = dice.randrange(12), dice.choice((3, 40))
         return [1 + (first * 17 + index * 29) % (VOCABULARY - 1) for index in range(length)]
 

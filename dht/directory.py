@@ -45,7 +45,7 @@ from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from petals.dht.keys import NAMESPACE, parse_record_key, record_key, swarm_key
+from petals.dht.keys import NAMESPACE, is_record_key, record_key, swarm_key
 from petals.dht.records import RecordError, ServerRecord, ServerState, Verify, open_record, peek, sign_record
 from petals.dht.walk import walk
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, SwarmError
@@ -508,14 +508,9 @@ class _RecordValidator(Validator):
             raise
 
     def _check(self, key: str, value: bytes) -> None:
-        parsed = parse_record_key(key)
-        if parsed is None:
-            raise RecordError("no record key")
         record = open_record(value, now=self._clock(), verify=self._verify)
-        if record.model.digest != parsed[0]:
-            raise RecordError("a record under another model's key", "digest")
-        if record.peer_id != parsed[1]:
-            raise RecordError("a record under somebody else's key", "peer")
+        if key != record_key(record.model, record.peer_id):
+            raise RecordError("a record under the key of another peer or model", "key")
 
     def select(self, key: str, values: list[bytes]) -> int:
         best = max(range(len(values)), key=lambda index: peek(values[index]).sequence)
@@ -532,7 +527,7 @@ class _Values(ValueStore):
 
     def put_record(self, key: bytes, record: Record) -> None:
         """Store a record that the validator has let pass; the writer's oldest goes when it has too many."""
-        writer = _writer(key)
+        writer = peek(record.value).peer_id if is_record_key(key) else None
         most = MAX_FOREIGN_VALUES if writer is None else MAX_KEYS_PER_WRITER
         keys = [other for other in self._keys_of.get(writer, ()) if other in self.store and other != key]
         for oldest in keys[: max(0, len(keys) + 1 - most)]:
@@ -549,12 +544,6 @@ class _Values(ValueStore):
             if not any(key in self.store for key in keys):
                 del self._keys_of[writer]
         return dropped
-
-
-def _writer(key: bytes) -> PeerId | None:
-    """Who alone can write a value of ours; None for others' values."""
-    parsed = parse_record_key(key.decode("utf-8", "replace"))
-    return None if parsed is None else parsed[1]
 
 
 class _Providers(ProviderStore):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 
 from petals.protocols.types import ModelId, PeerId
 
 NAMESPACE = "petals"
 """Of values; a validator of ours is registered for it at every peer."""
+
+RECORD_KEY_BYTES = 24
+"""Of a SHA-256: as long as nobody can find two peers of one key, and 32 characters without padding."""
 
 RELAY_KEY = "1220" + hashlib.sha256(b"/libp2p/relay").hexdigest()
 """The content key that peers provide who relay for others (go-libp2p's name for it)."""
@@ -19,13 +23,13 @@ def swarm_key(model: ModelId) -> str:
 
 
 def record_key(model: ModelId, peer_id: PeerId) -> str:
-    """Where a server's signed record is stored. Only that peer can write there: the validator checks the signer."""
-    return f"/{NAMESPACE}/{model.digest}/{peer_id}"
+    """Where a server's signed record is stored. Only that peer can write there: the validator makes the key again from
+    what was signed. It is a hash, to be short: py-libp2p (0.8.1) answers no FIND_NODE for a key of more than 50 bytes,
+    and other implementations ask that before they store anything."""
+    named = hashlib.sha256(f"/{NAMESPACE}/record/{model.digest}/{peer_id}".encode()).digest()
+    return f"/{NAMESPACE}/{base64.urlsafe_b64encode(named[:RECORD_KEY_BYTES]).decode()}"
 
 
-def parse_record_key(key: str) -> tuple[str, PeerId] | None:
-    """(digest, peer ID) of a record key; None if it is none."""
-    parts = key.split("/")
-    if len(parts) != 4 or parts[0] or parts[1] != NAMESPACE:
-        return None
-    return parts[2], PeerId(parts[3])
+def is_record_key(key: bytes) -> bool:
+    """Whether a value under this key can only be a server's record."""
+    return key.startswith(f"/{NAMESPACE}/".encode())

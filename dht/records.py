@@ -181,12 +181,13 @@ def open_record(data: bytes, *, now: float, verify: Verify, expected_model: Mode
 class Peek(NamedTuple):
     """What a holder needs of a record that it has checked before."""
 
+    peer_id: PeerId
     sequence: int
     expires_at: float
 
 
 def peek(data: bytes) -> Peek:
-    """Sequence number and expiry of a record, nothing verified.
+    """Author, sequence number and expiry of a record, nothing verified.
 
     Raises:
         RecordError: garbage.
@@ -195,7 +196,7 @@ def peek(data: bytes) -> Peek:
         fields = pb.ServerRecord.FromString(pb.SignedRecord.FromString(data).record)
     except DecodeError:
         raise RecordError("a record that does not decode") from None
-    return Peek(fields.sequence, fields.expires_at)
+    return Peek(PeerId(fields.peer_id), fields.sequence, fields.expires_at)
 
 
 def dated(data: bytes) -> float:

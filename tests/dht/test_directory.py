@@ -232,8 +232,8 @@ async def test_what_is_not_believed_is_counted_by_why(net: Net) -> None:
     put("signature", key, sign_record(make_record(signer.peer_id), other.sign, other.public_key))
     put("time", key, signed(make_record(signer.peer_id, issued_at=now + 120, expires_at=now + 150)))
     put("time", key, signed(make_record(signer.peer_id, issued_at=now - 90, expires_at=now - 1)))
-    put("peer", record_key(MODEL, other.peer_id), signed(make_record(signer.peer_id)))
-    put("digest", key, signed(make_record(signer.peer_id, model=ModelId("tiny", "cd" * 32))))
+    put("key", record_key(MODEL, other.peer_id), signed(make_record(signer.peer_id)))
+    put("key", key, signed(make_record(signer.peer_id, model=ModelId("tiny", "cd" * 32))))
     old, new = signed(make_record(signer.peer_id, sequence=1)), signed(make_record(signer.peer_id, sequence=2))
     assert validator.select(key, [new, old]) == 0
     assert validator.select(key, [old, new]) == 1

@@ -13,8 +13,8 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import env_to_send_in_RPC
 
-from petals.dht.directory import Directory, _peers, _writer, open_directory
-from petals.dht.keys import parse_record_key, record_key, swarm_key
+from petals.dht.directory import Directory, _peers, open_directory
+from petals.dht.keys import record_key, swarm_key
 from petals.dht.records import DOMAIN, RecordError, ServerRecord, ServerState, open_record, peek, sign_record
 from petals.dht.records_pb2 import SignedRecord
 from petals.peer.host import Host, HostConfig, open_host
@@ -58,8 +58,6 @@ def records(data: bytes) -> None:
             assert check is _anyone or record.peer_id == peer.peer_id
         with suppress(RecordError):
             peek(value)
-    parse_record_key(data.decode("utf-8", "replace"))
-    _writer(data)
 
 
 def _anyone(*_: object) -> bool:

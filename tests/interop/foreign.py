@@ -148,7 +148,7 @@ async def js_peer(
 
 UNIX_CODE = 400
 IDENTIFY, CONNECT, STREAM_OPEN, STREAM_HANDLER, DHT = range(5)
-FIND_PROVIDERS, GET_CLOSEST_PEERS, GET_VALUE, PUT_VALUE, PROVIDE = 2, 3, 5, 7, 8
+FIND_PROVIDERS, PROVIDE = 2, 8
 DHT_BEGIN, DHT_END = 0, 2
 RAW_CID = b"\x01\x55"
 DHT_TIMEOUT_S = 20
@@ -233,7 +233,7 @@ class GoPeer:
         """The answers of go's Kademlia: one, or all of a search. Raises AssertionError with its error."""
         fields = field(1, kind) + fields + field(7, DHT_TIMEOUT_S)
         reply, stream = await self.call(field(1, DHT) + field(5, fields))
-        answers = [parse(each) for each in reply.get(6, []) if isinstance(each, bytes)]
+        answers = [parse(each) for each in reply.get(5, []) if isinstance(each, bytes)]
         if answers and answers[0][1] == [DHT_BEGIN]:
             answers.clear()
             while (answer := parse(await read_frame(stream)))[1] != [DHT_END]:
@@ -247,27 +247,9 @@ class GoPeer:
         named = [answer[2][0] for answer in await self.ask_directory(FIND_PROVIDERS, fields)]
         return [str(ID(parse(each)[1][0])) for each in named]  # type: ignore[arg-type]
 
-    async def knows_nodes(self) -> bool:
-        """Whether go has met anybody who speaks Kademlia."""
-        try:
-            return bool(await self.ask_directory(GET_CLOSEST_PEERS, field(4, b"anybody")))
-        except AssertionError:  # "failed to find any peer in table"
-            return False
-
     async def provide(self, key: str) -> None:
         """Have go say that it provides a content key."""
         await self.ask_directory(PROVIDE, field(3, RAW_CID + bytes.fromhex(key)))
-
-    async def put(self, key: bytes, value: bytes) -> None:
-        """Have go store a value."""
-        await self.ask_directory(PUT_VALUE, field(4, key) + field(5, value))
-
-    async def get(self, key: bytes) -> bytes:
-        """Have go look for a value."""
-        (answer,) = await self.ask_directory(GET_VALUE, field(4, key))
-        (value,) = answer[3]
-        assert isinstance(value, bytes)
-        return value
 
     async def dial(self, command: str, addr: str) -> object:
         if command == "ping":

@@ -1,24 +1,20 @@
-"""js-libp2p and go-libp2p nodes as part of our directory: they keep what we store, and find what we keep.
-
-It can not store under our keys: py-libp2p 0.8.1 answers no FIND_NODE for a key of more than 50 bytes, which js asks
-first.
-"""
+"""js-libp2p and go-libp2p nodes as part of our directory: they keep what we store, and find what we keep."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
-from libp2p.peer.id import ID
 
 from petals.dht.keys import record_key, swarm_key
-from petals.dht.records import open_record
-from petals.peer.identity import verify
+from petals.dht.records import open_record, sign_record
+from petals.peer.identity import create_identity, verify
 from petals.protocols.types import PeerId
-from tests.dht.conftest import MODEL, Net
+from tests.dht.conftest import MODEL, Net, make_record
 from tests.dht.conftest import net as net  # a fixture
 from tests.interop.foreign import go_peer, js_peer
 
@@ -48,6 +44,25 @@ async def test_js_finds_what_we_keep_and_keeps_what_we_find(net: Net) -> None:
             assert open_record(kept.record.value, now=now, verify=verify, expected_model=MODEL) == record
 
 
+async def test_js_stores_records_for_others_and_forged_ones_for_nobody(net: Net) -> None:
+    node, other = await net.add(direct=False), await net.add(direct=False)
+    author, liar = create_identity(), create_identity()
+    key = record_key(MODEL, author.peer_id)
+    record = make_record(author.peer_id)
+    value = sign_record(record, author.sign, author.public_key)
+    forged = sign_record(replace(record, sequence=record.sequence + 1), liar.sign, liar.public_key)
+    dial: Any
+    with trio.fail_after(120):
+        async with js_peer(kademlia="yes") as (_, dial):
+            told = await dial("put", node.host.addrs[0], {"key": key, "value": value.hex()})
+            assert {node.peer_id, other.peer_id} <= set(told)
+            assert node.directory._dht.value_store.get(key.encode()).value == value
+            await dial("put", node.host.addrs[0], {"key": key, "value": forged.hex()})
+            for each in (node, other):
+                assert each.directory._dht.value_store.get(key.encode()).value == value
+                assert each.directory.dropped_records["signature"] == 1
+
+
 async def test_go_finds_whom_we_list_and_we_whom_it_lists(net: Net, tmp_path: Path) -> None:
     server = await net.add(direct=False)
     reader = await net.add(direct=False)
@@ -55,26 +70,8 @@ async def test_go_finds_whom_we_list_and_we_whom_it_lists(net: Net, tmp_path: Pa
     with trio.fail_after(120):
         async with go_peer(tmp_path, "-relay=false", "-dht") as (addr, go):
             await go.connect(server.host.addrs[0])
-            while server.peer_id not in await go.providers(swarm_key(MODEL)):
+            while server.peer_id not in await go.providers(swarm_key(MODEL)):  # noqa: ASYNC110 - another process
                 await trio.sleep(0.05)  # it has not yet been told that we speak Kademlia
             await go.provide(swarm_key(MODEL))
             named = addr.rpartition("/p2p/")[2]
             assert named in await reader.directory.find_providers(swarm_key(MODEL))
-
-
-async def test_go_puts_and_gets_public_keys_and_refuses_what_it_can_not_check(net: Net, tmp_path: Path) -> None:
-    """Of values, go's nodes keep those whose validator they have."""
-    server = await net.add(direct=False)
-    await server.announce()
-    key = ID.from_base58(server.peer_id)
-    with trio.fail_after(120):
-        async with go_peer(tmp_path, "-relay=false", "-dht") as (_, go):
-            await go.connect(server.host.addrs[0])
-            while not await go.knows_nodes():
-                await trio.sleep(0.05)
-            public = server.identity.public_key
-            await go.put(b"/pk/" + key.to_bytes(), public)
-            assert server.directory._dht.value_store.get(b"/pk/" + key.to_bytes()).value == public
-            assert await go.get(b"/pk/" + key.to_bytes()) == public
-            with pytest.raises(AssertionError, match="invalid record keytype"):
-                await go.get(record_key(MODEL, server.peer_id).encode())

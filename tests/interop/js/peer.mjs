@@ -129,6 +129,14 @@ const commands = {
     }
     return null
   },
+  put: async (addr, { key, value }) => {
+    await known(addr)
+    const told = []
+    for await (const event of node.services.dht.put(Buffer.from(key), Buffer.from(value, 'hex'))) {
+      if (event.name === 'PEER_RESPONSE' && event.messageName === 'PUT_VALUE') told.push(event.from.toString())
+    }
+    return told
+  },
   ping: async (addr) => await node.services.ping.ping(addr) >= 0,
   echo: async (addr) => await ask(addr, 16 << 20),
   many: async (addr) => (await Promise.all(Array.from({ length: 100 }, () => ask(addr, 50_000)))).every(Boolean),
