@@ -323,7 +323,7 @@ async def go_peer(folder: Path, *flags: str) -> AsyncIterator[tuple[str, GoPeer]
     )  # fmt: skip
     try:
         with trio.fail_after(30):
-            while not control.exists():  # noqa: ASYNC110 - another process makes it
+            while not await answers(control):
                 await trio.sleep(0.01)
         peer = GoPeer(control)
         async with trio.open_nursery() as nursery:
@@ -339,6 +339,15 @@ async def go_peer(folder: Path, *flags: str) -> AsyncIterator[tuple[str, GoPeer]
     finally:
         process.kill()
         await process.wait()
+
+
+async def answers(control: Path) -> bool:
+    """Whether the daemon listens already: the socket is there a moment earlier."""
+    try:
+        await (await trio.open_unix_socket(control)).aclose()
+    except OSError:
+        return False
+    return True
 
 
 async def answer_echo(stream: trio.SocketStream) -> None:
