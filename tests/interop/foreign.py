@@ -194,11 +194,13 @@ class GoPeer:
 
     async def call(self, request: bytes) -> tuple[dict[int, list[int | bytes]], trio.SocketStream]:
         stream = await trio.open_unix_socket(self._control)
-        await stream.send_all(encode_frame(request))
-        reply = parse(await read_frame(stream))
-        if reply[1] != [0]:
-            await stream.aclose()
-            raise AssertionError(f"the daemon says {reply}")
+        try:
+            await stream.send_all(encode_frame(request))
+            reply = parse(await read_frame(stream))
+            assert reply[1] == [0], f"the daemon says {reply}"
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
         return reply, stream
 
     async def addr(self) -> str:
@@ -323,7 +325,7 @@ async def go_peer(folder: Path, *flags: str) -> AsyncIterator[tuple[str, GoPeer]
     )  # fmt: skip
     try:
         with trio.fail_after(30):
-            while not await answers(control):
+            while not await answers(control):  # noqa: ASYNC110 - another process
                 await trio.sleep(0.01)
         peer = GoPeer(control)
         async with trio.open_nursery() as nursery:
