@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -48,7 +49,23 @@ def parse(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> arg
                 print(f"petals: {complaint}", file=sys.stderr)
         except UserError as error:
             sys.exit(complain(error))
-    return parser.parse_args(words)
+    elif words and not words[0].startswith("-") and words[0] not in verbs:
+        parser.error(f"there is no {words[0]!r}{_like(words[0], verbs)} The verbs are {', '.join(verbs)}")
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        verb = verbs[words[0]]
+        verb.error(" ".join(f"there is no {word}{_like(word, _flags_of(verb))}" for word in unknown))
+    return options
+
+
+def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def _like(word: str, known: Iterable[str]) -> str:
+    """The known word that is nearest to a mistyped one, as a question."""
+    near = difflib.get_close_matches(word.partition("=")[0], list(known), n=1, cutoff=0.75)
+    return f", did you mean {near[0]}?" if near else "."
 
 
 def parsers() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:

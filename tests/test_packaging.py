@@ -17,10 +17,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import trio
 
 from petals.cli.alive import answers, port_of
 from petals.cli.main import parse, parsers
 from petals.cli.settings import flags_of
+from petals.peer.host import HostConfig, open_host
+from petals.peer.identity import create_identity
+from petals.peer.transport.pnet import SwarmKey
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -146,3 +150,11 @@ def test_what_is_sent_installs_starts_and_is_healthy(tmp_path: Path) -> None:
 def test_where_to_ask() -> None:
     assert port_of("/ip4/0.0.0.0/tcp/4001 /ip6/::/tcp/4002") == 4001
     assert port_of("") == 31337
+
+
+async def test_a_peer_of_a_private_swarm_is_healthy_too() -> None:
+    """What it says first is no multistream line, but it is a byte."""
+    config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=SwarmKey(bytes(32)))
+    async with open_host(create_identity().key_pair, config) as host:
+        assert host.port is not None
+        assert await trio.to_thread.run_sync(answers, host.port)
