@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -61,15 +63,14 @@ def test_every_command_parses(page: str) -> None:
 
 
 def test_the_quick_start_says_what_is_tested_elsewhere() -> None:
-    """Its commands are those of the README and of the gateway's page, whose tests run them."""
-    first, second, third = commands("quick-start.md")
+    """Its first commands are those of the README and of the gateway's page, whose tests run them."""
+    first, second, _ = commands("quick-start.md")
     assert first in commands("gateway.md")
     readme = [
         shlex.split(line)[1:] for line in (ROOT / "README.md").read_text().splitlines() if line[:12] == "petals peer "
     ]
     told = [[word for word in each if not word.endswith(".key") and word != "--identity"] for each in readme]
     assert second in told
-    assert third[:4] == ["peer", "--serve", "15:30", "--initial_peers"]
 
 
 def test_the_table_for_those_who_come_from_petals() -> None:
@@ -137,10 +138,36 @@ def test_a_swarm_of_your_own(launched: str) -> None:
     assert "degraded, there is only one copy of all blocks" in done.stdout
 
 
-def test_the_keys_for_people(tmp_path: Path) -> None:
-    keygen = commands("launch-your-own-swarm.md")[3]
-    subprocess.run([*PETALS, *keygen], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=60)
+def test_a_door_for_people(launched: str, tmp_path: Path) -> None:
+    keygen, door = commands("launch-your-own-swarm.md")[3:5]
+    made = subprocess.run(
+        [*PETALS, *keygen], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=60
+    )
     assert "requests_per_minute=60 answers=2 a friend" in (tmp_path / "keys.txt").read_text()
+    words = [word.replace("ADDR", launched).replace("0.0.0.0:8000", "127.0.0.1:0") for word in door]
+    with running(*words, folder=tmp_path) as told:
+        models = urllib.request.Request(told["http"] + "/v1/models")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(models, timeout=30)
+        models.add_header("Authorization", f"Bearer {made.stdout.strip().rpartition(' ')[2]}")
+        with urllib.request.urlopen(models, timeout=30) as answer:
+            assert len(json.load(answer)["data"]) == 1
+
+
+def test_the_second_peer_of_the_quick_start(launched: str, tmp_path: Path) -> None:
+    words = [word.replace("ADDR", launched).replace(":8000", ":0") for word in commands("quick-start.md")[2]]
+    process = subprocess.Popen(
+        [*PETALS, *words, "--json"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["blocks"] == [15, 30]
+        with urllib.request.urlopen(json.loads(process.stdout.readline())["http"], timeout=30) as page:
+            assert b"<title>" in page.read()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 0
 
 
 def test_fine_tuning(launched: str, tmp_path: Path) -> None:
