@@ -22,9 +22,10 @@ import trio
 
 from petals.dht.directory import Directory
 from petals.dht.keys import RELAY_KEY
+from petals.peer.concurrency import shielded_for
 from petals.peer.config import NatConfig
 from petals.peer.host import Host
-from petals.peer.upnp import open_port
+from petals.peer.upnp import LEASE_S, PortMapping, open_port
 from petals.protocols.errors import RequestRefused, SwarmError
 from petals.protocols.types import PeerId
 
@@ -42,6 +43,8 @@ WANTED_PLACES = 2
 """Relays: when one goes, the other carries on."""
 AVOID_S = 30.0
 """A relay that refused or did not answer is left alone for so long."""
+ROUTER_S = 2.0
+"""What giving a port back may take of leaving; else its lease ends by itself."""
 PROVIDE_S = 600.0
 SEARCH_S = 10.0
 MAX_RELAYS = 64
@@ -95,7 +98,8 @@ class Ladder:
     reach: Reach = Reach.UNKNOWN
     _places: dict[PeerId, _Place] = field(default_factory=dict)
     _relays: dict[PeerId, _Known] = field(default_factory=dict)
-    _asked_router: bool = False
+    _mapping: PortMapping | None = None
+    _renew_at: float = 0.0
     _ask_at: float = 0.0
     _provide_at: float = 0.0
     _search_at: float = 0.0
@@ -104,6 +108,14 @@ class Ladder:
         """Look, and look again."""
         if self.config.relay is not None:
             self.host.traversal.start_relaying(self.config.relay, lambda: self.host.addrs)
+        try:
+            await self._climb()
+        finally:
+            if self._mapping is not None:
+                with shielded_for(ROUTER_S):
+                    await trio.to_thread.run_sync(self._mapping.close, abandon_on_cancel=True)  # type: ignore[call-arg]
+
+    async def _climb(self) -> None:
         while True:
             before = (self.reach, self.host.addrs)
             await self._look()
@@ -118,6 +130,8 @@ class Ladder:
 
     async def _look(self) -> None:
         now = trio.current_time()
+        if self._mapping is not None and now >= self._renew_at:
+            await self._renew(self._mapping)
         if self.host.port is None:
             self.reach = Reach.RELAYED if self._places else Reach.HIDDEN
         elif not self.host.listens_outside and not self.config.relays:
@@ -153,17 +167,23 @@ class Ladder:
             traversal.extra_addrs = tuple(outside)
             self.reach = Reach.MAPPED
             return
-        if self.config.upnp and not self._asked_router and (port := self.host.port) is not None:
-            self._asked_router = True
+        if self.config.upnp and (port := self.host.port) is not None:
             # Abandoned when the peer leaves: it takes seconds, and at worst a port stays mapped until its lease ends.
-            mapped = await trio.to_thread.run_sync(open_port, port, abandon_on_cancel=True)  # type: ignore[call-arg]
-            if mapped is not None and judge(await self._dial_backs(helpers, [mapped])):
-                traversal.extra_addrs = (mapped,)
+            self._mapping = await trio.to_thread.run_sync(open_port, port, abandon_on_cancel=True)  # type: ignore[call-arg]
+            self._renew_at = trio.current_time() + LEASE_S / 2
+            if self._mapping is not None and judge(await self._dial_backs(helpers, [self._mapping.addr])):
+                traversal.extra_addrs = (self._mapping.addr,)
                 self.reach = Reach.MAPPED
                 return
         if self.reach is not Reach.MAPPED or judge(await self._dial_backs(helpers, traversal.extra_addrs)) is False:
             traversal.extra_addrs = ()
             self.reach = Reach.RELAYED if self._places else Reach.HIDDEN
+
+    async def _renew(self, mapping: PortMapping) -> None:
+        self._renew_at = trio.current_time() + LEASE_S / 2
+        if not await trio.to_thread.run_sync(mapping.renew, abandon_on_cancel=True):  # type: ignore[call-arg]
+            self._mapping = None
+            self._ask_at = 0.0  # a router that was started anew, perhaps: from the beginning
 
     async def _dial_backs(self, helpers: Sequence[PeerId], addrs: Sequence[str]) -> list[bool]:
         answers = []

@@ -45,14 +45,14 @@ async def relay(*initial: str) -> None:
         await trio.sleep_forever()
 
 
-async def server(*initial: str) -> None:
+async def server(*initial: str, upnp: bool = False) -> None:
     async with open_membership(create_identity(), HostConfig(listen=LISTEN), initial) as (host, directory, _):
         host.set_handler(ECHO, echo)
 
         def changed() -> None:
             say(reach=str(ladder.reach), addrs=[addr for addr in host.addrs if "127.0.0.1" not in addr])
 
-        ladder = Ladder(host, directory, NatConfig(upnp=False), changed, lambda line: say(said=line))
+        ladder = Ladder(host, directory, NatConfig(upnp=upnp), changed, lambda line: say(said=line))
         await ladder.run()
 
 
@@ -105,5 +105,11 @@ if __name__ == "__main__":
         logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     else:
         logging.basicConfig(level=logging.INFO)
-    role = {"relay": relay, "server": server, "client": client, "neighbour": neighbour}[sys.argv[1]]
-    trio.run(role, *sys.argv[2:])
+    roles = {
+        "relay": relay,
+        "server": server,
+        "upnp-server": partial(server, upnp=True),
+        "client": client,
+        "neighbour": neighbour,
+    }
+    trio.run(roles[sys.argv[1]], *sys.argv[2:])

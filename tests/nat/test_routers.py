@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.nat.lab import Lab, NoLab
+from tests.nat.lab import Lab, NoLab, sh
 from tests.swarm.conftest import Truth
 from tests.swarm.conftest import smollm as smollm  # a fixture
 
@@ -130,6 +131,57 @@ async def test_a_forwarded_port_is_found_and_announced(lab: Lab, start: Callable
     assert [addr for addr in found["addrs"] if addr.startswith("/ip4/1.0.0.21/tcp/4001/")]
     client = await start("relay-b", "client", entry, *[addr for addr in found["addrs"] if "1.0.0.21" in addr])
     await client.until(lambda line: "answers" in line and line["link"] == "direct")
+
+
+TABLES = """
+table inet filter {
+    chain miniupnpd {}
+    chain prerouting_miniupnpd {}
+    chain postrouting_miniupnpd {}
+    chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }
+    chain postrouting { type nat hook postrouting priority 100; jump postrouting_miniupnpd; }
+}
+add rule ip home through ct status dnat accept
+"""
+"""Where miniupnpd writes its rules; and a router lets in what it has redirected."""
+ROUTERS = {
+    "ours": lambda _: [sys.executable, "-m", "tests.nat.igd", "192.168.1.1", "1.0.0.21"],
+    "miniupnpd": lambda folder: ["miniupnpd", "-d", "-f", str(_miniupnpd(folder)), "-P", str(folder / "pid")],
+}
+
+
+def _miniupnpd(folder: Path) -> Path:
+    """What many routers run."""
+    if shutil.which("miniupnpd") is None:
+        pytest.skip("miniupnpd is not installed")
+    path = folder / "miniupnpd.conf"
+    path.write_text(
+        "ext_ifname=out\next_ip=1.0.0.21\nlistening_ip=in\nenable_upnp=yes\nenable_natpmp=no\nsecure_mode=yes\n"
+        "uuid=b239204f-314d-43de-ab43-0b94919bb453\nallow 1024-65535 0.0.0.0/0 1024-65535\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("lab", [{"one": "port-restricted"}], indirect=True)
+async def test_a_router_opens_a_port_when_asked(
+    lab: Lab, start: Callable[..., Any], nursery: trio.Nursery, kind: str, tmp_path: Path
+) -> None:
+    relay = await start("relay-a", "relay")
+    (entry,) = (await relay.until(lambda line: "addrs" in line))["addrs"]
+    command = [*lab.inside("router-one"), *ROUTERS[kind](tmp_path)]
+    if kind == "miniupnpd":
+        sh(*lab.inside("router-one"), "nft", "-f", "-", stdin=TABLES)
+    run = partial(
+        trio.run_process, command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, check=False
+    )
+    router: trio.Process = await nursery.start(run)
+    server = await start("one", "upnp-server", entry)
+    found = await server.until(lambda line: line.get("reach") == "mapped")
+    (outside,) = [addr for addr in found["addrs"] if addr.startswith("/ip4/1.0.0.21/tcp/4001/")]
+    client = await start("relay-b", "client", entry, outside)
+    await client.until(lambda line: "answers" in line and line["link"] == "direct")
+    router.kill()
 
 
 def petals(lab: Lab, where: str, *words: str) -> list[str]:
