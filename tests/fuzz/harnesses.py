@@ -9,7 +9,7 @@ from pathlib import Path
 from petals.peer.transport.multistream import proposal
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.framing import encode_frame
-from tests.fuzz import bodies, files, sessions, swarm, wire
+from tests.fuzz import bodies, files, sessions, swarm, ways, wire
 from tests.fuzz.mutate import Grammar
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -78,6 +78,14 @@ HARNESSES: Mapping[str, Harness] = {
     "gguf": Harness(files.gguf_file, files.gguf_file_seeds),
     "chat": Harness(bodies.chat, bodies.chat_seeds, "json"),
     "completion": Harness(bodies.completion, bodies.completion_seeds, "json"),
+    "swarm_key": Harness(ways.swarm_key, ways.swarm_key_seeds, ci_inputs=20),
+    "invitations": Harness(ways.invitations, ways.invitations_seeds, "frames", ci_inputs=20),
+    "lan": Harness(ways.lan, ways.lan_seeds),
+    "relayed": Harness(ways.relayed, ways.relayed_seeds, "frames", ci_inputs=20),
+    "punching": Harness(ways.punching, ways.punching_seeds, "frames", ci_inputs=20),
+    "evidence": Harness(ways.evidence, ways.evidence_seeds, "proto", ci_inputs=20),
+    "receipts": Harness(ways.receipts, ways.receipts_seeds, "proto", ci_inputs=20),
+    "weights": Harness(ways.weights, ways.weights_seeds, "json", ci_inputs=30),
 }
 
 
