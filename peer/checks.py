@@ -179,7 +179,7 @@ async def memory(subject: Subject, tell: Tell) -> None:
 def _measure_memory() -> tuple[int, int]:
     import psutil
 
-    from petals.peer.server.capacity import free_host_bytes
+    from petals.peer.server.memory import free_host_bytes
 
     return free_host_bytes(), psutil.virtual_memory().total
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
-import torch
 
 from petals.models.checkpoint import Checkpoint
 from petals.models.loading import block_numel
 from petals.peer.config import ServeConfig
+from petals.peer.server.memory import free_bytes
 from petals.peer.server.placement import blocks_that_fit
 from petals.peer.server.service import compute_dtype, device_of
 from petals.protocols.errors import UserError
@@ -19,8 +16,6 @@ BYTES_PER_WEIGHT = {"int8": 1.02, "nf4": 0.57}
 """Scales included; measured in docs/models.md. Unquantised: the dtype's."""
 WORKSPACE_TENSORS = 8
 """Tensors of (tokens, 4 x hidden) float32 alive at once in one step, generously: the MLP's and the attention's."""
-
-CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +60,6 @@ def capacity_of(checkpoint: Checkpoint, config: ServeConfig) -> tuple[int, str]:
     if count < 1:
         raise UserError(f"{why}: not one fits; lower --cache_mb or choose --quant_type int8 or nf4")
     return count, f"{why}, so {count} of {checkpoint.num_blocks} blocks"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_host_bytes()
-
-
-def free_host_bytes() -> int:
-    """Main memory that can still be had; a container's own limit counts."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = ((CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free  # no control group of the second version
-    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def _mb(nbytes: int) -> str:

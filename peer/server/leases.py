@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,16 +39,20 @@ class CacheBudget:
     Args:
         total_bytes: all there is.
         max_share: the most one remote peer may hold or wait for, as a share of the total.
+        leasable_bytes: what the machine has left for a new lease; the budget's own bytes are not touched in advance.
 
     Attributes:
         kept_bytes: filled with what is kept.
         make_room: give up at least so many of the kept bytes, by `forget`.
     """
 
-    def __init__(self, total_bytes: int, *, max_share: float = 1.0) -> None:
+    def __init__(
+        self, total_bytes: int, *, max_share: float = 1.0, leasable_bytes: Callable[[], float] = lambda: math.inf
+    ) -> None:
         self.total_bytes = total_bytes
         self.kept_bytes = 0
         self.make_room: Callable[[int], None] | None = None
+        self._leasable_bytes = leasable_bytes
         self._free_bytes = total_bytes
         self._max_peer_bytes = int(total_bytes * max_share)
         self._by_peer: Counter[PeerId] = Counter()
@@ -73,6 +78,12 @@ class CacheBudget:
             raise NoRoom(f"{nbytes} bytes of cache asked, one peer may hold {self._max_peer_bytes}", for_ever=True)
         if self._by_peer[peer_id] + nbytes > self._max_peer_bytes:
             raise NoRoom(f"this peer's sessions would hold more than {self._max_peer_bytes} bytes", for_ever=False)
+        if nbytes > (leasable := self._leasable_bytes()):
+            raise NoRoom(
+                f"{nbytes} bytes of cache asked; other programs have taken this machine's memory, of which "
+                f"{max(0, int(leasable))} bytes are left",
+                for_ever=False,
+            )
         self._by_peer[peer_id] += nbytes
         entry = _Waiting(nbytes)
         self._queue.append(entry)

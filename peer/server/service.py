@@ -33,6 +33,7 @@ from petals.peer.server.compute import ComputeThread
 from petals.peer.server.inbound import Inbound
 from petals.peer.server.lane import Lane, Priority, all_alike
 from petals.peer.server.leases import CacheBudget
+from petals.peer.server.memory import leasable_bytes
 from petals.peer.server.neighbours import Neighbours
 from petals.peer.server.placement import may_leave, should_move
 from petals.peer.server.push import Pusher
@@ -203,7 +204,11 @@ class Service:
         pass_rows = 0 if self._config.deterministic else LEAN_ROWS
         weigh = self._ledger.weight if self.reciprocal else all_alike
         lane = Lane(self._config.favoured, pass_rows=pass_rows, thread=self._thread, weigh=weigh)
-        budget = CacheBudget(self._config.cache_bytes, max_share=self._config.max_peer_share)
+        budget = CacheBudget(
+            self._config.cache_bytes,
+            max_share=self._config.max_peer_share,
+            leasable_bytes=partial(leasable_bytes, device_of(self._config)),
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)
             speed = await self._speed(lane, span)

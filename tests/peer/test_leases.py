@@ -36,6 +36,22 @@ async def test_a_full_budget_refuses_after_the_wait_and_keeps_nothing(autojump_c
     assert budget.waiting == 0
 
 
+async def test_memory_that_other_programs_took_is_not_leased() -> None:
+    left = 100.0
+    budget = CacheBudget(100, leasable_bytes=lambda: left)
+    with await budget.acquire(ALICE, 60, 0):
+        left = 30.0
+        with pytest.raises(NoRoom, match="30 bytes are left") as caught:
+            await budget.acquire(BOB, 40, 60)
+        assert not caught.value.for_ever
+        with await budget.acquire(BOB, 30, 0):
+            left = -5.0
+            with pytest.raises(NoRoom, match="of which 0 bytes are left"):
+                await budget.acquire(BOB, 1, 60)
+    assert budget.left_bytes == 100
+    assert not budget.waiting
+
+
 async def test_what_can_never_fit_is_refused_at_once() -> None:
     with pytest.raises(NoRoom) as caught:
         await CacheBudget(100).acquire(ALICE, 101, 1000)

@@ -21,6 +21,7 @@ from petals.peer.config import ServeConfig
 from petals.peer.node import Peer
 from petals.peer.server import service
 from petals.peer.server.capacity import capacity_of
+from petals.peer.server.memory import free_host_bytes
 from petals.protocols.errors import UserError
 from petals.protocols.types import ModelId
 from tests.swarm.conftest import Swarm, Truth
@@ -182,12 +183,14 @@ def test_how_many_blocks_fit(tiny_truth: Truth, monkeypatch: pytest.MonkeyPatch,
         return type("Memory", (), {"available": nbytes})
 
     config = ServeConfig(cache_bytes=1 << 20)
-    monkeypatch.setattr("petals.peer.server.capacity.psutil.virtual_memory", lambda: free(1 << 40))
+    monkeypatch.setattr("petals.peer.server.memory.psutil.virtual_memory", lambda: free(1 << 40))
     count, why = capacity_of(tiny_truth.checkpoint, config)
     assert count == 4
     assert why.endswith("so 4 of 4 blocks")
     (tmp_path / "memory.max").write_text("1048576\n")
-    (tmp_path / "memory.current").write_text("4096\n")
-    monkeypatch.setattr("petals.peer.server.capacity.CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("1048000\n")
+    (tmp_path / "memory.stat").write_text("anon 4096\ninactive_file 1000000\n")
+    monkeypatch.setattr("petals.peer.server.memory.CONTROL_GROUP", tmp_path)
     with pytest.raises(UserError, match="not one fits; lower --cache_mb"):
         capacity_of(tiny_truth.checkpoint, config)
+    assert free_host_bytes() == 1048576 - 48000, "files that were read give way"
