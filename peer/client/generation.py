@@ -311,7 +311,9 @@ class _Work:
         self._decoder = Decoder(tokenizer)
         self._stop = StopStrings(options.stop)
         self._enough = Enough()
-        self._dice = SeededDice(options.seed) if options.seed is not None else None
+        # Without a seed, too: who drew from the global dice would change what a seeded neighbour draws meanwhile.
+        seed = int(torch.randint(1 << 62, ())) if options.seed is None else options.seed
+        self._dice = SeededDice(seed) if options.samples else None
         self._recorder = ChanceRecorder(options.logprobs, tokenizer) if options.logprobs is not None else None
         self._stream = weakref.ref(stream)
         self._send = stream._send

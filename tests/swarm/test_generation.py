@@ -63,11 +63,12 @@ async def test_seeded_sampling_throws_the_same_dice(make_swarm: MakeSwarm, smoll
     torch.manual_seed(7)
     expected = truth_of(smollm, PROMPTS[0], do_sample=True, **settings)
 
-    async def disturb() -> None:  # other generations draw from the same generator of the process
-        await ask(client, PROMPTS[1], max_new_tokens=24, seed=8)
+    async def disturb(seed: int | None) -> None:  # other generations draw from the same generator of the process
+        await ask(client, PROMPTS[1], max_new_tokens=24, temperature=0.9, seed=seed)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(disturb)
+        nursery.start_soon(disturb, 8)
+        nursery.start_soon(disturb, None)
         assert await ask(client, PROMPTS[0], seed=7, **settings) == expected
     assert await ask(client, PROMPTS[0], seed=9, **settings) != expected
 
