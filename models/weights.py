@@ -194,7 +194,8 @@ class Voucher:
         """Raises DocumentError: a sealed model's section is another one."""
         if self.sections is not None:
             _check(
-                index - FILES < len(self.sections) and hashlib.sha256(data).digest() == self.sections[index - FILES],
+                0 <= index - FILES < len(self.sections)
+                and hashlib.sha256(data).digest() == self.sections[index - FILES],
                 "not what the model was sealed with",
             )
 
