@@ -1,6 +1,6 @@
 """Random clients, servers that come and go, faults: for as long as one likes. Nothing may be wrong, nothing may stay.
 
-    python benchmarks/soak.py --minutes 60 [--clients 4] [--churn 15] [--seed 0]
+    python benchmarks/soak.py --minutes 60 [--clients 4] [--churn 15] [--rest 0] [--seed 0]
 
 One process holds a server of all blocks (slow by its own word, so that others are preferred) and the peer that asks;
 other servers are processes that are started, killed, stopped politely, frozen and thawed, one of these every `--churn`
@@ -103,6 +103,8 @@ class Soak:
             self.greedy, self.greedy, self.sampled, self.beams, self.hang_up, self.roll_back, self.train, self.fault,
         )  # fmt: skip
         while True:
+            if self.options.rest:
+                await trio.sleep(dice.uniform(0, 2 * self.options.rest))
             while self.paused is not None:
                 await self.paused.wait()
             doing = dice.choice(doings)
@@ -423,6 +425,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--churn", type=float, default=15.0, help="seconds between events, on average")
+    parser.add_argument("--rest", type=float, default=0.0, help="seconds that a client does nothing, on average")
     parser.add_argument("--pause", type=float, default=20.0, help="seconds between looks at what is left")
     parser.add_argument("--growth", type=float, default=1.0, help="MiB a minute that memory may grow by")
     parser.add_argument("--seed", type=int, default=0)
