@@ -40,7 +40,7 @@ async def chat(peer: Peer, options: GenerationOptions, client: ClientOptions, *,
     """
     asked = await peer.client()
     await asked.ready(client)
-    _, tokenizer = await asked.language_model()
+    _, tokenizer = await asked.language_model(client.head_quant)
     if tokenizer.chat_template is None:
         raise UserError(f'{asked.checkpoint.name} has no chat template: use --generate "..." with it')
     talk = _Chat(peer, options, client, Conversation(system))

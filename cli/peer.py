@@ -161,6 +161,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "else holds them")  # fmt: skip
     asking.add_argument("--compression", choices=("none", "float16", "int8"), default="none",
                         help="how hidden states travel, asked and answered; none is exact")  # fmt: skip
+    asking.add_argument("--head_quant", choices=("none", "int8"), default="none",
+                        help="hold the head here in int8: faster on a CPU, but it rounds logits; none is "
+                        "exact")  # fmt: skip
     asking.add_argument("--trace", metavar="FILE", type=Path,
                         help="of --generate or --chat: where each step's time went, for ui.perfetto.dev")  # fmt: skip
     asking.add_argument("--show_route", action="store_true",
@@ -437,6 +440,7 @@ def _tracing(options: argparse.Namespace) -> Iterator[ClientOptions]:
     with nullcontext() if options.trace is None else TraceFile(options.trace, _say) as trace:
         yield ClientOptions(
             compression=options.compression,
+            head_quant=options.head_quant,
             active_adapter=options.active_adapter,
             local_blocks=tuple(options.local_blocks),
             audit=options.audit,

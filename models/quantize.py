@@ -25,6 +25,9 @@ QUANT_TYPES = ("none", "int8", "nf4")
 
 _MAX_ROWS = 32
 
+_PIECE_ROWS = 8192
+"""Of a matrix that are quantised at a time: a head has one for each word, whose floats should not be there thrice."""
+
 
 def check_quant_type(quant_type: str) -> str:
     """Raise UnsupportedModel unless it is one of QUANT_TYPES, and can be had here."""
@@ -69,6 +72,17 @@ def _quantize_experts(module: nn.Module, quant_type: str, device: torch.device) 
 
             module.to(device)
             replace_parameter_4bit(module, name, quant_type="nf4")
+
+
+def quantize_head(linear: nn.Linear) -> nn.Module:
+    """A language model's frozen head in int8, on a CPU. The weights of `linear` stay as they are: they may also be the
+    embeddings.
+
+    Raises: UnsupportedModel on another device.
+    """
+    if linear.weight.device.type != "cpu":
+        raise UnsupportedModel(f"a head in int8 is for CPUs, this one is on {linear.weight.device}")
+    return _Int8Head(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 
 class _Int8Experts(nn.Module):
@@ -120,15 +134,27 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class _Int8Head(Int8Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        """As for blocks; a family that casts what it gives its head to the head's dtype would give integers."""
+        if not hidden.is_floating_point():
+            raise UnsupportedModel("this model's class casts hidden states to its head's dtype; use head_quant none")
+        return super().forward(hidden)
+
+
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 (out, in) and bfloat16 scale (out,), so that integers * scale is near `weight` (out, in).
 
     The error of an element is at most half its row's scale, but for the row's largest, which rounding of the scale to
     bfloat16 may move by another 2**-9 of itself.
     """
-    weight = weight.float()
-    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
-    integers = (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    integers = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(len(weight), dtype=torch.bfloat16, device=weight.device)
+    pieces = (torch.split(tensor, _PIECE_ROWS) for tensor in (weight, integers, scale))
+    for floats, some_integers, some_scales in zip(*pieces, strict=True):
+        floats = floats.float()
+        some_scales.copy_((floats.abs().amax(1) / 127).clamp(min=1e-12))
+        some_integers.copy_((floats / some_scales.float()[:, None]).round_().clamp_(-127, 127))
     return integers, scale
 
 

@@ -210,7 +210,7 @@ async def run_generation(
         UserError: the prompt is empty, not for this model, or does not fit the session; before `started`.
     """
     began = time.perf_counter()
-    model, tokenizer = await client.language_model()
+    model, tokenizer = await client.language_model(wanted.head_quant)
     prompt_ids = await trio.to_thread.run_sync(partial(_tokenise, tokenizer, prompt, client.checkpoint))
     new_tokens = _room_for(len(prompt_ids), options, client.checkpoint)
     room = options.max_length or len(prompt_ids) + new_tokens

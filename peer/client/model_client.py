@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import trio
@@ -20,7 +20,7 @@ from petals.dht.records import ServerRecord
 from petals.models.adapters import Lora
 from petals.models.causal_lm import load_causal_lm
 from petals.models.checkpoint import Checkpoint
-from petals.models.distributed import Head, load_model
+from petals.models.distributed import Head, HeadQuant, load_model
 from petals.models.errors import ModelError
 from petals.models.tuning import Tuning
 from petals.peer.client.audit import Office, SessionAudit
@@ -57,6 +57,9 @@ class ClientOptions:
     """Failures in a row that one step, or one span of a batch, may survive."""
     compression: str = "none"
     """none (exact), float16 or int8: how hidden states travel."""
+    head_quant: HeadQuant = "none"
+    """none (exact) or int8: how the language model's head is held here. On a CPU that is a quarter of the bytes to read
+    for every token, and logits that are rounded as a server's int8 blocks round."""
     active_adapter: str | None = None
     """Only servers that host this LoRA adapter, which is then applied."""
     local_blocks: tuple[range, ...] = ()
@@ -90,6 +93,8 @@ class ClientOptions:
     def __post_init__(self) -> None:
         if self.compression not in COMPRESSIONS:
             raise UserError(f"unknown compression {self.compression!r}: choose {', '.join(COMPRESSIONS)}")
+        if self.head_quant not in get_args(HeadQuant):
+            raise UserError(f"unknown head_quant {self.head_quant!r}: choose {', '.join(get_args(HeadQuant))}")
         if self.max_retries < 0:
             raise UserError("max_retries must not be negative")
         if not 0 <= self.audit <= 1:
@@ -143,7 +148,7 @@ class ModelClient:
         self.watcher = watcher
         self.portal = portal
         self._host = host
-        self._language_models: dict[torch.dtype, tuple[Any, PreTrainedTokenizerBase]] = {}
+        self._language_models: dict[tuple[torch.dtype, HeadQuant], tuple[Any, PreTrainedTokenizerBase]] = {}
         self._loading = trio.Lock()
         self._timeouts = timeouts
         self._random = random
@@ -378,20 +383,21 @@ class ModelClient:
             took=self._took,
         )
 
-    async def language_model(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        """Embeddings and head around the swarm's blocks, and the tokenizer; loaded once per dtype, in a thread.
+    async def language_model(self, head_quant: HeadQuant = "none") -> tuple[Any, PreTrainedTokenizerBase]:
+        """Embeddings and head around the swarm's blocks, and the tokenizer; loaded once per dtypes, in a thread.
 
         Raises:
             ModelError: a checkpoint without head or tokenizer.
         """
         async with self._loading:
-            dtype = self.dtype
-            if dtype not in self._language_models:
-                self._language_models[dtype] = await trio.to_thread.run_sync(self._load, dtype)
-            return self._language_models[dtype]
+            key = (self.dtype, head_quant)
+            if key not in self._language_models:
+                self._language_models[key] = await trio.to_thread.run_sync(self._load, *key)
+            return self._language_models[key]
 
-    def _load(self, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
-        return load_causal_lm(self.checkpoint, self.chain(), dtype=dtype), self.checkpoint.tokenizer()
+    def _load(self, dtype: torch.dtype, head_quant: HeadQuant) -> tuple[Any, PreTrainedTokenizerBase]:
+        model = load_causal_lm(self.checkpoint, self.chain(), dtype=dtype, head_quant=head_quant)
+        return model, self.checkpoint.tokenizer()
 
     def load_model(
         self,
@@ -409,12 +415,14 @@ class ModelClient:
         Raises:
             ModelError: a checkpoint without what `head` needs, a tuning or setting that cannot be.
         """
+        options = options or ClientOptions()
         model = load_model(
             self.checkpoint,
             self.chain(options),
             head=head,
             dtype=dtype or self.dtype,
             tuning=tuning,
+            head_quant=options.head_quant,
             mixins=(AsyncTwins, *mixins),
             **settings,
         )

@@ -57,6 +57,18 @@ def test_a_padded_batch_generates_the_same_tokens(tiny: Tiny, settings: dict[str
 
 
 @torch.no_grad()
+def test_a_head_in_int8_multiplies_by_its_own_weights_rounded(tiny: Tiny) -> None:
+    """The embeddings, which may be the same tensor, and all hidden states stay exact."""
+    exact, rounded = client(tiny), client(tiny, head_quant="int8")
+    one, other = (model(some_ids(), output_hidden_states=True) for model in (exact, rounded))
+    for theirs, ours in zip(one.hidden_states, other.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)
+    largest = float(one.logits.abs().max())
+    assert 0 < float((other.logits - one.logits).abs().max()) < 0.03 * largest
+    assert rounded.generate(some_ids(), max_new_tokens=3, do_sample=False).shape == (2, 12)
+
+
+@torch.no_grad()
 def test_hidden_states_of_every_block(tiny: Tiny) -> None:
     ids = some_ids()
     ours, theirs = (each(ids, output_hidden_states=True) for each in (client(tiny), tiny.reference.fresh()))

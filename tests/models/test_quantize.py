@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+from petals.models import quantize
 from petals.models.errors import UnsupportedModel
 from petals.models.loading import load_span
-from petals.models.quantize import Int8Linear, dequantize_rows, quantize_rows
+from petals.models.quantize import Int8Linear, dequantize_rows, quantize_head, quantize_rows
 from tests.models.conftest import Tiny
 from tests.models.tiny import CASES, Case, Reference, make_model
 
@@ -41,6 +42,20 @@ def test_integers_are_the_nearest_there_are() -> None:
     largest = weight.abs().amax(1, keepdim=True)
     assert bool((error <= 0.5 * scale.float()[:, None] + largest * 2**-8).all())
     assert bool((integers.abs().amax(1) >= 126).all()), "the whole range is used"
+
+
+def test_a_matrix_is_quantised_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantize_rows(noise(7, 16))
+    monkeypatch.setattr(quantize, "_PIECE_ROWS", 3)
+    for ours, theirs in zip(quantize_rows(noise(7, 16)), whole, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_head_refuses_integers() -> None:
+    """Some families cast to the dtype of `lm_head.weight`."""
+    head = quantize_head(nn.Linear(16, 8))
+    with pytest.raises(UnsupportedModel, match="head_quant none"):
+        head(noise(1, 16).to(torch.int8))
 
 
 def test_a_row_of_zeros() -> None:

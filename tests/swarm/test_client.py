@@ -290,8 +290,9 @@ async def test_a_timeout_of_ones_own_and_the_route_told(
     make_swarm: MakeSwarm, tiny_truth: Truth, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, peer = await asked(make_swarm, tiny_truth)
-    settings = {"request_timeout": 3.5, "show_route": "inference", "max_retries": 2}
+    settings = {"request_timeout": 3.5, "show_route": "inference", "max_retries": 2, "head_quant": "int8"}
     model = await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer, **settings)
+    assert model.get_output_embeddings().weight.dtype == torch.int8
     with caplog.at_level("INFO"):
         async with model.ainference_session(max_length=8) as session:
             await model.agenerate(IDS, max_new_tokens=1)
@@ -302,3 +303,5 @@ async def test_a_timeout_of_ones_own_and_the_route_told(
     assert "ms a token expected" in told[0]
     with pytest.raises(UserError, match="unknown compression 'zip'"):
         await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer, compression="zip")
+    with pytest.raises(UserError, match="unknown head_quant 'int3'"):
+        await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer, head_quant="int3")

@@ -17,6 +17,7 @@ from petals.models.causal_lm import load_causal_lm
 from petals.models.loading import load_span
 from petals.models.local import LocalChain
 from petals.peer.client.generation import GenerationOptions
+from petals.peer.client.model_client import ClientOptions
 from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks, UserError
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
@@ -85,6 +86,12 @@ async def test_text_streams_and_the_route_is_told(make_swarm: MakeSwarm, smollm:
     assert [(hop.peer_id, hop.blocks) for hop in stream.route] == [(server.peer_id, range(30))]
     assert 0 < stream.route[0].compute_s <= stream.route[0].round_trip_s
     assert stream.tokens_per_s > 0
+    rounded = ClientOptions(head_quant="int8")  # of this generation; who does not ask for it keeps an exact head
+    stream = await client.generate(PROMPTS[0], options=GenerationOptions(max_new_tokens=2), client=rounded)
+    assert len([token async for token in stream]) == 2
+    asking = await client.client()
+    heads = [(await asking.language_model(quant))[0].get_output_embeddings() for quant in ("int8", "none")]
+    assert [head.weight.dtype for head in heads] == [torch.int8, torch.float32]
 
 
 async def test_random_models_generate_the_same_in_every_way(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
