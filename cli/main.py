@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
 from petals.cli import bench, doctor, invite, keygen, peer, seal, settings, status
+from petals.cli.cores import honour_quota
 from petals.cli.saying import hush
 from petals.protocols.errors import SwarmError, UserError
 
@@ -27,6 +28,7 @@ EXIT_MISTAKE = 2
 
 def main(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> None:
     """Entry point of the `petals` command; ends the process with its exit code. `defaults`: of flags nobody gives."""
+    honour_quota(os.environ)
     sys.exit(run(parse(sys.argv[1:] if argv is None else argv, defaults)))
 
 
