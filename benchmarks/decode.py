@@ -2,7 +2,8 @@
 
     python benchmarks/decode.py [--shape smollm2|bloom-560m|llama-24x1024] [--tokens 64] [--rounds 5] [--threads N]
 
-Then the same with int8 blocks. `--threads`: of each server's torch (default: torch's own choice).
+Then the same with int8 blocks, and with an int8 head too. `--threads`: of each server's torch (default: torch's own
+choice).
 
 Prints a Markdown table of medians with spread, as ratios to plain transformers in the same run, and what a hop costs
 beyond its compute. They take turns, round by round, so that a machine that drifts drifts for all of them.
@@ -89,6 +90,12 @@ def compare(directory: str | None, options: argparse.Namespace) -> None:
             )
             peer = stack.enter_context(connect(address, model=directory))
             models[f"swarm, two servers{title}"] = AutoDistributedModelForCausalLM.from_pretrained(peer=peer)
+        models["LocalChain, one process, int8, head too"] = load_causal_lm(
+            checkpoint, LocalChain(spans["int8"]), dtype=torch.float32, head_quant="int8"
+        )
+        models["swarm, two servers, int8, head too"] = AutoDistributedModelForCausalLM.from_pretrained(
+            peer=peer, head_quant="int8"
+        )
 
         def generate(model: Any) -> Callable[[int], Any]:
             return lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)
