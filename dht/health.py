@@ -33,6 +33,6 @@ def health(copies: Sequence[int]) -> tuple[str, str]:
         case 0:
             return "broken", f"nobody holds {where}"
         case 1:
-            return "degraded", f"there is only one copy of {where}; when its holder leaves, nobody can ask"
+            return "degraded", f"there is only one copy of {where}; when a holder leaves, nobody can ask"
         case n:
             return "healthy", f"every block is held by {n} peers or more"
