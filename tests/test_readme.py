@@ -52,7 +52,7 @@ def serving(*servers: list[str]) -> Iterator[list[dict[str, Any]]]:
 
 def _end(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 0
 
 

@@ -39,7 +39,7 @@ def start(words: list[str], folder: Path) -> tuple[subprocess.Popen[str], str]:
 
 def end(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=30)
     assert process.returncode == 0
 
 
@@ -64,7 +64,7 @@ def test_the_program(door: str) -> None:
 
 
 def test_every_metric_is_documented(door: str) -> None:
-    with urllib.request.urlopen(f"{door}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"{door}/metrics", timeout=30) as response:
         names = set(re.findall(r"^# TYPE (\S+)", response.read().decode(), flags=re.MULTILINE))
     assert len(names) > 8
     assert not [name for name in names if name not in PAGE]
@@ -76,7 +76,7 @@ def test_the_commands_for_friends(tmp_path: Path) -> None:
     process, url = start(serve, tmp_path)
     request = urllib.request.Request(f"{url.replace('0.0.0.0', '127.0.0.1')}/v1/models")
     request.add_header("authorization", f"Bearer {made.stdout.strip()}")
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=30) as response:
         assert response.status == 200
     end(process)
 

@@ -32,7 +32,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.keys, text.encode())
 
-    def read_until(self, end: str, timeout: float = 90) -> str:
+    def read_until(self, end: str, timeout: float = 200) -> str:
         """All up to `end`; what came after it in the same breath is for the next call."""
         deadline = time.monotonic() + timeout
         while end.encode() not in self._unread:
@@ -71,7 +71,7 @@ def test_a_conversation(smollm: Truth, tmp_path: Path) -> None:
             terminal.read_until("leaves)")
             assert terminal.process.poll() is None
             terminal.type("\x04")
-            assert terminal.process.wait(timeout=30) == 0
+            assert terminal.process.wait(timeout=60) == 0
         finally:
             terminal.process.send_signal(signal.SIGKILL)
             terminal.process.wait()
