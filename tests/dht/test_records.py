@@ -81,7 +81,7 @@ def records(draw: st.DrawFn) -> ServerRecord:
 def test_what_is_said_arrives(said: ServerRecord) -> None:
     data = signed(said)
     assert opened(data, expected_model=said.model) == said
-    assert peek(data) == (said.sequence, said.expires_at)
+    assert peek(data) == (said.peer_id, said.sequence, said.expires_at)
 
 
 @given(st.data())
