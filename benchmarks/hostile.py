@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from petals import PeerConfig, open_peer
 from petals.peer.client.model_client import ModelClient
+from petals.peer.host import HostConfig
 from petals.protocols.errors import SwarmError
 from petals.protocols.types import ModelId, PeerId
 
@@ -66,8 +67,8 @@ ATTACKS: dict[str, list[Callable[[Attacker], Awaitable[None]]]] = {
 IDLE = "idle connections"
 HEAD_START_S = 4.0
 """Imports, and the first blow."""
-CONNECTS_PER_S = 32
-"""What a host takes from one IP address (`HostConfig.connects_per_s`): so long the idle need until all are there."""
+CONNECTS_PER_S = HostConfig().connects_per_s
+"""What a host takes from one IP address: so long the idle need until all are there."""
 
 
 def head_start_s(name: str, connections: int) -> float:

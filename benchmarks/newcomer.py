@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import trio
@@ -50,18 +50,15 @@ class Clock:
 
 async def ask(url: str, question: str, profile: Path, clock: Clock) -> None:
     """In a browser, until the answer has its first text."""
-    with clock.step("browser and page"):
-        opened = open_page(profile)
-        page = await opened.__aenter__()
-        await page.go(url)
-        await page.until("document.querySelector('#model').value")
-    try:
+    async with AsyncExitStack() as stack:
+        with clock.step("browser and page"):
+            page = await stack.enter_async_context(open_page(profile))
+            await page.go(url)
+            await page.until("document.querySelector('#model').value")
         with clock.step("question to first text"):
             await page.type(question)
             await page.press("Enter")
             await page.until(f"{ANSWER} && {ANSWER}.textContent.length > 0")
-    finally:
-        await opened.__aexit__(None, None, None)
 
 
 def main() -> None:

@@ -407,6 +407,8 @@ def judge(figures: dict[str, Any], growth: float) -> list[str]:
         for name, before, after in zip(names, figures["before"], figures["after"], strict=True)
         if after > before
     ]
+    if not figures["tokens"] or figures["done"]["start"] < 2:
+        left.append("nothing was generated, or no servers came: that proves nothing")
     grows = figures["mib_per_minute"] > growth
     return left + [f"memory grows by {figures['mib_per_minute']} MiB a minute"] * grows
 

@@ -51,8 +51,8 @@ def parse(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> arg
                 print(f"petals: {complaint}", file=sys.stderr)
         except UserError as error:
             sys.exit(complain(error))
-    elif words and not words[0].startswith("-") and words[0] not in verbs:
-        parser.error(f"there is no {words[0]!r}{_like(words[0], verbs)} The verbs are {', '.join(verbs)}")
+    elif words and words[0] not in (*verbs, *(own := _flags_of(parser))):
+        parser.error(f"there is no {words[0]!r}{_like(words[0], (*verbs, *own))} The verbs are {', '.join(verbs)}")
     options, unknown = parser.parse_known_args(words)
     if unknown:
         verb = verbs[words[0]]

@@ -221,7 +221,7 @@ class Host:
         self._streams = Conduct[PeerId](config.streams_per_s, config.streams_burst, trio.current_time)
         self._knocks = Conduct[str](config.connects_per_s, config.connects_burst, trio.current_time)
         network.on_stream = self._take_stream
-        network.pace = lambda peer_id: self._streams.charge(PeerId(str(peer_id)))
+        network.pace = self._streams.charge
         network.is_frozen = lambda peer_id: PeerId(str(peer_id)) in self._frozen
         network.on_frozen = self._note_frozen
         network.register_notifee(_Notifee(self._note_connected))

@@ -25,7 +25,7 @@ from petals.dht.keys import RELAY_KEY
 from petals.peer.concurrency import shielded_for
 from petals.peer.config import NatConfig
 from petals.peer.host import Host
-from petals.peer.upnp import LEASE_S, PortMapping, open_port
+from petals.peer.upnp import RENEW_S, PortMapping, open_port
 from petals.protocols.errors import RequestRefused, SwarmError
 from petals.protocols.types import PeerId
 
@@ -170,7 +170,7 @@ class Ladder:
         if self.config.upnp and (port := self.host.port) is not None:
             # Abandoned when the peer leaves: it takes seconds, and at worst a port stays mapped until its lease ends.
             self._mapping = await trio.to_thread.run_sync(open_port, port, abandon_on_cancel=True)  # type: ignore[call-arg]
-            self._renew_at = trio.current_time() + LEASE_S / 2
+            self._renew_at = trio.current_time() + RENEW_S
             if self._mapping is not None and judge(await self._dial_backs(helpers, [self._mapping.addr])):
                 traversal.extra_addrs = (self._mapping.addr,)
                 self.reach = Reach.MAPPED
@@ -180,7 +180,7 @@ class Ladder:
             self.reach = Reach.RELAYED if self._places else Reach.HIDDEN
 
     async def _renew(self, mapping: PortMapping) -> None:
-        self._renew_at = trio.current_time() + LEASE_S / 2
+        self._renew_at = trio.current_time() + RENEW_S
         if not await trio.to_thread.run_sync(mapping.renew, abandon_on_cancel=True):  # type: ignore[call-arg]
             self._mapping = None
             self._ask_at = 0.0  # a router that was started anew, perhaps: from the beginning

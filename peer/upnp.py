@@ -11,6 +11,7 @@ log = logging.getLogger(__name__)
 DISCOVER_MS = 2000
 LEASE_S = 7200
 """A peer that dies leaves the port open no longer than this; one that lives asks again in time."""
+RENEW_S = LEASE_S / 2
 _TRIES = 16
 """Outer ports, from our own number on, of which others may have the first."""
 

@@ -30,12 +30,12 @@ SIZES = {"": (1280, 800), "-phone": (390, 844)}
 
 
 @contextmanager
-def peer(*words: str) -> Iterator[list[dict[str, Any]]]:
-    """A peer as a process; yields what it says, a line for each role."""
+def peer(*words: str) -> Iterator[dict[str, Any]]:
+    """A peer as a process; yields what it says of itself."""
     process = subprocess.Popen([*PETALS, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield [json.loads(process.stdout.readline())]
+        yield json.loads(process.stdout.readline())
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
@@ -74,10 +74,10 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as profile, ExitStack() as stack:
-        (first,) = stack.enter_context(peer("--serve", "0:15", "--new_swarm", "--public_name", "attic"))
+        first = stack.enter_context(peer("--serve", "0:15", "--new_swarm", "--public_name", "attic"))
         joining = ("--initial_peers", first["addrs"][0])
         stack.enter_context(peer("--serve", "15:30", *joining, "--public_name", "garage"))
-        (door,) = stack.enter_context(peer("--http", "127.0.0.1:0", *joining))
+        door = stack.enter_context(peer("--http", "127.0.0.1:0", *joining))
         trio.run(take, door["http"], folder, Path(profile))
 
 

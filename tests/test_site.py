@@ -97,15 +97,18 @@ def test_the_table_for_those_who_come_from_petals() -> None:
 
 
 @contextmanager
-def running(*words: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """A peer as a process; yields what it says of itself."""
+def running(*words: str, folder: Path, lines: int = 1) -> Iterator[dict[str, Any]]:
+    """A peer as a process; yields what it says of itself, in a line for each of its roles."""
     command = [*PETALS, *words, "--json"]
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, "it did not start"
-        yield json.loads(line)
+        told: dict[str, Any] = {}
+        for _ in range(lines):
+            line = process.stdout.readline()
+            assert line, "it did not start"
+            told |= json.loads(line)
+        yield told
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
@@ -156,18 +159,10 @@ def test_a_door_for_people(launched: str, tmp_path: Path) -> None:
 
 def test_the_second_peer_of_the_quick_start(launched: str, tmp_path: Path) -> None:
     words = [word.replace("ADDR", launched).replace(":8000", ":0") for word in commands("quick-start.md")[2]]
-    process = subprocess.Popen(
-        [*PETALS, *words, "--json"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["blocks"] == [15, 30]
-        with urllib.request.urlopen(json.loads(process.stdout.readline())["http"], timeout=30) as page:
+    with running(*words, folder=tmp_path, lines=2) as told:
+        assert told["blocks"] == [15, 30]
+        with urllib.request.urlopen(told["http"], timeout=30) as page:
             assert b"<title>" in page.read()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
-    assert process.returncode == 0
 
 
 def test_fine_tuning(launched: str, tmp_path: Path) -> None:

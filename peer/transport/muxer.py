@@ -49,7 +49,7 @@ _LONGEST_PAUSE_S = 5.0
 """In reading from a peer that opens streams too fast."""
 
 
-def _at_once() -> float:
+def at_once(peer_id: PeerId) -> float:
     """The pace of peers that nobody slows down."""
     return 0.0
 
@@ -321,7 +321,7 @@ class Connection:
 
     Args:
         on_stream: called for each stream the peer opens, from the reader task; must not block or raise.
-        pace: told of each stream the peer opens; returns the seconds for which nothing more is read from it.
+        pace: told of each stream whose peer opened it; returns the seconds for which nothing more is read from that.
         early: plaintext that arrived with the end of the handshake.
     """
 
@@ -333,7 +333,7 @@ class Connection:
         remote_peer: PeerId,
         is_client: bool,
         on_stream: Callable[[MuxedStream], None],
-        pace: Callable[[], float] = _at_once,
+        pace: Callable[[PeerId], float] = at_once,
         config: MuxerConfig | None = None,
         early: tuple[list[bytes], bytes] = ([], b""),
     ) -> None:
@@ -499,7 +499,7 @@ class Connection:
             for plaintext in plaintexts:
                 for event in self.session.receive_data(plaintext):
                     self._on_event(event)
-                    if event.kind is EventKind.OPENED and (pause := self._pace()):
+                    if event.kind is EventKind.OPENED and (pause := self._pace(self.remote_peer)):
                         self.flush()
                         await trio.sleep(min(pause, _LONGEST_PAUSE_S))
         finally:

@@ -18,7 +18,6 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -58,7 +57,7 @@ from petals.peer.concurrency import shielded_for
 from petals.peer.transport.addresses import Circuit, circuit_of, tcp_endpoint
 from petals.peer.transport.circuit import CircuitConn
 from petals.peer.transport.multistream import MULTISTREAM, Dialler, Listener, encode_line, proposal
-from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
+from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig, at_once
 from petals.peer.transport.noise import MAX_FRAME_BYTES, NoiseFraming
 from petals.peer.transport.peerstore import BoundedPeerStore
 from petals.peer.transport.pipe import CircuitPipe, Pipe, RawPipe, tcp_pipe
@@ -166,11 +165,6 @@ class _Channel:
         return bytes(self._buffer[: self._end])
 
 
-def _at_once(peer_id: ID) -> float:
-    """The pace of peers that nobody slows down."""
-    return 0.0
-
-
 async def upgrade(
     raw: IRawConnection,
     noise: NoiseTransport,
@@ -178,7 +172,7 @@ async def upgrade(
     expected: ID | None,
     is_client: bool,
     on_stream: Callable[[MuxedStream], None],
-    pace: Callable[[ID], float] = _at_once,
+    pace: Callable[[PeerId], float] = at_once,
     config: MuxerConfig,
     swarm_key: SwarmKey | None = None,
 ) -> tuple[ID, Connection]:
@@ -186,7 +180,7 @@ async def upgrade(
 
     Args:
         expected: whom we dialled; None: we listened, and take whoever can prove who it is.
-        pace: told of each stream that the peer opens, as `Connection` wants it.
+        pace: as `Connection` wants it.
         is_client: who speaks first. Who dials does, but for one of two who dialled each other at once.
         swarm_key: what both ends must have; None: neither has one.
     Raises: one of _HANDSHAKE_ERRORS; WrongSwarmKey as soon as it shows. The caller closes `raw` then.
@@ -215,7 +209,7 @@ async def upgrade(
         remote_peer=peer_id_text(remote),
         is_client=is_client,
         on_stream=on_stream,
-        pace=partial(pace, remote),
+        pace=pace,
         config=config,
         early=([early] if early else [], channel.rest()),
     )
@@ -444,7 +438,7 @@ class Network(Swarm):
     nursery: trio.Nursery
     open_circuit: Callable[[Circuit, ID, Multiaddr], Awaitable[CircuitConn]]
     on_stream: Callable[[NetworkConn, MuxedStream], None]
-    pace: Callable[[ID], float]
+    pace: Callable[[PeerId], float]
     on_frozen: Callable[[ID], None]
     is_frozen: Callable[[ID], bool]
     is_wanted: Callable[[ID], bool]

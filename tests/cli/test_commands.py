@@ -144,6 +144,7 @@ MISTAKES = [
     (["peer", "--serve", "0:1", "--colour"], "there is no --colour. (see petals peer --help)"),
     (["peer", "--tempreature", "1"], "there is no --tempreature, did you mean --temperature? (see petals peer --help)"),
     (["pear"], "there is no 'pear', did you mean peer? The verbs are peer, "),
+    (["--vresion"], "there is no '--vresion', did you mean --version? The verbs are peer, "),
     (["peer", "--generate", "x", "--initial_peers", NOBODY, "--audit", "5"], "--audit 5 is no probability"),
     (["peer", "--serve", "0:1", "--new_swarm", "--local_blocks", "0:1"], "--local_blocks and --audit are about"),
     (["keygen", "identities/local-1.key"], "exists already"),

@@ -65,9 +65,9 @@ def the_loop() -> Loop:
     return Loop()
 
 
-async def played(data: bytes) -> tuple[LoopbackStream, LoopbackStream]:
+async def played(data: bytes, who: PeerId = STRANGER) -> tuple[LoopbackStream, LoopbackStream]:
     """A stream from a stranger who said `data` and will say no more; the second end is the stranger's."""
-    ours, theirs = loopback_pair(SELF, STRANGER)
+    ours, theirs = loopback_pair(SELF, who)
     await theirs.write(data)
     await theirs.close_write()
     return ours, theirs

@@ -1,4 +1,4 @@
-"""What came last: ways into a swarm and around routers, and what peers say of each other's work."""
+"""Ways into a swarm and around routers, and what peers say of each other's work and weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from petals.peer.ledger import Ledger
 from petals.peer.receipts import Accountant
 from petals.peer.server.admission import Admission
 from petals.peer.transport import autonat, circuit, dcutr
-from petals.peer.transport.loopback import loopback_pair
 from petals.peer.transport.muxer import MuxerConfig
 from petals.peer.transport.network import _HANDSHAKE_ERRORS, upgrade
 from petals.peer.transport.pnet import SwarmKey, encode_swarm_key, parse_swarm_key
@@ -56,7 +55,7 @@ from petals.protocols.receipts import (
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
 from petals.protocols.weights import document_request, parse_reply, parse_request, piece_request
-from tests.fuzz.loop import SELF, the_loop
+from tests.fuzz.loop import played, the_loop
 from tests.fuzz.swarm import _anyone, _stranger, me, node
 from tests.fuzz.wire import _noise_transport, _Played
 
@@ -67,18 +66,10 @@ KEY = SwarmKey(bytes(range(32)))
 ADDR = Multiaddr(f"/ip4/127.0.0.1/tcp/4001/p2p/{_stranger().peer_id}/p2p-circuit")
 
 
-async def _heard(data: bytes) -> ByteStream:
-    """A stream from a real peer ID that has said `data`, and hangs up."""
-    ours, theirs = loopback_pair(SELF, _stranger().peer_id)
-    await theirs.write(data)
-    await theirs.close_write()
-    return ours
-
-
 def _on_a_stream(data: bytes, *handlers: Callable[[ByteStream], Awaitable[object]]) -> None:
     async def each(handler: Callable[[ByteStream], Awaitable[object]]) -> None:
         with suppress(SwarmError):
-            await handler(await _heard(data))
+            await handler((await played(data, _stranger().peer_id))[0])
 
     for handler in handlers:
         the_loop().run(partial(each, handler))
@@ -110,8 +101,7 @@ def swarm_key_seeds() -> list[bytes]:
 
 @cache
 def _token() -> str:
-    key = SwarmKey(bytes(range(32)))
-    return issue(me(), expires_at=NOW + 3600, uses=2, model_digest=DIGEST, addrs=(str(ADDR),), swarm_key=key)
+    return issue(me(), expires_at=NOW + 3600, uses=2, model_digest=DIGEST, addrs=(str(ADDR),), swarm_key=KEY)
 
 
 def invitations(data: bytes) -> None:

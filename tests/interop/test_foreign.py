@@ -81,12 +81,19 @@ async def test_we_dial_them(kind: str, tmp_path: Path) -> None:
 LOOPBACK, HIDDEN = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)), HostConfig(listen=())
 
 
-async def test_js_is_called_through_our_relay_and_calls() -> None:
+@asynccontextmanager
+async def behind_a_relay() -> AsyncIterator[tuple[Host, Host]]:
+    """A relay of ours, and a peer of ours that can be called through it only."""
     async with open_host(create_new_key_pair(), LOOPBACK) as relay, open_host(create_new_key_pair(), HIDDEN) as hidden:
         relay.traversal.start_relaying(RelayLimits(), lambda: relay.addrs)
         hidden.set_handler(ECHO, echo)
         await hidden.connect(relay.addrs[0])
         await hidden.traversal.reserve(relay.peer_id)
+        yield relay, hidden
+
+
+async def test_js_is_called_through_our_relay_and_calls() -> None:
+    async with behind_a_relay() as (relay, hidden):
         with trio.fail_after(120):
             async with js_peer(relay=relay.addrs[0]) as (addr, dial):
                 assert addr.startswith(f"{relay.addrs[0]}/p2p-circuit/p2p/")
@@ -114,11 +121,7 @@ async def test_we_are_called_through_a_relay_of_js() -> None:
 
 
 async def test_go_calls_through_our_relay(tmp_path: Path) -> None:
-    async with open_host(create_new_key_pair(), LOOPBACK) as relay, open_host(create_new_key_pair(), HIDDEN) as hidden:
-        relay.traversal.start_relaying(RelayLimits(), lambda: relay.addrs)
-        hidden.set_handler(ECHO, echo)
-        await hidden.connect(relay.addrs[0])
-        await hidden.traversal.reserve(relay.peer_id)
+    async with behind_a_relay() as (_, hidden):
         with trio.fail_after(120):
             async with go_peer(tmp_path, "-relay=true") as (_, go):
                 assert await go.ask(hidden.addrs[0], 4 * MIB) is True
