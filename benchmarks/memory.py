@@ -18,6 +18,7 @@ _LOAD = """
 import json, sys, time
 import torch, transformers.models.bloom.modeling_bloom
 from petals.models.checkpoint import open_checkpoint
+from petals.models.halves import can_halve
 from petals.models.loading import load_span
 
 def peak():  # not ru_maxrss, which an exec inherits from the parent
@@ -27,22 +28,23 @@ def peak():  # not ru_maxrss, which an exec inherits from the parent
 directory, start, stop, quant_type = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 checkpoint = open_checkpoint(directory)
 torch.nn.Linear(8, 8)(torch.zeros(1, 8))
+can_halve()  # what torch's libraries allocate for themselves
 before = peak()
 began = time.perf_counter()
-span = load_span(checkpoint, range(start, stop), quant_type=quant_type)
+span = load_span(checkpoint, range(start, stop), dtype=torch.float32, quant_type=quant_type)
 seconds = time.perf_counter() - began
 print(json.dumps({"before": before, "peak": peak(), "weights": span.weight_bytes, "seconds": seconds}))
 """
 
 
-def write_checkpoint(directory: Path, *, hidden: int, blocks: int, vocab: int) -> int:
-    """A BLOOM checkpoint of random float32 weights, one shard per 200 MB; returns its bytes."""
+def write_checkpoint(directory: Path, *, hidden: int, blocks: int, vocab: int, stored: str = "float32") -> int:
+    """A BLOOM checkpoint of random weights, one shard per 200 MB; returns its bytes."""
     import torch
     from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=blocks, n_head=16)
-    BloomForCausalLM(config).save_pretrained(directory, max_shard_size="200MB")
+    BloomForCausalLM(config).to(getattr(torch, stored)).save_pretrained(directory, max_shard_size="200MB")
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 

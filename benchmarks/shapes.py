@@ -18,16 +18,18 @@ SHAPES: dict[str, PretrainedConfig | None] = {
     ),
 }  # fmt: skip
 """None: the default model, real weights. The others have the shape of their namesakes and random weights."""
+STORED = {"bloom-560m": torch.float16, "llama-24x1024": torch.bfloat16}
+"""What the random weights are rounded to and stored in: as BLOOM-560m and Llama models are published."""
 
 
 @contextmanager
-def model_of(shape: str) -> Iterator[str | None]:
-    """What to open; the directory of a random one lives as long as the context."""
+def model_of(shape: str, stored: torch.dtype | None = None) -> Iterator[str | None]:
+    """What to open; the directory of a random one lives as long as the context. `stored`: instead of the usual."""
     config = SHAPES[shape]
     if config is None:
         yield None
         return
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        AutoModelForCausalLM.from_config(config).to(stored or STORED[shape]).save_pretrained(directory)
         yield directory

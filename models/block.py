@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from petals.models.adapters import Lora, LoraHook, check_lora, linear_features, linear_layers
 from petals.models.cache import LayerShape, SpanCache, cache_bytes
 from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
+from petals.models.halves import HalfLinear
 from petals.models.lean import Lean, lean_path
 
 
@@ -95,9 +96,10 @@ class BlockSpan:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers of the blocks."""
+        """Bytes of all parameters and buffers of the blocks, and of what stands for them."""
         tensors = [t for layer in self._layers for t in (*layer.parameters(), *layer.buffers())]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        halves = [module for layer in self._layers for module in layer.modules() if isinstance(module, HalfLinear)]
+        return sum(t.nbytes for t in tensors) + sum(half.weight_bytes for half in halves)
 
     def layers(self, blocks: range | None = None) -> list[nn.Module]:
         """The library's own modules of these blocks."""

@@ -15,7 +15,7 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -34,11 +34,17 @@ _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 1
 _INTEGERS = {2: "<H", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 
 
-def check_gguf(path: Path) -> None:
-    """Raise CheckpointError unless the header of a GGUF file makes sense."""
+Stored = Literal["float32", "bfloat16", "float16"]
+
+
+def check_gguf(path: Path) -> Stored:
+    """Raise CheckpointError unless the header of a GGUF file makes sense.
+
+    Returns: what its matrices are worth being kept in: their own dtype, float16 if they are quantised.
+    """
     try:
         with path.open("rb") as file:
-            _Header(file, path.stat().st_size).check()
+            return _Header(file, path.stat().st_size).check()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # UnicodeDecodeError too
@@ -50,7 +56,7 @@ class _Header:
         self._file = file
         self._total = total
 
-    def check(self) -> None:
+    def check(self) -> Stored:
         if self._take(4) != b"GGUF" or self._number("<I") not in VERSIONS:
             raise ValueError("it does not begin as one of version 2 or 3")
         tensors, entries = self._number("<Q"), self._number("<Q")
@@ -66,16 +72,22 @@ class _Header:
         if alignment is None or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment}")
         infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        kinds: set[GGMLQuantizationType] = set()
         for _ in range(tensors):
-            name, info = self._tensor()
+            name, kind, info = self._tensor()
             if name in infos:
                 raise ValueError(f"tensor {name} stands there twice")
             infos[name] = info
+            if len(info[0]) > 1:
+                kinds.add(kind)
         begin = -(-self._file.tell() // alignment) * alignment
         for name, (_, offset, nbytes) in infos.items():
             if offset % alignment or begin + offset + nbytes > self._total:
                 raise ValueError(f"tensor {name} ends beyond the file")
         _check_model(numbers, {name: sizes for name, (sizes, _, _) in infos.items()})
+        if kinds & {GGMLQuantizationType.F32, GGMLQuantizationType.F64}:
+            return "float32"
+        return "bfloat16" if GGMLQuantizationType.BF16 in kinds else "float16"
 
     def _value(self) -> int | None:
         """An integer; of everything else only that it is there."""
@@ -97,8 +109,8 @@ class _Header:
             self._skip(self._scalar_bytes(kind))
         return None
 
-    def _tensor(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
-        """Name; sizes, offset and bytes."""
+    def _tensor(self) -> tuple[str, GGMLQuantizationType, tuple[tuple[int, ...], int, int]]:
+        """Name; how it is stored; sizes, offset and bytes."""
         name, dimensions = self._name(), self._number("<I")
         if not 0 < dimensions <= 4:
             raise ValueError(f"tensor {name} of {dimensions} dimensions")
@@ -109,7 +121,7 @@ class _Header:
         per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if not all(sizes) or sizes[0] % per_block:
             raise ValueError(f"tensor {name} of sizes {sizes}")
-        return name, (sizes, offset, math.prod(sizes) // per_block * block_bytes)
+        return name, GGMLQuantizationType(kind), (sizes, offset, math.prod(sizes) // per_block * block_bytes)
 
     def _name(self) -> str:
         size = self._number("<Q")

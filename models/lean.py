@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petals.models.cache import LayerCache, SpanCache
-from petals.models.products import Product, Samples, calibrate, fuse
+from petals.models.products import DenseProduct, Product, Samples, calibrate, fuse
+from petals.models.threads import ThreadChoices
 
 LEAN_ROWS = 128
 """Rows (tokens of all sequences together) up to which a pass is taken; above, the library's way is as fast."""
@@ -67,9 +69,12 @@ class _Family(Protocol):
 class Lean:
     """The lean way through the blocks of a span."""
 
-    def __init__(self, family: _Family, blocks: range) -> None:
+    def __init__(self, family: _Family, blocks: range, *, measured: bool) -> None:
         self._family = family
         self._blocks = blocks
+        dense = any(isinstance(product, DenseProduct) for block in family.blocks for product in block.products)
+        # Not for dense ones: their ways were measured for torch's number of threads.
+        self._threads = ThreadChoices() if measured and not dense else None
 
     def takes(self, batch: int, tokens: int, position: int) -> bool:
         """Whether a step of this shape can go this way."""
@@ -88,6 +93,12 @@ class Lean:
         Returns: the sessions' outputs, shapes as given. Should it raise, the caches hold unequal numbers of tokens.
         """
         states = [rows.reshape(-1, rows.shape[2]) for rows in hidden]
+        with nullcontext() if self._threads is None else self._threads.running(sum(map(len, states))):
+            self._run(states, hidden, caches)
+        return [rows.view(given.shape) for rows, given in zip(states, hidden, strict=True)]
+
+    def _run(self, states: list[Tensor], hidden: Sequence[Tensor], caches: Sequence[SpanCache]) -> None:
+        """`states`, each (rows, hidden_size), become the outputs."""
         positions = [cache.position for cache in caches]
         edges = sorted({edge for cache in caches for edge in (cache.blocks.start, cache.blocks.stop)})
         for start, stop in pairwise(edges):
@@ -101,7 +112,6 @@ class Lean:
                 out = self._run_range(range(start, stop), [states[i] for i in here], parts)
                 for i, rows in zip(here, out, strict=True):
                     states[i] = rows
-        return [rows.view(given.shape) for rows, given in zip(states, hidden, strict=True)]
 
     def _run_range(self, blocks: range, states: list[Tensor], parts: list[Part]) -> Sequence[Tensor]:
         """Blocks that all the sessions go through."""
@@ -128,7 +138,7 @@ def lean_path(
     if build is None:
         return None
     family = build(model, model.get_submodule(path.rpartition(".")[0]), layers, defaultdict(list) if measured else None)
-    return None if family is None else Lean(family, blocks)
+    return None if family is None else Lean(family, blocks, measured=measured)
 
 
 def _remember(pair: Tensor, cache: LayerCache, part: Part) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from petals.models.block import BlockSpan, get_layers
 from petals.models.checkpoint import Checkpoint, Progress
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
+from petals.models.halves import can_halve, halve_linears
 from petals.models.progress import Meter
 from petals.models.quantize import check_quant_type, quantize_block
 from petals.models.selftest import check_span, lean_agrees
@@ -49,6 +50,7 @@ def load_span(
     quant_type: str = "none",
     self_test: bool = True,
     deterministic: bool = False,
+    keep_transposed: bool = True,
     progress: Progress | None = None,
 ) -> BlockSpan:
     """Load `blocks` of a checkpoint, and nothing else of it.
@@ -58,12 +60,16 @@ def load_span(
         quant_type: "none", "int8" or "nf4" (quantize.py).
         self_test: compare with the model's own layer before returning.
         deterministic: choose no product by measurement: every process on such a machine rounds alike.
+        keep_transposed: let training take as much memory again for float32 weights that are kept in half the bytes
+            (halves.py); otherwise its backward passes are slower.
     Raises: BlockRangeError, CheckpointError, UnsupportedModel.
     """
     check_range(checkpoint, blocks)
     dtype = dtype or checkpoint.dtype
     config = prepare_config(checkpoint.config)
-    model, path = _load_quantized(checkpoint, config, blocks, dtype, torch.device(device), quant_type, progress)
+    model, path = _load_quantized(
+        checkpoint, config, blocks, dtype, torch.device(device), quant_type, progress, keep_transposed
+    )
     span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
     _prepare(span, checkpoint, self_test, deterministic)
     return span
@@ -96,16 +102,23 @@ def _load_quantized(
     device: torch.device,
     quant_type: str,
     progress: Progress | None,
+    keep_transposed: bool,
 ) -> tuple[PreTrainedModel, str]:
-    """`load_shortened` on `device`. When it quantises, one block at a time: no more than one is ever there in full."""
-    if check_quant_type(quant_type) == "none":
+    """`load_shortened` on `device`. To quantise or halve, one block at a time: only one is ever there in full."""
+    check_quant_type(quant_type)
+    halves = quant_type == "none" and dtype == torch.float32 and device.type == "cpu" and can_halve()
+    if quant_type == "none" and not halves:
         model, path = load_shortened(checkpoint, config, blocks, dtype, progress)
         return nn.Module.to(model, device), path
-    meter = Meter(progress, f"quantising to {quant_type}", len(blocks), "blocks")
+    doing = "reading" if halves else f"quantising to {quant_type}"
+    meter = Meter(progress, doing, len(blocks), "blocks")
     layers: list[nn.Module] = []
     for block in blocks:
         model, path = load_shortened(checkpoint, config, range(block, block + 1), dtype)
-        layers += [quantize_block(layer, quant_type, device) for layer in get_layers(model, path)]
+        for layer in get_layers(model, path):
+            if halves:
+                halve_linears(layer, keep_transposed=keep_transposed)
+            layers.append(quantize_block(layer, quant_type, device))
         meter.note(len(layers))
     stack, _, name = path.rpartition(".")
     setattr(model.get_submodule(stack), name, nn.ModuleList(layers))
@@ -153,7 +166,7 @@ def load_shortened(
             ) from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    _check_loaded(checkpoint, info, path)
+    _check_loaded(checkpoint, info, path, blocks.start)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return model, path
@@ -243,10 +256,15 @@ def read_blocks(
     return {wanted[name]: tensor for name, tensor in tensors.items()}
 
 
-def _check_loaded(checkpoint: Checkpoint, info: dict[str, Any], path: str) -> None:
-    """Raise unless every tensor of the blocks found its place and every place its tensor."""
-    missing = sorted(key for key in info["missing_keys"] if key.startswith(path + "."))
-    strange = sorted(info["unexpected_keys"])
+def _check_loaded(checkpoint: Checkpoint, info: dict[str, Any], path: str, start: int) -> None:
+    """Raise unless every tensor of the blocks found its place and every place its tensor; `start`: the first block."""
+
+    def in_the_model(key: str) -> str:
+        place = re.fullmatch(rf"{re.escape(path)}\.([0-9]+)\.(.*)", key)
+        return f"{path}.{int(place[1]) + start}.{place[2]}" if place else key
+
+    missing = sorted(in_the_model(key) for key in info["missing_keys"] if key.startswith(path + "."))
+    strange = sorted(map(in_the_model, info["unexpected_keys"]))
     wrong = sorted(str(entry) for entry in info["mismatched_keys"])
     for what, keys in (("lacks", missing), ("has unknown", strange), ("has wrongly shaped", wrong)):
         if keys:

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petals.models.halves import HalfLinear, HalfMatrix, halve
 from petals.models.quantize import Int8Linear, int8_product
+from petals.models.threads import ThreadChoices
 
 FEW_ROWS = 64
 """Above this many rows a product is bound by arithmetic, and the stock one uses every core."""
@@ -142,6 +144,18 @@ class Int8Product:
         return product if self.bias is None else product.add_(self.bias)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HalfProduct:
+    """Matrices in half the bytes (halves.py), outputs side by side. Not stacked: FBGEMM's layout has no views."""
+
+    matrices: tuple[HalfMatrix, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(self.matrices) == 1:
+            return self.matrices[0].times(x)
+        return torch.cat([matrix.times(x) for matrix in self.matrices], -1)
+
+
 Samples = defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]]
 """The weights of a span by shape and dtype, in the order of their use."""
 
@@ -160,6 +174,9 @@ def fuse(linears: Sequence[nn.Module], samples: Samples | None) -> Product | Non
         if alike is not None:
             alike.append(weight)
         return DenseProduct(weight, bias, alike)
+    halves = [layer.matrix for layer in linears if isinstance(layer, HalfLinear)]
+    if len(halves) == len(linears):
+        return HalfProduct(tuple(halves))
     if all(isinstance(layer, Int8Linear) for layer in linears):
         weight, scale, bias = (_stack(linears, name) for name in ("weight", "scale", "bias"))
         return None if weight is None or scale is None else Int8Product(weight, scale, bias)
@@ -187,11 +204,30 @@ def _stack(layers: Sequence[Any], name: str) -> Tensor | None:
 
 
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear` for inference with few rows: a language model's head at the client."""
+    """`nn.Linear` for a language model's frozen head at the client: as fast as this machine reads it.
+
+    In half the bytes beside the weights, which may also be the embeddings, where that loses nothing (halves.py); made
+    when it is first used, and again when the weights have changed.
+    """
+
+    _half: tuple[tuple[int, int], HalfMatrix | None] | None = None
+    """Of which weights (their address and version), and their half; None: they have none."""
+    _threads: ThreadChoices | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad):
+        if self.weight.requires_grad or (torch.is_grad_enabled() and hidden.requires_grad):
             return super().forward(hidden)
+        if hidden.dtype == torch.float32 and (half := self._halved()) is not None:
+            self._threads = self._threads or ThreadChoices()
+            with self._threads.running(hidden.numel() // self.in_features):
+                return half.times(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
         return dense_product(rows, self.weight, self.bias).view(*hidden.shape[:-1], -1)
+
+    def _halved(self) -> HalfMatrix | None:
+        weight = self.weight
+        which = (weight.data_ptr(), weight._version)
+        if self._half is None or self._half[0] != which:
+            self._half = (which, halve(weight.detach(), None if self.bias is None else self.bias.detach()))
+        return self._half[1]

@@ -11,6 +11,7 @@ import torch
 
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint, open_checkpoint
+from petals.models.halves import HalfLinear
 from petals.models.loading import load_span
 from tests.models.tiny import CASES, Case, Reference, save_tiny
 
@@ -25,6 +26,15 @@ class Tiny:
     checkpoint: Checkpoint
     whole: BlockSpan
     parts: tuple[BlockSpan, BlockSpan]
+
+
+def load_stock(checkpoint: Checkpoint, blocks: range) -> BlockSpan:
+    """Blocks whose float32 weights are float32, as on a machine without FBGEMM (halves.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("petals.models.loading.can_halve", lambda: False)
+        span = load_span(checkpoint, blocks, dtype=torch.float32)
+    assert not any(isinstance(module, HalfLinear) for layer in span.layers() for module in layer.modules())
+    return span
 
 
 @pytest.fixture(scope="session")

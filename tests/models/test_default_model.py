@@ -1,4 +1,4 @@
-"""The real default model, in three spans, says what `transformers` says, to the last bit."""
+"""The real default model, in three spans, says what `transformers` says."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ PROMPTS = ("The capital of France is", "Once upon a time, a cat", "def fibonacci
 @torch.no_grad()
 def test_smollm2_in_three_spans() -> None:
     checkpoint = open_checkpoint()
-    assert (checkpoint.num_blocks, checkpoint.hidden_size, checkpoint.dtype) == (30, 576, torch.float32)
+    assert (checkpoint.num_blocks, checkpoint.hidden_size, checkpoint.dtype) == (30, 576, torch.float16)
     tokenizer = checkpoint.tokenizer()
     full = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32).eval()
-    chain = LocalChain([load_span(checkpoint, part) for part in (range(11), range(11, 20), range(20, 30))])
+    chain = LocalChain(
+        [load_span(checkpoint, part, dtype=torch.float32) for part in (range(11), range(11, 20), range(20, 30))]
+    )
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected = full.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
@@ -33,7 +35,7 @@ def test_smollm2_in_three_spans() -> None:
                 known = torch.cat([known, new], 1)
         assert known.tolist() == expected.tolist()
         logits = full.lm_head(full.model.norm(chain.forward(full.model.embed_tokens(ids))))
-        torch.testing.assert_close(logits, full(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits, full(ids).logits, rtol=0, atol=5e-4)  # of 30; see halves.py
 
 
 def test_threads_may_load_at_once() -> None:

@@ -17,7 +17,7 @@ from petals.models import lean, products
 from petals.models.block import BlockSpan
 from petals.models.lean import LEAN_ROWS
 from petals.models.loading import load_span
-from tests.models.conftest import Tiny
+from tests.models.conftest import Tiny, load_stock
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, Case
 
 LEAN = {"bloom", "llama", "llama3-rope", "mistral", "qwen2", "qwen3"}
@@ -113,7 +113,7 @@ def test_a_large_step_or_one_beyond_the_window_goes_the_librarys_way(make_tiny: 
 
 
 def test_stacked_weights_take_no_more_memory(llama: Tiny) -> None:
-    attention: Any = llama.whole.layers()[0].self_attn
+    attention: Any = load_stock(llama.checkpoint, range(1)).layers()[0].self_attn
     q, k, v = (getattr(attention, name).weight for name in ("q_proj", "k_proj", "v_proj"))
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
     assert q.untyped_storage().nbytes() == q.nbytes + k.nbytes + v.nbytes

@@ -8,18 +8,13 @@ import pytest
 
 from benchmarks.memory import measure, write_checkpoint
 
-SLACK_BYTES = 24 << 20
-"""For one tensor on its way and what modules allocate for themselves; the blocks left out take 75 MB."""
+SLACK_BYTES = 38 << 20
+"""For one block on its way in float32 and what modules allocate for themselves; the blocks left out take 75 MB."""
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bloom")
-    write_checkpoint(directory, hidden=512, blocks=12, vocab=30_000)
-    return directory
-
-
-def test_peak_memory_is_that_of_the_span(directory: Path) -> None:
-    half = measure(directory, range(3, 9))
-    assert half["weights"] > 70e6
+@pytest.mark.parametrize(("stored", "least"), [("float32", 70e6), ("float16", 35e6)])
+def test_peak_memory_is_that_of_the_span(stored: str, least: float, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, hidden=512, blocks=12, vocab=30_000, stored=stored)
+    half = measure(tmp_path, range(3, 9))
+    assert least < half["weights"] < 1.2 * least, "float16 weights stay as they are, float32 computes with them"
     assert half["peak"] - half["before"] < half["weights"] + SLACK_BYTES

@@ -14,7 +14,7 @@ from petals.models import quantize
 from petals.models.errors import UnsupportedModel
 from petals.models.loading import load_span
 from petals.models.quantize import Int8Linear, dequantize_rows, quantize_head, quantize_rows
-from tests.models.conftest import Tiny
+from tests.models.conftest import Tiny, load_stock
 from tests.models.tiny import CASES, Case, Reference, make_model
 
 pytestmark = pytest.mark.filterwarnings(  # bitsandbytes and torch about each other's internals
@@ -91,7 +91,7 @@ def test_blocks_are_near_the_exact_ones(family: str, quant_type: str, make_tiny:
     tiny = make_tiny(next(case for case in CASES if case.id == family))
     block = range(1, 2)
     span = load_span(tiny.checkpoint, block, quant_type=quant_type)
-    twin = load_span(tiny.checkpoint, block)
+    twin = load_stock(tiny.checkpoint, block)
     dequantize_into(twin.layers()[0], span.layers()[0])
     outer = noise(2, 12, 32).flip(0)
     for exact, limit in zip((twin, tiny.whole), ROUGHLY[quant_type], strict=True):
@@ -156,7 +156,7 @@ def test_fused_experts(
 ) -> None:
     tiny = make_tiny(next(case for case in CASES if case.id == family))
     block = range(1, 2)
-    span, exact = load_span(tiny.checkpoint, block, quant_type=quant_type), load_span(tiny.checkpoint, block)
+    span, exact = load_span(tiny.checkpoint, block, quant_type=quant_type), load_stock(tiny.checkpoint, block)
     assert span.weight_bytes < share * exact.weight_bytes
     # Rounded weights may send a token to another expert, which would say nothing about the arithmetic: compare the
     # exact block with the weights that the quantised one reads.

@@ -233,7 +233,10 @@ _ATTENTION = re.compile(r"q_proj|k_proj|qkv_proj|q_norm|k_norm")
 
 
 def enliven(model: nn.Module, seed: int = 0) -> None:
-    """Give every weight a scale at which blocks drown the embeddings, or models with tied heads repeat their input."""
+    """Give every weight a scale at which blocks drown the embeddings, or models with tied heads repeat their input.
+
+    Matrices are float16's numbers in float32, as those of published models are, which are kept that way (halves.py).
+    """
     generator = torch.Generator().manual_seed(seed)
     embeddings = {
         id(m.weight): 0.3 / getattr(m, "scalar_embed_scale", 1.0)
@@ -247,7 +250,7 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
                 weight.copy_(noise * embeddings[id(weight)])
             elif weight.ndim >= 2:
                 gain = 1.5 if _ATTENTION.search(name) else 3  # sharp attention would amplify rounding
-                weight.copy_(noise * gain / weight.shape[-1] ** 0.5)
+                weight.copy_((noise * gain / weight.shape[-1] ** 0.5).half())
             elif ("norm" in name or "ln" in name) and name.endswith("weight"):
                 weight.add_(0.2 * noise)
             else:
