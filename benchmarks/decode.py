@@ -1,9 +1,11 @@
 """Tokens per second: a swarm of two processes, the same blocks in one process, plain transformers; in one run.
 
     python benchmarks/decode.py [--shape smollm2|bloom-560m|llama-24x1024] [--tokens 64] [--rounds 5] [--threads N]
+                                [--stored float32]
 
 Then the same with int8 blocks, and with an int8 head too. `--threads`: of each server's torch (default: torch's own
-choice).
+choice). `--stored`: the random weights are in this dtype, not in the one that such models are published in; what
+computes is float32 in any case.
 
 Prints a Markdown table of medians with spread, as ratios to plain transformers in the same run, and what a hop costs
 beyond its compute. They take turns, round by round, so that a machine that drifts drifts for all of them.
@@ -65,8 +67,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--stored", choices=("float32", "float16", "bfloat16"), default=None)
     options = parser.parse_args()
-    with model_of(options.shape) as directory:
+    with model_of(options.shape, getattr(torch, options.stored or "", None)) as directory:
         compare(directory, options)
 
 
@@ -115,9 +118,11 @@ def compare(directory: str | None, options: argparse.Namespace) -> None:
         weights -= embeddings.nbytes  # looked up, not read
     floor = 1e9 * gigabytes(checkpoint.hidden_size) / weights
     base = statistics.median(speeds["plain transformers"])
-    print(f"{options.shape}, float32, {torch.get_num_threads()} threads, servers {options.threads or 'the same'}, "
-          f"{options.tokens} tokens, {options.rounds} rounds, torch {torch.__version__}\n")  # fmt: skip
-    print("| decode | tokens/s, median (min - max) | ratio | of the floor |\n|---|---|---|---|")
+    stored = str(checkpoint.dtype).removeprefix("torch.")
+    threads = f"{torch.get_num_threads()} threads, servers {options.threads or 'the same'}"
+    print(f"{options.shape}, stored in {stored}, computed in float32, {threads}, {options.tokens} tokens, "
+          f"{options.rounds} rounds, torch {torch.__version__}\n")  # fmt: skip
+    print("| decode | tokens/s, median (min - max) | ratio | of the float32 floor |\n|---|---|---|---|")
     for name, values in speeds.items():
         median = statistics.median(values)
         share = "" if "int8" in name else f"{median / floor:.0%}"

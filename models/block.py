@@ -43,6 +43,7 @@ class BlockSpan:
         self._model = model
         self._path = path
         self._layers = list(get_layers(model, path))
+        self.device: torch.device = next(chain(self._layers[0].parameters(), self._layers[0].buffers())).device
         self._active = _Active()
         self._adapters: dict[str, Lora] = {}
         self._linear_features: dict[int, dict[str, tuple[int, int]]] = {}
@@ -88,11 +89,6 @@ class BlockSpan:
     def drop_lean_path(self) -> None:
         """Go the library's way for good."""
         self._lean = None
-
-    @property
-    def device(self) -> torch.device:
-        layer = self._layers[0]
-        return next(chain(layer.parameters(), layer.buffers())).device
 
     @property
     def weight_bytes(self) -> int:

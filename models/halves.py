@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+HALVED = (nn.Linear, Conv1D)
+"""Layers whose matrices are kept so."""
 _NEGLIGIBLE = 2.0**-26
 """What a weight may lose, relative to the largest of its row: a quarter of what float32 rounds each product by. What
 bfloat16 has below float16's range is as small as that."""
@@ -126,7 +128,7 @@ def halve_linears(module: nn.Module, *, keep_transposed: bool = True) -> None:
     if not can_halve():
         return
     for name, linear in list(module.named_modules()):
-        if type(linear) not in (nn.Linear, Conv1D) or linear.weight.dtype != torch.float32:
+        if type(linear) not in HALVED or linear.weight.dtype != torch.float32:
             continue
         weight: Tensor = linear.weight.detach()
         bias: Any = None if linear.bias is None else linear.bias.detach()

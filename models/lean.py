@@ -14,9 +14,10 @@ path only after a self-test against the library's (selftest.py).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -221,24 +222,30 @@ class _LlamaLike:
         return cls(model, stack, [b for b in blocks if b]) if all(blocks) else None
 
     def around(self, x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """cos (rows, 1, head_dim) and sin (rows, 1, head_dim / 2)."""
+        """cos and (-first half, second half) of sin, each (rows, 1, head_dim)."""
         cos, sin = self._rotary(x, _positions(parts, x.device)[None])
-        return cos[0, :, None], sin[0, :, None, : sin.shape[-1] // 2]
+        sin[..., : sin.shape[-1] // 2].neg_()
+        return cos[0, :, None], sin[0, :, None]
 
 
 @dataclass(frozen=True, slots=True)
 class _LlamaBlock:
-    layer: Any
+    """References, not the layer's modules: finding an attribute of a module takes as long as adding two rows."""
+
     products: tuple[Product, ...]
     qkv: Product
     out: Product
     gate_up: Product
     down: Product
+    norms: tuple[Any, Any]
+    """Before attention, and before the MLP."""
+    head_norms: tuple[Any, Any] | None
+    """Of queries and of keys, head by head, where a family has them."""
+    act: Callable[[Tensor], Tensor]
+    scaling: float
     heads: int
     key_heads: int
     head_dim: int
-    normed: bool
-    """Whether queries and keys are normed, head by head."""
 
     @classmethod
     def build(cls, layer: Any, samples: Samples | None) -> _LlamaBlock | None:
@@ -255,55 +262,57 @@ class _LlamaBlock:
         size = attention.head_dim
         heads, key_heads = (linear.out_features // size for linear in groups[0][:2])
         return cls(
-            layer,
-            (qkv, out, gate_up, down),
-            qkv,
-            out,
-            gate_up,
-            down,
-            heads,
-            key_heads,
-            size,
-            hasattr(attention, "q_norm"),
+            products=(qkv, out, gate_up, down),
+            qkv=qkv,
+            out=out,
+            gate_up=gate_up,
+            down=down,
+            norms=(_rms_norm(layer.input_layernorm), _rms_norm(layer.post_attention_layernorm)),
+            head_norms=(_rms_norm(attention.q_norm), _rms_norm(attention.k_norm))
+            if hasattr(attention, "q_norm")
+            else None,
+            act=mlp.act_fn.forward,
+            scaling=attention.scaling,
+            heads=heads,
+            key_heads=key_heads,
+            head_dim=size,
         )
 
     def __call__(
         self, x: Tensor, around: tuple[Tensor, Tensor], parts: Sequence[Part], caches: Sequence[LayerCache]
     ) -> Tensor:
-        attention = self.layer.self_attn
-        qkv = self.qkv(_rms_norm(x, self.layer.input_layernorm)).view(len(x), -1, self.head_dim)
-        if self.normed:
-            queries, keys = qkv.narrow(1, 0, self.heads), qkv.narrow(1, self.heads, self.key_heads)
-            queries.copy_(_rms_norm(queries, attention.q_norm))
-            keys.copy_(_rms_norm(keys, attention.k_norm))
-        turned = qkv.narrow(1, 0, self.heads + self.key_heads)
-        turned.copy_(_rotated(turned, *around))
+        qkv = self.qkv(self.norms[0](x)).view(len(x), -1, self.head_dim)
         asked = qkv.narrow(1, 0, self.heads)
+        if self.head_norms is not None:
+            keys = qkv.narrow(1, self.heads, self.key_heads)
+            asked.copy_(self.head_norms[0](asked))
+            keys.copy_(self.head_norms[1](keys))
+        _rotate(qkv.narrow(1, 0, self.heads + self.key_heads), *around)
         pairs = qkv.narrow(1, self.heads, 2 * self.key_heads).view(len(x), 2, self.key_heads, -1).transpose(0, 1)
         mixed = []
         for part, cache in zip(parts, caches, strict=True):
             keys, values = _remember(pairs.narrow(1, part.first, part.rows), cache, part)
-            mixed.append(_attend(asked.narrow(0, part.first, part.rows), keys, values, part, attention.scaling))
+            mixed.append(_attend(asked.narrow(0, part.first, part.rows), keys, values, part, self.scaling))
         x = x + self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
-        gate, up = self.gate_up(_rms_norm(x, self.layer.post_attention_layernorm)).chunk(2, -1)
-        return x + self.down(self.layer.mlp.act_fn(gate) * up)
+        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
+        return x + self.down(self.act(gate) * up)
 
 
-def _rms_norm(x: Tensor, norm: Any) -> Tensor:
-    if x.dtype != torch.float32:  # rounded where the library rounds: in half precision it shows
-        return norm(x)  # type: ignore[no-any-return]
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+def _rms_norm(norm: Any) -> Callable[[Tensor], Tensor]:
+    """The norm's function, rounded where the library rounds: in half precision it shows."""
+    weight = norm.weight
+    if weight.dtype != torch.float32:
+        return norm  # type: ignore[no-any-return]
+    return partial(torch.rms_norm, normalized_shape=weight.shape, weight=weight, eps=norm.variance_epsilon)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (rows, heads, head_dim) turned by its rows' angles: x cos + (-second half, first half) sin."""
-    half = x.shape[-1] // 2
-    turned = x * cos
-    if x.dtype != torch.float32:
-        return turned + torch.cat((x[..., half:] * -sin, x[..., :half] * sin), -1)
-    turned[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sin)
-    return turned
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn x (rows, heads, head_dim), in place, by its rows' angles: x cos + (second half, first half) sin."""
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    if x.dtype == torch.float32:
+        x.mul_(cos).addcmul_(swapped, sin)
+    else:  # rounded product by product
+        x.copy_(x * cos + swapped * sin)
 
 
 class _Bloom:

@@ -30,7 +30,7 @@ from petals.models.block import BlockSpan, get_layers
 from petals.models.checkpoint import Checkpoint, Progress
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
-from petals.models.halves import can_halve, halve_linears
+from petals.models.halves import HALVED, can_halve, halve_linears
 from petals.models.progress import Meter
 from petals.models.quantize import check_quant_type, quantize_block
 from petals.models.selftest import check_span, lean_agrees
@@ -105,8 +105,7 @@ def _load_quantized(
     keep_transposed: bool,
 ) -> tuple[PreTrainedModel, str]:
     """`load_shortened` on `device`. To quantise or halve, one block at a time: only one is ever there in full."""
-    check_quant_type(quant_type)
-    halves = quant_type == "none" and dtype == torch.float32 and device.type == "cpu" and can_halve()
+    halves = check_quant_type(quant_type) == "none" and _halves(dtype, device)
     if quant_type == "none" and not halves:
         model, path = load_shortened(checkpoint, config, blocks, dtype, progress)
         return nn.Module.to(model, device), path
@@ -125,6 +124,11 @@ def _load_quantized(
     nn.Module.to(model, device)
     model.requires_grad_(False)
     return model, path
+
+
+def _halves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights are kept in half the bytes of `dtype`, if float16 can hold them."""
+    return dtype == torch.float32 and device.type == "cpu" and can_halve()
 
 
 def check_range(checkpoint: Checkpoint, blocks: range) -> None:
@@ -219,11 +223,28 @@ def _neutral(name: str, child: nn.Module) -> nn.Module:
 
 def block_numel(config: PretrainedConfig) -> int:
     """Weights of the largest block, known from the configuration alone."""
+    return max(sum(weight.numel() for weight in layer.parameters()) for layer in _skeletons(config))
+
+
+def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    """Of the largest block's weights, known from the configuration alone, as `load_span` keeps them without quantising:
+    those of linear layers in half the bytes where the checkpoint says that it is in half precision."""
+    halved = checkpoint.dtype.itemsize == 2 and _halves(dtype, device)
+
+    def of_module(module: nn.Module) -> int:
+        narrow = halved and type(module) in HALVED
+        own = module.named_parameters(recurse=False)
+        return sum(w.numel() * (2 if narrow and name == "weight" else dtype.itemsize) for name, w in own)
+
+    return max(sum(map(of_module, layer.modules())) for layer in _skeletons(checkpoint.config))
+
+
+def _skeletons(config: PretrainedConfig) -> nn.ModuleList:
+    """A model's blocks without their weights."""
     base_class = base_class_of(config)
     path = find_layers(base_class, config)
     with torch.device("meta"), quiet_library():
-        skeleton = base_class(config)
-    return max(sum(weight.numel() for weight in layer.parameters()) for layer in get_layers(skeleton, path))
+        return get_layers(base_class(config), path)
 
 
 def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> str:

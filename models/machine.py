@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from petals.models.halves import halve
+
 
 def gigaflops(hidden: int, rows: int = 512) -> float:
-    """Of a float32 matrix product on this machine, now: the limit of a server that computes for many."""
-    return 2 * rows * hidden * 4 * hidden / _best(torch.randn(rows, hidden), torch.randn(4 * hidden, hidden)) / 1e9
+    """Of a float32 matrix product on this machine, now, the stock one or that of halves.py, whichever is faster: the
+    limit of a server that computes for many."""
+    many, weight = torch.randn(rows, hidden), torch.randn(4 * hidden, hidden).half().float()
+    seconds = [_best(partial(torch.nn.functional.linear, many), [weight])]
+    if (half := halve(weight)) is not None:
+        seconds.append(_best(lambda _: half.times(many), [weight]))
+    return 2 * rows * hidden * 4 * hidden / min(seconds) / 1e9
 
 
 def gigabytes(hidden: int, total: int = 512 << 20, rounds: int = 10) -> float:
-    """Of weights read per second by one row's products with more than caches hold: the limit of one user."""
+    """Of memory read per second, more than caches hold: the limit of one user, whose every token reads all weights.
+
+    Read by sums and by one row's products, whichever is faster: some libraries' products do not reach the memory's
+    speed.
+    """
     weights = [torch.full((4 * hidden, hidden), 0.1) for _ in range(total // (16 * hidden * hidden))]
-    return weights[0].nbytes / _best(torch.randn(1, hidden), *weights, rounds=rounds) / 1e9
+    row = torch.randn(1, hidden)
+    best = min(_best(read, weights, rounds) for read in (torch.sum, partial(torch.nn.functional.linear, row)))
+    return weights[0].nbytes / best / 1e9
 
 
-def _best(rows: Tensor, *weights: Tensor, rounds: int = 10) -> float:
-    """Seconds of one product, the best of some rounds over all weights."""
+def _best(compute: Callable[[Tensor], object], weights: Sequence[Tensor], rounds: int = 10) -> float:
+    """Seconds that it takes with one of these, the best of some rounds over all."""
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
         for weight in weights:
-            torch.nn.functional.linear(rows, weight)
+            compute(weight)
         seconds.append((time.perf_counter() - started) / len(weights))
     return min(seconds)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from petals.models.checkpoint import Checkpoint
-from petals.models.loading import block_numel
+from petals.models.loading import block_bytes, block_numel
 from petals.peer.config import ServeConfig
+from petals.peer.server.device import compute_dtype, device_of
 from petals.peer.server.memory import free_bytes
 from petals.peer.server.placement import blocks_that_fit
-from petals.peer.server.service import compute_dtype, device_of
 from petals.protocols.errors import UserError
 
 BYTES_PER_WEIGHT = {"int8": 1.02, "nf4": 0.57}
-"""Scales included; measured in docs/models.md. Unquantised: the dtype's."""
+"""Scales included; measured in docs/models.md."""
 WORKSPACE_TENSORS = 8
 """Tensors of (tokens, 4 x hidden) float32 alive at once in one step, generously: the MLP's and the attention's."""
 
@@ -36,13 +36,22 @@ class Memory:
 
 def memory_of(checkpoint: Checkpoint, config: ServeConfig) -> Memory:
     """Known from the model's configuration; no weights are read."""
-    per_weight = BYTES_PER_WEIGHT.get(config.quant_type, compute_dtype(config, checkpoint).itemsize)
+    device = device_of(config)
+    if config.quant_type in BYTES_PER_WEIGHT:
+        block = int(block_numel(checkpoint.config) * BYTES_PER_WEIGHT[config.quant_type])
+    else:
+        block = block_bytes(checkpoint, compute_dtype(config, checkpoint), device)
     return Memory(
-        free=free_bytes(device_of(config)),
+        free=free_bytes(device),
         cache=config.cache_bytes,
         workspace=WORKSPACE_TENSORS * min(config.max_batch_tokens, 4096) * 4 * checkpoint.hidden_size * 4,
-        block=int(block_numel(checkpoint.config) * per_weight),
+        block=block,
     )
+
+
+def room_to_train(checkpoint: Checkpoint, config: ServeConfig, blocks: int) -> bool:
+    """Whether so many blocks, not loaded yet, could take as much memory again: training is faster then (halves.py)."""
+    return memory_of(checkpoint, config).holds(2 * blocks)
 
 
 def capacity_of(checkpoint: Checkpoint, config: ServeConfig) -> tuple[int, str]:

@@ -14,8 +14,9 @@ from petals.dht.records import ServerRecord, ServerState
 from petals.models.checkpoint import Checkpoint
 from petals.peer.config import ServeConfig
 from petals.peer.server.capacity import Memory, capacity_of, memory_of
+from petals.peer.server.device import compute_dtype, device_of
 from petals.peer.server.placement import choose_blocks
-from petals.peer.server.service import check_blocks, compute_dtype, device_of
+from petals.peer.server.service import check_blocks
 from petals.protocols.errors import UserError, describe_blocks
 from petals.protocols.types import ModelId
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 import trio
 
 from petals import __version__
@@ -29,7 +28,9 @@ from petals.peer.ledger import Ledger
 from petals.peer.reachability import Reach
 from petals.peer.server.admission import Admission
 from petals.peer.server.announcer import Announcer
+from petals.peer.server.capacity import room_to_train
 from petals.peer.server.compute import ComputeThread
+from petals.peer.server.device import compute_dtype, device_of
 from petals.peer.server.inbound import Inbound
 from petals.peer.server.lane import Lane, Priority, all_alike
 from petals.peer.server.leases import CacheBudget
@@ -43,7 +44,6 @@ from petals.protocols.admit import ADMIT_V1
 from petals.protocols.errors import SwarmError, UserError
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.push import PUSH_V1
-from petals.protocols.tensors import FLOATS_BY_NAME
 from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId
 
@@ -66,25 +66,6 @@ class Server:
     budget: CacheBudget
     lane: Lane
     speed: Speedometer
-
-
-def compute_dtype(config: ServeConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """float32 on a CPU unless asked otherwise: exact, and the fastest product there; the checkpoint's own on a GPU."""
-    if config.dtype == "auto":
-        return torch.float32 if device_of(config).type == "cpu" else checkpoint.dtype
-    if config.dtype not in FLOATS_BY_NAME:
-        raise UserError(f"unknown dtype {config.dtype!r}: choose auto, {', '.join(FLOATS_BY_NAME)}")
-    return FLOATS_BY_NAME[config.dtype]
-
-
-def device_of(config: ServeConfig) -> torch.device:
-    """The device to compute on."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(config.device)
-    except RuntimeError:
-        raise UserError(f"unknown device {config.device!r}: choose auto, cpu or cuda:0") from None
 
 
 def check_blocks(blocks: range, checkpoint: Checkpoint) -> range:
@@ -192,7 +173,11 @@ class Service:
         name = str(dtype).removeprefix("torch.")
         self._progress(f"loading blocks {blocks.start}:{blocks.stop} of {checkpoint.name} ({name})")
         load = partial(
-            load_span, quant_type=config.quant_type, deterministic=config.deterministic, progress=self._progress
+            load_span,
+            quant_type=config.quant_type,
+            deterministic=config.deterministic,
+            keep_transposed=room_to_train(checkpoint, config, len(blocks)),
+            progress=self._progress,
         )
         span = await self._thread.run(partial(load, checkpoint, blocks, dtype=dtype, device=str(device)))
         for adapter in config.adapters:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from petals.models import halves
 from petals.models.checkpoint import open_checkpoint
 from petals.models.halves import HalfLinear, HalfMatrix, halve, halve_linears
-from petals.models.loading import load_span
+from petals.models.loading import block_bytes, load_span
 from petals.models.products import FewRowsLinear
 from tests.models.conftest import Tiny, load_stock
 from tests.models.test_lean import play
@@ -140,9 +140,8 @@ def test_sessions_in_company_get_the_same_bits(seed: int, make_tiny: MakeTiny) -
 
 
 def test_bfloat16_checkpoints(tmp_path: Path, llama: Tiny) -> None:
-    model = save_tiny(llama.case, tmp_path / "float32")
-    model.bfloat16().save_pretrained(tmp_path / "bfloat16")
-    checkpoint = open_checkpoint(tmp_path / "bfloat16")
+    save_tiny(llama.case, tmp_path, stored=torch.bfloat16)
+    checkpoint = open_checkpoint(tmp_path)
     span = load_span(checkpoint, range(BLOCKS), dtype=torch.float32)
     assert any(isinstance(module, HalfLinear) for module in span.layers()[0].modules())
     hidden = noise(6, 2, 5, HIDDEN)
@@ -175,3 +174,14 @@ def test_a_torch_without_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         halves.can_halve.cache_clear()
     assert halves.can_halve()
+
+
+def test_bytes_are_known_before_loading(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    for family in ("llama", "gpt2", "mixtral"):  # fused experts are no linear layers
+        case = next(case for case in CASES if case.id == family)
+        save_tiny(case, tmp_path / family, stored=torch.float16)
+        checkpoint = open_checkpoint(tmp_path / family)
+        for dtype in (torch.float32, torch.float16):
+            span = load_span(checkpoint, range(1), dtype=dtype)
+            held = span.weight_bytes - sum(buffer.nbytes for layer in span.layers() for buffer in layer.buffers())
+            assert 0 <= block_bytes(checkpoint, dtype, span.device) - held < 0.05 * held

@@ -122,7 +122,7 @@ def test_stacked_weights_take_no_more_memory(llama: Tiny) -> None:
 def test_a_path_that_differs_is_not_taken(
     llama: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lean, "_rotated", lambda x, cos, sin: x)
+    monkeypatch.setattr(lean, "_rotate", lambda x, cos, sin: None)
     span = load_span(llama.checkpoint, range(BLOCKS))
     assert not span.lean
     assert "lean path differs" in caplog.text

@@ -257,11 +257,13 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
                 weight.copy_(0.2 * noise)
 
 
-def save_tiny(case: Case, directory: Path, *, seed: int = 0, max_shard_size: str = "40KB") -> PreTrainedModel:
-    """Write a sharded tiny checkpoint; returns the full model that was written."""
-    model = make_model(case.config(), seed)
+def save_tiny(
+    case: Case, directory: Path, *, seed: int = 0, max_shard_size: str = "40KB", stored: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Write a sharded tiny checkpoint in `stored`; returns the full model that was written, in float32."""
+    model = make_model(case.config(), seed).to(stored)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
-    return model
+    return model.float()
 
 
 class Reference:

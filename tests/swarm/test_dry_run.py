@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from petals.cli.dry_run import show_plan
 from petals.models.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from petals.peer.config import PeerConfig, ServeConfig, Timeouts
 from petals.protocols.errors import MissingBlocks, UserError
 from tests.cli.test_commands import run
 from tests.models.tiny import CASES, save_tiny
-from tests.swarm.conftest import Swarm, Truth
+from tests.swarm.conftest import Swarm
 
 MakeSwarm = Callable[[str | None], Swarm]
 
@@ -34,12 +35,13 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 async def test_it_foretells_what_a_server_does(
     make_swarm: MakeSwarm,
-    tiny_truth: Truth,
+    tmp_path: Path,
     no_weights: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    swarm = make_swarm(str(tiny_truth.directory))
+    save_tiny(next(case for case in CASES if case.id == "llama"), tmp_path, stored=torch.float16)
+    swarm = make_swarm(str(tmp_path))
     first = await swarm.add(range(2))
     settings = ServeConfig(num_blocks=2, throughput=100.0, cache_bytes=1 << 20)
     config = PeerConfig(model=swarm.model, serve=settings, initial_peers=first.addrs, timeouts=Timeouts(route_s=0.1))
