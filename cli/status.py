@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petals.cli.helping import Formatter
+from petals.cli.numbers import positive
 from petals.protocols.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +17,13 @@ if TYPE_CHECKING:
     from petals.peer.status import ModelStatus
 
 CLEAR = "\x1b[H\x1b[J"
+EXAMPLES = """
+examples:
+  petals status --initial_peers ADDR                      once; ADDR is what a peer prints when it starts
+  petals status --initial_peers ADDR --watch              again and again
+  petals status --initial_peers ADDR --json | jq '.models[].health'
+  petals status --identity my.key                         what this peer gave and took
+"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,6 +34,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Say of every model in the swarm who holds which blocks, and whether it is healthy (two or more "
         "copies of every block), degraded (one copy somewhere) or broken (a block that nobody holds). Of each peer: "
         "how others reach it (direct, mapped, relayed), and how this command did (direct, punched, relayed).",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm")
@@ -36,7 +47,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                         help="the key file of a peer of yours: what it gave to others and took from them, as of the "
                         "last minute; does not need --initial_peers")  # fmt: skip
     parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
-    parser.add_argument("--interval", metavar="S", type=float, default=2.0, help="of --watch (default: 2 s)")
+    parser.add_argument("--interval", metavar="S", type=positive, default=2.0, help="of --watch (default: 2 s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per look on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
     parser.set_defaults(run=run, synchronous=False)
