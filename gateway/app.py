@@ -193,8 +193,14 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _no_such_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     shown = request.scope["path"].encode(errors="replace").decode()[:200]
-    words = {404: f"there is nothing at {shown}", 405: f"{shown} does not take {request.method}"}
-    known = ApiError(error.status_code, words.get(error.status_code, error.detail), code="unknown_url")
+    hint = ""
+    if shown.startswith("/v1"):
+        hint = "; this peer answers /v1/models, /v1/chat/completions and /v1/completions"
+    elif shown.endswith(("/models", "/completions")):
+        hint = "; the base URL of OpenAI's API here ends in /v1"
+    words = {404: f"there is nothing at {shown}{hint}", 405: f"{shown} does not take {request.method}"}
+    code = "method_not_supported" if error.status_code == 405 else "unknown_url"
+    known = ApiError(error.status_code, words.get(error.status_code, error.detail), code=code)
     return JSONResponse(known.body(), known.status, {**(error.headers or {}), **NO_STORE})
 
 
