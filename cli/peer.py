@@ -18,7 +18,7 @@ from petals.cli.numbers import SEEDS, at_least_1, number, positive, whole
 from petals.cli.saying import hush
 from petals.cli.saying import say as _say
 from petals.models.progress import counting_seconds
-from petals.protocols.errors import UserError
+from petals.protocols.errors import MissingBlocks, UserError, describe_blocks
 from petals.protocols.types import PeerId
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from petals.peer.node import Peer
 
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
+LOOK_S = 10.0
+"""How long a door looks for all blocks before it says that some are missing."""
 
 EXAMPLES = """
 examples:
@@ -448,6 +450,12 @@ async def _keep_door(peer: Peer, door: Door, *, as_json: bool) -> None:
         if as_json:
             print(json.dumps({"http": url}), flush=True)
         _say(f"open {url} in a browser; OpenAI's clients take base_url={url}/v1")
+        client = await peer.client()
+        try:
+            await client.watcher.wait_for(range(client.checkpoint.num_blocks), trio.current_time() + LOOK_S)
+        except MissingBlocks as missing:
+            blocks = describe_blocks(missing.blocks)
+            _say(f"nobody holds {blocks} yet: answers wait until a peer that serves them joins (petals peer --serve)")
         await trio.sleep_forever()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def describe(status: ModelStatus) -> str:
         f"{'reach':<8} {'link':<8} version",
     ]
     lines += [_row(record, status.links.get(record.peer_id, "")) for record in status.records]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_round_trips(status.records)])
 
 
 def balance(contribution: dict[str, Any]) -> str:
@@ -131,6 +132,21 @@ def _row(record: ServerRecord, link: str) -> str:
         f"{1e3 * record.queue_s:>9.1f} {record.cache_tokens_left:>13,}  "
         f"{reach:<8} {link:<8} {version} {name}"
     ).rstrip()
+
+
+def _round_trips(records: Sequence[ServerRecord]) -> list[str]:
+    """What servers measured to those that hold the blocks after theirs; peers that are not shown are left out."""
+    shown = {record.peer_id for record in records}
+    lines = []
+    for record in records:
+        told = [
+            f"…{peer[-6:]} {1e3 * seconds:.1f} ms"
+            for peer, seconds in sorted(record.round_trips_s.items(), key=lambda each: each[1])
+            if peer in shown
+        ]
+        if told:
+            lines.append(f"round trips from …{record.peer_id[-6:]} to {', '.join(told[:8])}")
+    return lines
 
 
 def as_json(status: ModelStatus) -> dict[str, Any]:

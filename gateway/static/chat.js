@@ -330,6 +330,7 @@ async function answer(conversation) {
   show();
   if (follow) toEnd();
   if (lostFocus()) toPrompt();
+  lookAtSwarm();
 }
 
 // ---- the page around it
@@ -378,6 +379,7 @@ async function listModels() {
     if (names.includes(settings.model)) select.value = settings.model;
     select.title = select.value;
     $("trouble").replaceChildren();
+    lookAtSwarm();
   } catch (error) {
     select.replaceChildren(new Option("no model", ""));
     let said = error instanceof TypeError ? "This peer can not be reached." : error.message;
@@ -385,6 +387,18 @@ async function listModels() {
     $("trouble").replaceChildren(said, error.wantsKey ? button("Enter a key", () => openSettings("key")) : "");
   }
   buttons();
+}
+
+/** Say before somebody waits for it that an answer can not come now. */
+async function lookAtSwarm() {
+  try {
+    const response = await fetch("/api/swarm", { headers: settings.key ? { authorization: `Bearer ${settings.key}` } : {} });
+    const model = (await response.json()).models.find((each) => each.model === $("model").value);
+    const broken = model?.health === "broken";
+    $("trouble").replaceChildren(...(broken ? [`Now ${model.words}: answers wait until a peer that serves them joins.`] : []));
+  } catch {
+    // The next question will tell.
+  }
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -415,6 +429,7 @@ $("shade").addEventListener("click", closeSide);
 $("model").addEventListener("change", () => {
   settings.model = $("model").title = $("model").value;
   save();
+  lookAtSwarm();
 });
 for (const idea of document.querySelectorAll("#ideas button")) idea.addEventListener("click", () => submit(idea.textContent));
 $("open-settings").addEventListener("click", () => openSettings());

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from petals.cli.main import parse
+from petals.cli.peer import _wanted
 
 WRONG = [
     ("--cache_mb", "-5", "expected a number above 0, not '-5'"),
@@ -38,6 +39,13 @@ def test_a_number_out_of_bounds_is_one_line(
 def test_what_is_within_bounds_is_taken() -> None:
     options = parse(["peer", "--cache_mb", "0.5", "--temperature", "0", "--top_p", "1", "--seed", "-7", "--audit", "1"])
     assert (options.cache_mb, options.temperature, options.top_p, options.seed, options.audit) == (0.5, 0, 1, -7, 1)
+
+
+def test_temperature_0_takes_the_likeliest_whatever_else_is_said() -> None:
+    options = parse(["peer", "--temperature", "0", "--top_p", "0.5", "--seed", "7", "--max_new_tokens", "3"])
+    assert not _wanted(options, 64).samples
+    assert _wanted(options, 64).max_new_tokens == 3
+    assert _wanted(parse(["peer", "--seed", "7"]), 64).samples
 
 
 @pytest.mark.parametrize(("verb", "flag"), [("status", "--interval"), ("bench", "--num_blocks")])

@@ -99,6 +99,15 @@ def test_a_mistake_is_one_line(words: list[str], complaint: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_door_says_which_blocks_nobody_holds() -> None:
+    command = [*PETALS, "peer", "--serve", "0:10", "--new_swarm", "--http", "127.0.0.1:0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
+    assert process.stderr is not None
+    said = next(line for line in process.stderr if "nobody" in line)
+    end(process)
+    assert said.startswith("petals: nobody holds blocks 10:30 yet: answers wait until")
+
+
 def test_a_door_that_can_not_be_is_known_before_a_model_is_loaded(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
