@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+from petals.cli.numbers import at_least_1
 from petals.cli.saying import say
 
 
@@ -22,8 +23,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="as of `petals peer` (default: SmolLM2-135M-Instruct)"
     )
-    parser.add_argument("--num_blocks", metavar="N", type=int, help="how many blocks to load (default: 150 MB of them)")
-    parser.add_argument("--dtype", metavar="DTYPE", nargs="+", default=["float32", "bfloat16"],
+    parser.add_argument(
+        "--num_blocks", metavar="N", type=at_least_1, help="how many blocks to load (default: 150 MB of them)"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"),
+                        default=["float32", "bfloat16"],
                         help="what to compute in (default: float32 bfloat16)")  # fmt: skip
     parser.add_argument("--quant_type", nargs="+", choices=("none", "int8", "nf4"), default=["none", "int8"],
                         help="forms of the weights (default: none int8)")  # fmt: skip

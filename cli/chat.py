@@ -99,6 +99,7 @@ class _Chat:
             else:
                 self._composer.clear()
                 print("\n(Ctrl-D or /quit leaves)", file=sys.stderr, flush=True)
+                print(f">>> {_typed()}", end="", flush=True)  # input() goes on where it was
 
     async def _command(self, message: str) -> bool:
         """Whether the chat goes on."""
@@ -176,6 +177,12 @@ class _Chat:
 
     def say(self, line: str) -> None:
         say(line)
+
+
+def _typed() -> str:
+    """What stands in the line that is being edited."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline is not None and sys.stdin.isatty() else ""
 
 
 @contextmanager

@@ -9,12 +9,20 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from petals.cli.helping import Formatter
+
 if TYPE_CHECKING:
     from petals.peer.checks import Finding
 
 MARKS = {"ok": ("✓", "\x1b[32m"), "note": ("•", "\x1b[33m"), "problem": ("✗", "\x1b[31m")}
 """For terminals: a mark that says it without its colour, too."""
 PLAIN_COLOUR = "\x1b[0m"
+EXAMPLES = """
+examples:
+  petals doctor                                           this machine
+  petals doctor --listen /ip4/0.0.0.0/tcp/31337           and whether that port is free
+  petals doctor --initial_peers ADDR                      and whether that peer answers, and its swarm
+"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,6 +33,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Check versions, device, memory, disk and ports, and with --initial_peers each of those peers, the "
         "clocks and the models of their swarm. Says what to do about each problem; exit code 0: all is fine, 1: "
         "problems were found.",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm to check")

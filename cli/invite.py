@@ -7,7 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from petals.protocols.errors import UserError
+from petals.cli.addresses import check_addresses
+from petals.cli.helping import Formatter
+from petals.cli.numbers import at_least_1, number
+
+MAX_DAYS = 3660
 
 EXAMPLES = """
 examples:
@@ -26,13 +30,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Print an invitation, one line: whoever has it may use the blocks of servers that trust you, until "
         "it expires. It can not be taken back; the server's operator can --block its bearer.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--identity", metavar="FILE", type=Path, required=True, help="your key: you answer for it")
-    parser.add_argument("--days", metavar="N", type=float, default=7.0, help="how long it holds (default: 7)")
+    parser.add_argument("--days", metavar="N", type=number(0, MAX_DAYS, above=True), default=7.0,
+                        help="how long it holds (default: 7)")  # fmt: skip
     parser.add_argument("--peer", metavar="PEER_ID", help="only for this peer (default: for the first to come)")
-    parser.add_argument("--uses", metavar="N", type=int, default=1,
+    parser.add_argument("--uses", metavar="N", type=at_least_1, default=1,
                         help="how many peers each server may admit with it (default: 1)")  # fmt: skip
     parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[],
                         help="where to join; with them the token is all that its bearer needs")  # fmt: skip
@@ -48,8 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from petals.peer.invitation import issue
     from petals.peer.swarm_key import load_swarm_key
 
-    if not 0 < options.days <= 3660:
-        raise UserError("--days must be above 0 and at most 3660")
+    check_addresses("--initial_peers", options.initial_peers, named=True)
     key = load_swarm_key(options.with_swarm_key)
     token = issue(
         load_identity(options.identity),

@@ -5,13 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from petals.cli.helping import Formatter
+from petals.cli.numbers import at_least_1
 from petals.protocols.errors import UserError
+
+EXAMPLES = """
+examples:
+  petals keygen my.key                                    a name that stays: petals peer --identity my.key
+  petals keygen --swarm swarm.key                         a private swarm: petals peer --swarm_key swarm.key
+  petals keygen --api keys.txt --name "a friend"          who may ask: petals peer --http --api_keys keys.txt
+"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "keygen",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
         help="make a key file for --identity, a private swarm's key, or an API key",
         description="Write a new private key (libp2p's protobuf form, mode 0600) and print the peer ID that it gives. "
         "With --swarm, write the key that the peers of a private swarm share, and print its fingerprint.",
@@ -21,10 +32,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--swarm", action="store_true", help="make a key for --swarm_key instead; keep it secret")
     parser.add_argument("--name", default="", help="whom the API key is for; stands beside its hash")
     parser.add_argument(
-        "--requests_per_minute", metavar="N", type=int, help="what the API key may ask (default: no limit)"
+        "--requests_per_minute", metavar="N", type=at_least_1, help="what the API key may ask (default: no limit)"
     )
     parser.add_argument(
-        "--answers", metavar="N", type=int, help="of the API key, generated at once (default: no limit)"
+        "--answers", metavar="N", type=at_least_1, help="of the API key, generated at once (default: no limit)"
     )
     parser.add_argument("--type", choices=("ed25519", "rsa"), default="ed25519", help="kind of key (default: ed25519)")
     parser.set_defaults(run=run, synchronous=True, verbose=False)
@@ -40,8 +51,8 @@ def run(options: argparse.Namespace) -> None:
         limits = Limits(requests_per_minute=options.requests_per_minute, answers=options.answers)
         print(create_key(options.file, options.name, limits))
         return
-    if options.requests_per_minute is not None or options.answers is not None:
-        raise UserError("--requests_per_minute and --answers are about API keys: give --api, too")
+    if options.name or options.requests_per_minute is not None or options.answers is not None:
+        raise UserError("--name, --requests_per_minute and --answers are about API keys: give --api, too")
     if options.swarm:
         from petals.peer.swarm_key import create_swarm_key
 

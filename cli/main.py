@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from petals import __version__
 from petals.cli import bench, doctor, invite, keygen, peer, seal, settings, status
 from petals.cli.cores import honour_quota
+from petals.cli.helping import Formatter
 from petals.cli.saying import hush
 from petals.protocols.errors import SwarmError, UserError
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 EXIT_MISTAKE = 2
 """What the user asked for can not be; one line on stderr said why."""
+START = """
+to begin with:
+  petals peer --serve 0:30 --http     a small model that answers in your browser, on http://127.0.0.1:8000
+  petals VERB --help                  what a verb does and takes, with examples
+"""
 
 
 def main(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> None:
@@ -51,8 +57,16 @@ def parse(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> arg
                 print(f"petals: {complaint}", file=sys.stderr)
         except UserError as error:
             sys.exit(complain(error))
-    elif words and words[0] not in (*verbs, *(own := _flags_of(parser))):
-        parser.error(f"there is no {words[0]!r}{_like(words[0], (*verbs, *own))} The verbs are {', '.join(verbs)}")
+    elif not words:
+        parser.error(f"what shall it do? The verbs are {', '.join(verbs)}; petals peer --serve 0:30 --http is a start")
+    elif words[0] not in (*verbs, *(own := _flags_of(parser))):
+        flag = "--" + words[0].lstrip("-")
+        hint = (
+            f", did you mean petals peer {flag}?"
+            if flag in _flags_of(verbs["peer"])
+            else _like(words[0], (*verbs, *own))
+        )
+        parser.error(f"there is no {words[0]!r}{hint} The verbs are {', '.join(verbs)}")
     options, unknown = parser.parse_known_args(words)
     if unknown:
         verb = verbs[words[0]]
@@ -75,6 +89,8 @@ def parsers() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     parser = Parser(
         prog="petals",
         description="Run language models together: each peer holds some of the blocks.",
+        epilog=START,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"petals {__version__}")

@@ -12,19 +12,25 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petals.cli.addresses import check_addresses
+from petals.cli.helping import Formatter
+from petals.cli.numbers import SEEDS, at_least_1, number, positive, whole
 from petals.cli.saying import hush
 from petals.cli.saying import say as _say
 from petals.models.progress import counting_seconds
-from petals.protocols.errors import UserError
+from petals.protocols.errors import MissingBlocks, UserError, describe_blocks
 from petals.protocols.types import PeerId
 
 if TYPE_CHECKING:
+    from petals.gateway.serve import Door
     from petals.peer.client.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
     from petals.peer.config import LanConfig, NatConfig, PeerConfig
     from petals.peer.node import Peer
 
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
+LOOK_S = 10.0
+"""How long a door looks for all blocks before it says that some are missing."""
 
 EXAMPLES = """
 examples:
@@ -77,9 +83,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "peer",
         help="run a peer: serve blocks, generate text, or both",
-        description="Run one peer. --serve holds blocks and answers others; --generate asks the swarm.",
+        description="Run one peer. --serve holds blocks and answers others; --generate, --chat and --http ask the "
+        "swarm.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="petals peer [MODEL] [--serve [A:B]] [--generate PROMPT | --chat | --http] [more flags]",
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     add_arguments(parser)
@@ -98,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     roles.add_argument("--serve", metavar="A:B", type=block_range, nargs="?", const=range(0),
                        help="hold blocks A to B (half-open), answer others; without A:B as many as fit into memory, "
                        "where the swarm is weakest, and others when that changes")  # fmt: skip
-    roles.add_argument("--num_blocks", metavar="N", type=int, help="hold N blocks where the swarm is weakest")
+    roles.add_argument("--num_blocks", metavar="N", type=at_least_1, help="hold N blocks where the swarm is weakest")
     roles.add_argument("--generate", metavar="PROMPT", help="ask the swarm to go on with PROMPT")
     roles.add_argument("--http", metavar="HOST:PORT", nargs="?", const="127.0.0.1:8000",
                        help="chat page and OpenAI-compatible API (default: 127.0.0.1:8000)")  # fmt: skip
@@ -109,14 +117,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm to join")
     network.add_argument("--new_swarm", action="store_true", help="say that this peer starts a swarm of its own")
     network.add_argument(
-        "--listen", metavar="ADDR", nargs="+", default=[EVERYWHERE], help=f"multiaddrs (default: {EVERYWHERE})"
+        "--listen",
+        metavar="ADDR",
+        nargs="+",
+        default=[EVERYWHERE],
+        help=f"multiaddrs to listen on (default: {EVERYWHERE}, all addresses and a free port)",
     )
     network.add_argument(
         "--announce", metavar="ADDR", nargs="+", default=[], help="tell others these instead (a forwarded port)"
     )
     network.add_argument("--relay", action="store_true",
                          help="hand on calls to peers behind routers; for peers that others can dial")  # fmt: skip
-    network.add_argument("--relay_mb_s", metavar="MB", type=float, default=0.0,
+    network.add_argument("--relay_mb_s", metavar="MB", type=number(), default=0.0,
                          help="of --relay: megabytes per second, all calls together (default: no limit)")  # fmt: skip
     network.add_argument("--relays", metavar="ADDR", nargs="+", default=[],
                          help="behind a router, be reached through these (default: some the swarm knows)")  # fmt: skip
@@ -143,17 +155,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     asking = parser.add_argument_group("asking")
     asking.add_argument("--system", metavar="TEXT", help="tell the model of a --chat first who it is")
-    asking.add_argument("--max_new_tokens", metavar="N", type=int,
+    asking.add_argument("--max_new_tokens", metavar="N", type=at_least_1,
                         help="how many tokens (default: 64; 512 for each answer of a --chat)")  # fmt: skip
-    asking.add_argument("--temperature", type=float, help="sample at this temperature instead of taking the likeliest")
-    asking.add_argument("--top_k", type=int, help="sample among the K likeliest tokens")
-    asking.add_argument("--top_p", type=float, help="sample among the likeliest tokens that make up this probability")
-    asking.add_argument("--seed", type=int, help="makes sampling repeatable")
+    asking.add_argument("--temperature", metavar="T", type=number(),
+                        help="sample at this temperature; 0, or none of these four: take the likeliest")  # fmt: skip
+    asking.add_argument("--top_k", metavar="K", type=whole(0), help="sample among the K likeliest tokens; 0: among all")
+    asking.add_argument("--top_p", metavar="P", type=number(0, 1, above=True),
+                        help="sample among the likeliest tokens that make up this probability")  # fmt: skip
+    asking.add_argument("--seed", metavar="N", type=whole(*SEEDS), help="makes sampling repeatable")
     asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
     asking.add_argument("--local_blocks", metavar="A:B", type=block_range, nargs="+", default=[],
                         help="compute these blocks here and never ask others for them, such as 0:2 28:30: with the "
                         "first and last ones at home, nobody sees the states next to words")  # fmt: skip
-    asking.add_argument("--audit", metavar="P", type=float, default=0.0,
+    asking.add_argument("--audit", metavar="P", type=number(0, 1), default=0.0,
                         help="let another server compute an answer again with this probability, such as 0.05, beside "
                         "the generation; who answers wrongly is not asked again (default: 0)")  # fmt: skip
     asking.add_argument("--audit_at_home", action="store_true",
@@ -168,7 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of --generate or --chat: where each step's time went, for ui.perfetto.dev")  # fmt: skip
     asking.add_argument("--show_route", action="store_true",
                         help="say what each server is expected to take, and why others are not used")  # fmt: skip
-    asking.add_argument("--route_timeout", metavar="S", type=float, default=20.0,
+    asking.add_argument("--route_timeout", metavar="S", type=positive, default=20.0,
                         help="how long to look for peers that hold missing blocks (default: 20 s)")  # fmt: skip
 
     door = parser.add_argument_group("with --http")
@@ -177,21 +191,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     door.add_argument("--http_models", metavar="MODEL", nargs="+", default=[], help="offer these models, too")
 
     serving = parser.add_argument_group("serving")
-    serving.add_argument("--dtype", "--torch_dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    serving.add_argument("--device", default="auto", help="auto, cpu, cuda:0")
+    serving.add_argument("--dtype", "--torch_dtype", metavar="DTYPE", default="auto",
+                         choices=("auto", "float32", "bfloat16", "float16"),
+                         help="compute in float32, bfloat16 or float16 (default: auto: float32 on a CPU, else the "
+                         "model's own)")  # fmt: skip
+    serving.add_argument("--device", default="auto",
+                         help="cpu, cuda, cuda:1, ... (default: auto: cuda where there is one)")  # fmt: skip
     serving.add_argument("--quant_type", choices=("none", "int8", "nf4"), default="none", help="quantise the blocks")
     serving.add_argument("--adapters", metavar="DIR", nargs="+", type=Path, default=[], help="LoRA adapters to host")
-    serving.add_argument("--cache_mb", metavar="MB", type=float, default=1024, help="KV-cache budget (default: 1024)")
-    serving.add_argument("--throughput", metavar="RPS", type=float, help="announce this instead of measuring")
-    serving.add_argument("--balance_quality", metavar="Q", type=float, default=0.95,
+    serving.add_argument(
+        "--cache_mb", metavar="MB", type=positive, default=1024, help="KV-cache budget (default: 1024)"
+    )
+    serving.add_argument("--throughput", metavar="RPS", type=positive,
+                         help="announce this many blocks per second instead of measuring")  # fmt: skip
+    serving.add_argument("--balance_quality", metavar="Q", type=number(0, 1), default=0.95,
                          help="where the choice is ours, move when the swarm's strain would fall below this share of "
                          "what it is; 0: never (default: 0.95)")  # fmt: skip
-    serving.add_argument("--mean_balance_check_period", metavar="S", type=float,
+    serving.add_argument("--mean_balance_check_period", metavar="S", type=positive,
                          default=120.0, help="how often to look whether moving pays (default: 120 s)")  # fmt: skip
     serving.add_argument("--deterministic", action="store_true",
                          help="compute everybody's steps alone, so that answers are the same to the last bit whoever "
                          "else asks; many users at once then wait for one another")  # fmt: skip
-    serving.add_argument("--prefix_idle", metavar="S", type=float, default=600.0,
+    serving.add_argument("--prefix_idle", metavar="S", type=number(), default=600.0,
                          help="how long the cache of an ended session is kept for the next one that begins with the "
                          "same tokens, where nobody needs the room; 0: not at all (default: 600 s)")  # fmt: skip
     serving.add_argument("--share_prefixes", action="store_true",
@@ -204,25 +225,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--invited_by", metavar="PEER_ID", nargs="*",
                          help="only bearers of these peers' invitations, or of this server's own, may use the blocks "
                          "(and whom --allow names)")  # fmt: skip
-    serving.add_argument("--max_peer_sessions", metavar="N", type=int, default=64,
+    serving.add_argument("--max_peer_sessions", metavar="N", type=at_least_1, default=64,
                          help="sessions and requests of one peer at a time (default: 64)")  # fmt: skip
-    serving.add_argument("--max_peer_share", metavar="S", type=float, default=1.0,
+    serving.add_argument("--max_peer_share", metavar="S", type=number(0, 1, above=True), default=1.0,
                          help="the most of the KV-cache one peer may hold, 0 to 1 (default: 1, all)")  # fmt: skip
-    serving.add_argument("--max_peer_tokens_s", metavar="N", type=float,
+    serving.add_argument("--max_peer_tokens_s", metavar="N", type=positive,
                          help="tokens per second of one peer; more wait their turn (default: no limit)")  # fmt: skip
-    serving.add_argument("--max_peer_bytes_s", metavar="N", type=float,
+    serving.add_argument("--max_peer_bytes_s", metavar="N", type=positive,
                          help="bytes of tensors per second, in and out, of one peer (default: no limit)")  # fmt: skip
     serving.add_argument("--share_weights", action="store_true", default=None,
                          help="let newcomers fetch the model from us, whatever its licence says (default: if that is "
                          "known to let anybody pass it on)")  # fmt: skip
     serving.add_argument("--no_share_weights", dest="share_weights", action="store_false",
                          help="let nobody fetch it from us")  # fmt: skip
-    serving.add_argument("--max_share_mb_s", metavar="MB", type=float, default=20.0,
+    serving.add_argument("--max_share_mb_s", metavar="MB", type=positive, default=20.0,
                          help="give newcomers at most this much a second, all together (default: 20)")  # fmt: skip
     serving.add_argument("--priority", choices=("fair", "reciprocal"), default="fair",
                          help="when it is crowded: fair gives every peer the same share, reciprocal a larger one to "
                          "those who served this peer, a little to those who served them (default: fair)")  # fmt: skip
-    serving.add_argument("--public_name", default="", help="shown to others")
+    serving.add_argument("--public_name", metavar="NAME", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
     serving.add_argument("--token", help="for private hub models")
 
@@ -323,26 +344,35 @@ async def run(options: argparse.Namespace) -> None:
         transport=options.transport,
         timeouts=Timeouts(route_s=options.route_timeout),
     )
+    check_addresses("--announce", options.announce, named=False)
+    check_addresses("--relays", options.relays, named=True)
+    if serve is not None:
+        from petals.peer.server.service import device_of
+
+        device_of(serve)
     if options.dry_run:
         await _dry_run(options, config)
         return
-    async with open_peer(config, progress=_say) as peer:
-        if peer.server is not None:
-            _print_server(peer, as_json=options.json and options.generate is None)
-        if options.chat:
-            from petals.cli.chat import chat
+    # What can be wrong is opened before blocks are loaded for it.
+    with ExitStack() as opened:
+        client = opened.enter_context(_tracing(options))
+        door = None if options.http is None else opened.enter_context(_door(options))
+        async with open_peer(config, progress=_say) as peer:
+            if peer.server is not None:
+                _print_server(peer, as_json=options.json and options.generate is None)
+            if options.chat:
+                from petals.cli.chat import chat
 
-            with _tracing(options) as client:
                 await chat(peer, _wanted(options, 512), client, system=options.system)
-        elif options.generate is not None:
-            await _generate(peer, options, time.perf_counter() - started)
-        elif options.http is not None:
-            with _tracing(options) as peer.asking:
-                await _keep_door(peer, options)
-        else:
-            import trio
+            elif options.generate is not None:
+                await _generate(peer, options, client, time.perf_counter() - started)
+            elif door is not None:
+                peer.asking = client
+                await _keep_door(peer, door, as_json=options.json)
+            else:
+                import trio
 
-            await trio.sleep_forever()
+                await trio.sleep_forever()
 
 
 async def _dry_run(options: argparse.Namespace, config: PeerConfig) -> None:
@@ -364,8 +394,6 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--trace is about what --generate or --chat asks: give one of them, too")
     if options.http is None and (options.api_keys or options.cors or options.http_models):
         raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
-    if not 0 <= options.audit <= 1:
-        raise UserError(f"--audit {options.audit:g} is no probability: give a number from 0 to 1, such as 0.05")
     if options.audit_at_home and not options.audit:
         raise UserError("--audit_at_home is about --audit: give --audit 0.05, too")
     if (
@@ -397,33 +425,48 @@ def _check(options: argparse.Namespace) -> None:
     alone = options.no_mdns or _stays_here(options)
     if not serves and not options.initial_peers and options.invitation is None and alone:
         raise UserError("nobody to ask: give --initial_peers ADDR, or hold the blocks here with --serve")
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise UserError("--max_new_tokens must be at least 1")
 
 
-async def _keep_door(peer: Peer, options: argparse.Namespace) -> None:
-    import trio
-
+@contextmanager
+def _door(options: argparse.Namespace) -> Iterator[Door]:
     from petals.gateway.config import HttpConfig
-    from petals.gateway.serve import open_gateway
+    from petals.gateway.serve import Door
 
     config = HttpConfig(
         bind=options.http, api_keys=options.api_keys, cors=tuple(options.cors), models=tuple(options.http_models)
     )
     if not config.is_loopback and config.api_keys is None:
         _say(f"whoever reaches {config.bind} may ask here; --api_keys FILE lets only those in who have a key")
-    async with open_gateway(peer, config) as url:
-        if options.json:
+    with Door(config) as door:
+        yield door
+
+
+async def _keep_door(peer: Peer, door: Door, *, as_json: bool) -> None:
+    import trio
+
+    from petals.gateway.serve import open_gateway
+
+    async with open_gateway(peer, door) as url:
+        if as_json:
             print(json.dumps({"http": url}), flush=True)
         _say(f"open {url} in a browser; OpenAI's clients take base_url={url}/v1")
+        client = await peer.client()
+        try:
+            await client.watcher.wait_for(range(client.checkpoint.num_blocks), trio.current_time() + LOOK_S)
+        except MissingBlocks as missing:
+            blocks = describe_blocks(missing.blocks)
+            _say(f"nobody holds {blocks} yet: answers wait until a peer that serves them joins (petals peer --serve)")
         await trio.sleep_forever()
 
 
 def _wanted(options: argparse.Namespace, max_new_tokens: int) -> GenerationOptions:
     from petals.peer.client.generation import GenerationOptions
 
+    most = options.max_new_tokens or max_new_tokens
+    if options.temperature == 0:
+        return GenerationOptions(max_new_tokens=most)
     return GenerationOptions(
-        max_new_tokens=options.max_new_tokens or max_new_tokens,
+        max_new_tokens=most,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -450,25 +493,24 @@ def _tracing(options: argparse.Namespace) -> Iterator[ClientOptions]:
         )
 
 
-async def _generate(peer: Peer, options: argparse.Namespace, start_s: float) -> None:
-    with _tracing(options) as client:
-        stream = await peer.generate(options.generate, options=_wanted(options, 64), client=client)
-        text = options.generate  # said with the first token: a passing line would overwrite it
-        async with stream:
-            with ExitStack() as waiting:
-                waiting.enter_context(counting_seconds(_say, f"computing {len(stream.prompt_ids)} tokens of prompt"))
-                async for token in stream:
-                    waiting.close()
-                    hush()
-                    if not options.json:
-                        print(text + token.text, end="", flush=True)
-                    text = ""
-        if not options.json:
-            print(text, flush=True)
-            _say(summary(stream))
-        audits = await _audits(peer, client)
-        if options.json:
-            print(json.dumps(_as_json(stream, options.generate, start_s) | audits), flush=True)
+async def _generate(peer: Peer, options: argparse.Namespace, client: ClientOptions, start_s: float) -> None:
+    stream = await peer.generate(options.generate, options=_wanted(options, 64), client=client)
+    text = options.generate  # said with the first token: a passing line would overwrite it
+    async with stream:
+        with ExitStack() as waiting:
+            waiting.enter_context(counting_seconds(_say, f"computing {len(stream.prompt_ids)} tokens of prompt"))
+            async for token in stream:
+                waiting.close()
+                hush()
+                if not options.json:
+                    print(text + token.text, end="", flush=True)
+                text = ""
+    if not options.json:
+        print(text, flush=True)
+        _say(summary(stream))
+    audits = await _audits(peer, client)
+    if options.json:
+        print(json.dumps(_as_json(stream, options.generate, start_s) | audits), flush=True)
 
 
 async def _audits(peer: Peer, wanted: ClientOptions) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petals.cli.helping import Formatter
+from petals.cli.numbers import positive
 from petals.protocols.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +18,13 @@ if TYPE_CHECKING:
     from petals.peer.status import ModelStatus
 
 CLEAR = "\x1b[H\x1b[J"
+EXAMPLES = """
+examples:
+  petals status --initial_peers ADDR                      once; ADDR is what a peer prints when it starts
+  petals status --initial_peers ADDR --watch              again and again
+  petals status --initial_peers ADDR --json | jq '.models[].health'
+  petals status --identity my.key                         what this peer gave and took
+"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,6 +35,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Say of every model in the swarm who holds which blocks, and whether it is healthy (two or more "
         "copies of every block), degraded (one copy somewhere) or broken (a block that nobody holds). Of each peer: "
         "how others reach it (direct, mapped, relayed), and how this command did (direct, punched, relayed).",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm")
@@ -36,7 +48,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                         help="the key file of a peer of yours: what it gave to others and took from them, as of the "
                         "last minute; does not need --initial_peers")  # fmt: skip
     parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
-    parser.add_argument("--interval", metavar="S", type=float, default=2.0, help="of --watch (default: 2 s)")
+    parser.add_argument("--interval", metavar="S", type=positive, default=2.0, help="of --watch (default: 2 s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per look on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
     parser.set_defaults(run=run, synchronous=False)
@@ -91,7 +103,7 @@ def describe(status: ModelStatus) -> str:
         f"{'reach':<8} {'link':<8} version",
     ]
     lines += [_row(record, status.links.get(record.peer_id, "")) for record in status.records]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_round_trips(status.records)])
 
 
 def balance(contribution: dict[str, Any]) -> str:
@@ -120,6 +132,21 @@ def _row(record: ServerRecord, link: str) -> str:
         f"{1e3 * record.queue_s:>9.1f} {record.cache_tokens_left:>13,}  "
         f"{reach:<8} {link:<8} {version} {name}"
     ).rstrip()
+
+
+def _round_trips(records: Sequence[ServerRecord]) -> list[str]:
+    """What servers measured to those that hold the blocks after theirs; peers that are not shown are left out."""
+    shown = {record.peer_id for record in records}
+    lines = []
+    for record in records:
+        told = [
+            f"…{peer[-6:]} {1e3 * seconds:.1f} ms"
+            for peer, seconds in sorted(record.round_trips_s.items(), key=lambda each: each[1])
+            if peer in shown
+        ]
+        if told:
+            lines.append(f"round trips from …{record.peer_id[-6:]} to {', '.join(told[:8])}")
+    return lines
 
 
 def as_json(status: ModelStatus) -> dict[str, Any]:

@@ -64,7 +64,8 @@ class Answerer:
                     chances[index].append(token.chances)
 
             await _run(streams, keep)
-            return _head(wanted, model).whole(streams, chances)
+            echoed = [wanted.echoed(index) for index in range(len(streams))]
+            return _head(wanted, model).whole(streams, chances, echoed)
 
     def streamed(
         self, wanted: Wanted, model: Offered, allowance: Allowance | None
@@ -97,8 +98,8 @@ class Answerer:
             async def pass_on(index: int, token: Token | None) -> None:
                 if index not in positions:
                     positions[index] = 0
-                    if wanted.chat:
-                        await events.emit(head.opening(index) | unused)
+                    if wanted.chat or wanted.echo:
+                        await events.emit(head.opening(index, wanted.echoed(index)) | unused)
                 if wanted.include_route and index == 0:
                     hops = [(hop.peer_id, hop.blocks) for hop in streams[0].route]
                     if token is None or hops != route:

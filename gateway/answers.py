@@ -23,14 +23,16 @@ class Head:
     chat: bool
     n: int = 1
 
-    def whole(self, streams: Sequence[TokenStream], chances: Sequence[Sequence[Chances]]) -> dict[str, Any]:
-        """The answer in one piece."""
-        choices = [self._choice(i, *each) for i, each in enumerate(zip(streams, chances, strict=True))]
+    def whole(
+        self, streams: Sequence[TokenStream], chances: Sequence[Sequence[Chances]], echoed: Sequence[str]
+    ) -> dict[str, Any]:
+        """The answer in one piece; `echoed`: what each choice begins with."""
+        choices = [self._choice(i, *each) for i, each in enumerate(zip(streams, chances, echoed, strict=True))]
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage(streams)}
 
-    def _choice(self, index: int, stream: TokenStream, chances: Sequence[Chances]) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": stream.text}
+    def _choice(self, index: int, stream: TokenStream, chances: Sequence[Chances], echoed: str) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": echoed + stream.text}
         if self.chat:
             said = {"message": {"role": "assistant", "content": stream.text, "refusal": None}}
         return {
@@ -40,9 +42,10 @@ class Head:
             "finish_reason": stream.finish_reason,
         }
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """The chunk that says who speaks; only chats have it."""
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
+    def opening(self, index: int, echoed: str) -> dict[str, Any]:
+        """The first chunk: of a chat, who speaks; of a text, what it begins with."""
+        said = {"delta": {"role": "assistant", "content": ""}} if self.chat else {"text": echoed}
+        return self._chunk(index, said, None, None)
 
     def piece(self, index: int, token: Token, position: int) -> dict[str, Any]:
         """One token; `position` is how many characters came before it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,7 +20,7 @@ from petals.gateway.asgi import ALLOWANCE, ClientGone, Doorkeeper, read_json
 from petals.gateway.config import HttpConfig
 from petals.gateway.errors import ApiError, as_api_error
 from petals.gateway.history import History, Reading
-from petals.gateway.keys import load_keys
+from petals.gateway.keys import Limits
 from petals.gateway.limits import Allowance
 from petals.gateway.metrics import CONTENT_TYPE, Meter
 from petals.gateway.pages import load_pages
@@ -39,10 +39,17 @@ Respond = Callable[..., Awaitable[None]]
 class Gateway:
     """One peer's models over HTTP; holds no state of its own beyond counters."""
 
-    def __init__(self, peer: Peer, config: HttpConfig, models: dict[str, Offered]) -> None:
+    def __init__(
+        self, peer: Peer, config: HttpConfig, models: dict[str, Offered], keys: Mapping[str, Limits] | None
+    ) -> None:
+        """
+        Args:
+            keys: what each may ask, by hash; None: nobody needs one.
+        """
         self._peer = peer
         self._config = config
         self._models = models
+        self._keys = keys
         self._meter = Meter()
         self._answerer = Answerer(peer, self._meter, config.max_answers)
         self._opened = int(time.time())
@@ -50,11 +57,10 @@ class Gateway:
         """Needs its `run` running."""
 
     def app(self) -> Starlette:
-        """Raises: UserError: the file of API keys can not be read."""
+        """The ASGI application."""
         keys = None
-        if self._config.api_keys is not None:
-            allowed = load_keys(self._config.api_keys)
-            keys = {each: Allowance(limits, time.monotonic) for each, limits in allowed.items()}
+        if self._keys is not None:
+            keys = {each: Allowance(limits, time.monotonic) for each, limits in self._keys.items()}
         routes = [
             Route("/v1/models", self._counted(self._list_models)),
             Route("/v1/models/{name:path}", self._counted(self._show_model)),
@@ -187,8 +193,14 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _no_such_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     shown = request.scope["path"].encode(errors="replace").decode()[:200]
-    words = {404: f"there is nothing at {shown}", 405: f"{shown} does not take {request.method}"}
-    known = ApiError(error.status_code, words.get(error.status_code, error.detail), code="unknown_url")
+    hint = ""
+    if shown.startswith("/v1"):
+        hint = "; this peer answers /v1/models, /v1/chat/completions and /v1/completions"
+    elif shown.endswith(("/models", "/completions")):
+        hint = "; the base URL of OpenAI's API here ends in /v1"
+    words = {404: f"there is nothing at {shown}{hint}", 405: f"{shown} does not take {request.method}"}
+    code = "method_not_supported" if error.status_code == 405 else "unknown_url"
+    known = ApiError(error.status_code, words.get(error.status_code, error.detail), code=code)
     return JSONResponse(known.body(), known.status, {**(error.headers or {}), **NO_STORE})
 
 

@@ -46,6 +46,12 @@ class Wanted:
     include_usage: bool
     include_route: bool
     """Ours: tell the route, and each change of it, while the answer comes."""
+    echo: bool = False
+    """Every answer begins with its prompt, which is a text then."""
+
+    def echoed(self, index: int) -> str:
+        """What answer `index` begins with before anything is generated."""
+        return str(self.prompts[index // self.n]) if self.echo else ""
 
     def choices(self) -> list[tuple[Prompt, GenerationOptions]]:
         """One generation each. Those that sample have seeds of their own: with one seed given they differ, and are the
@@ -105,10 +111,17 @@ def read_completion(body: object) -> Wanted:
     prompts = _prompts(fields)
     limit = fields.integer("max_tokens", 1, MAX_TOKENS)
     logprobs = fields.integer("logprobs", 0, MAX_TOP_TEXT)
-    fields.nothing("echo", "is not supported", False)
-    fields.nothing("best_of", "is not supported; ask for n and choose", 1)
+    echo = fields.flag("echo")
+    if echo and logprobs is not None:
+        fields.refuse("echo", "does not go with logprobs: the prompt has none here", code="unsupported_parameter")
+    if echo and not all(isinstance(each, str) for each in prompts):
+        fields.refuse("echo", "is for prompts that are texts, not token ids", code="unsupported_parameter")
+    best_of = fields.integer("best_of", 1, MAX_CHOICES)
     fields.nothing("suffix", "is not supported: models here only go on", "")
-    return _finish(fields, chat=False, prompts=prompts, limit=limit, default_limit=TEXT_NEW_TOKENS, logprobs=logprobs)
+    wanted = _finish(fields, chat=False, prompts=prompts, limit=limit, default_limit=TEXT_NEW_TOKENS, logprobs=logprobs)
+    if best_of is not None and best_of != wanted.n:
+        fields.refuse("best_of", "is not supported, but as n; ask for n and choose", code="unsupported_parameter")
+    return replace(wanted, echo=echo)
 
 
 def _finish(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 import hypercorn
 import trio
@@ -14,6 +15,7 @@ from hypercorn.trio import serve
 
 from petals.gateway.app import Gateway, open_models
 from petals.gateway.config import HttpConfig
+from petals.gateway.keys import load_keys
 from petals.peer.node import Peer
 from petals.protocols.errors import UserError
 
@@ -25,20 +27,48 @@ IDLE_S = 15.0
 GOODBYE_S = 3.0
 
 
-@asynccontextmanager
-async def open_gateway(peer: Peer, config: HttpConfig) -> AsyncIterator[str]:
-    """Answer HTTP while the context is open; yields the URL. Answers still running when it is left are cut off.
+class Door:
+    """An address that is ours, and who may come in. Nobody is answered yet: what can be wrong with a door is known
+    before a model has been loaded for it. Leaving the context gives the address back.
 
     Raises:
         UserError: the address can not be listened on, or the API keys can not be read.
+    """
+
+    def __init__(self, config: HttpConfig) -> None:
+        self.config = config
+        self.keys = None if config.api_keys is None else load_keys(config.api_keys)
+        self.socket = listen(config)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+@asynccontextmanager
+async def open_gateway(peer: Peer, door: Door | HttpConfig) -> AsyncIterator[str]:
+    """Answer HTTP while the context is open; yields the URL. Answers still running when it is left are cut off.
+
+    Raises:
+        UserError: as `Door`, or somebody else listens there by now.
         ModelError: a model that can not be opened.
     """
-    gateway = Gateway(peer, config, await open_models(peer, config))
+    if isinstance(door, HttpConfig):
+        with Door(door) as made:
+            async with open_gateway(peer, made) as url:
+                yield url
+        return
+    gateway = Gateway(peer, door.config, await open_models(peer, door.config), door.keys)
     app = gateway.app()
-    listener = listen(config)
-    host, port = listener.getsockname()[:2]
+    try:
+        door.socket.listen(BACKLOG)
+    except OSError as error:
+        raise _refused(door.config, error) from None
+    host, port = door.socket.getsockname()[:2]
     settings = hypercorn.Config()
-    settings.bind = [f"fd://{listener.detach()}"]  # hypercorn listens on it, and closes it
+    settings.bind = [f"fd://{door.socket.detach()}"]  # hypercorn closes it
     settings.errorlog = log
     settings.include_server_header = False
     settings.keep_alive_timeout = IDLE_S
@@ -72,5 +102,14 @@ def listen(config: HttpConfig) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise UserError(f"can not listen on {config.bind}: {error.strerror or error}") from None
+        raise _refused(config, error) from None
     return listener
+
+
+def _refused(config: HttpConfig, error: OSError) -> UserError:
+    advice = {
+        errno.EADDRINUSE: "; another program has that port: give another, such as --http 127.0.0.1:8001, or :0 for any",
+        errno.EACCES: "; ports below 1024 are the administrator's: give another, such as --http 127.0.0.1:8000",
+        errno.EADDRNOTAVAIL: "; this machine has no such address: 127.0.0.1 is itself, 0.0.0.0 are all it has",
+    }
+    return UserError(f"can not listen on {config.bind}: {error.strerror or error}{advice.get(error.errno or 0, '')}")

@@ -54,6 +54,16 @@ function make(name, className, ...children) {
   return made;
 }
 
+/** Whether what had the focus is gone, or is about to be. */
+function lostFocus() {
+  return document.activeElement === document.body || Boolean(document.activeElement?.closest("[hidden]"));
+}
+
+/** Where the keyboard goes on when what had the focus is gone. On a touch screen that would bring up its keyboard. */
+function toPrompt() {
+  if (!matchMedia("(pointer: coarse)").matches) $("prompt").focus();
+}
+
 function button(label, act, className = "") {
   const made = make("button", className, label);
   made.type = "button";
@@ -70,6 +80,7 @@ function show() {
   $("chats").replaceChildren(
     ...store.chats.map((each) => {
       const open = button(each.title || "New chat", () => select(each.id), "name");
+      open.title = each.title;
       if (each.id === store.now) open.setAttribute("aria-current", "true");
       const drop = button("×", () => remove(each.id), "drop");
       drop.setAttribute("aria-label", `Delete ${each.title || "this chat"}`);
@@ -81,8 +92,10 @@ function show() {
 }
 
 function buttons() {
+  const sent = document.activeElement === $("send");
   $("send").hidden = Boolean(running);
   $("stop").hidden = !running;
+  if (running && sent) $("stop").focus();
   $("send").disabled = !$("prompt").value.trim() || !$("model").value;
   for (const each of document.querySelectorAll("#messages .acts button:not(.copy)")) each.disabled = Boolean(running);
 }
@@ -102,9 +115,9 @@ function item(conversation, index) {
       copy.textContent = "Copied";
       setTimeout(() => (copy.textContent = "Copy"), 1500);
     }, "copy");
-    acts.append(copy);
+    if (message.content) acts.append(copy);
     if (index === conversation.messages.length - 1) {
-      acts.append(button("Regenerate", () => regenerate(conversation)));
+      acts.append(button(message.error ? "Try again" : "Regenerate", () => regenerate(conversation)));
     }
     acts.append(make("span", "told", message.told ?? ""));
   }
@@ -115,6 +128,7 @@ function fill(made, message) {
   const body = made.querySelector(".body");
   if (message.role === "user") body.textContent = message.content;
   else render(message.content, body);
+  body.hidden = Boolean(message.error) && !message.content;
   made.querySelector(".error")?.remove();
   if (message.error) {
     const error = make("div", "error", message.error);
@@ -178,6 +192,8 @@ function startNew() {
 }
 
 function remove(id) {
+  const title = store.chats.find((each) => each.id === id)?.title || "this chat";
+  if (!confirm(`Delete “${title}”?`)) return;
   if (running?.chat.id === id) stop();
   store.chats = store.chats.filter((each) => each.id !== id);
   if (store.now === id) store.now = null;
@@ -218,7 +234,10 @@ function edit(conversation, index, made) {
     if (index === 0) conversation.title = area.value.trim().split("\n")[0].slice(0, 60);
     answer(conversation);
   }, "primary");
-  const cancel = button("Cancel", show);
+  const cancel = button("Cancel", () => {
+    show();
+    toPrompt();
+  });
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape") cancel.click();
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -250,6 +269,8 @@ async function answer(conversation) {
   announce("The model is answering.");
   const made = $("messages").lastElementChild;
   made.querySelector(".body").classList.add("waiting");
+  made.classList.add("writing");
+  if (lostFocus()) $("stop").focus();
   const began = performance.now();
   let first = 0;
   let count = 0;
@@ -308,7 +329,8 @@ async function answer(conversation) {
   const follow = nearEnd();
   show();
   if (follow) toEnd();
-  if (document.activeElement === document.body) $("prompt").focus();
+  if (lostFocus()) toPrompt();
+  lookAtSwarm();
 }
 
 // ---- the page around it
@@ -316,7 +338,7 @@ async function answer(conversation) {
 function grow() {
   const area = $("prompt");
   area.rows = 1;
-  area.rows = Math.min(10, Math.max(1, Math.round(area.scrollHeight / 24)));
+  area.rows = Math.min(10, Math.max(1, Math.round((area.scrollHeight - 12) / 24))); // 12: its padding
 }
 
 function openSide(open) {
@@ -335,20 +357,48 @@ function showSettings() {
   for (const each of document.querySelectorAll("#settings output")) each.textContent = $(each.htmlFor[0]).value;
 }
 
+function openSettings(field) {
+  showSettings();
+  $("settings").showModal();
+  if (field) $(field).focus();
+}
+
 async function listModels() {
   const select = $("model");
   try {
     const headers = settings.key ? { authorization: `Bearer ${settings.key}` } : {};
     const response = await fetch("/v1/models", { headers });
     const found = await response.json();
-    if (!response.ok) throw new Error(found.error?.message ?? `status ${response.status}`);
-    select.replaceChildren(...found.data.map((each) => new Option(each.id, each.id)));
-    if (found.data.some((each) => each.id === settings.model)) select.value = settings.model;
+    if (!response.ok) {
+      throw Object.assign(new Error(found.error?.message ?? `status ${response.status}`), { wantsKey: response.status === 401 });
+    }
+    const names = found.data.map((each) => each.id);
+    const short = names.map((each) => each.split("/").pop()); // a phone has no room for who made it
+    const unique = new Set(short).size === names.length;
+    select.replaceChildren(...names.map((each, index) => new Option(unique ? short[index] : each, each)));
+    if (names.includes(settings.model)) select.value = settings.model;
+    select.title = select.value;
+    $("trouble").replaceChildren();
+    lookAtSwarm();
   } catch (error) {
     select.replaceChildren(new Option("no model", ""));
-    $("speed").textContent = error.message;
+    let said = error instanceof TypeError ? "This peer can not be reached." : error.message;
+    if (error.wantsKey && !settings.key) said = "This peer wants an API key.";
+    $("trouble").replaceChildren(said, error.wantsKey ? button("Enter a key", () => openSettings("key")) : "");
   }
   buttons();
+}
+
+/** Say before somebody waits for it that an answer can not come now. */
+async function lookAtSwarm() {
+  try {
+    const response = await fetch("/api/swarm", { headers: settings.key ? { authorization: `Bearer ${settings.key}` } : {} });
+    const model = (await response.json()).models.find((each) => each.model === $("model").value);
+    const broken = model?.health === "broken";
+    $("trouble").replaceChildren(...(broken ? [`Now ${model.words}: answers wait until a peer that serves them joins.`] : []));
+  } catch {
+    // The next question will tell.
+  }
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -377,14 +427,12 @@ $("new").addEventListener("click", startNew);
 $("menu").addEventListener("click", () => openSide(!$("side").classList.contains("open")));
 $("shade").addEventListener("click", closeSide);
 $("model").addEventListener("change", () => {
-  settings.model = $("model").value;
+  settings.model = $("model").title = $("model").value;
   save();
+  lookAtSwarm();
 });
 for (const idea of document.querySelectorAll("#ideas button")) idea.addEventListener("click", () => submit(idea.textContent));
-$("open-settings").addEventListener("click", () => {
-  showSettings();
-  $("settings").showModal();
-});
+$("open-settings").addEventListener("click", () => openSettings());
 $("settings").addEventListener("input", (event) => {
   if (FIELDS.includes(event.target.id)) settings[event.target.id] = event.target.value;
   for (const each of document.querySelectorAll("#settings output")) each.textContent = $(each.htmlFor[0]).value;

@@ -2,8 +2,22 @@
 // short list below, and links are kept only where they lead to http, https or mailto. Nothing is parsed as HTML.
 
 const LINK = /^(https?:\/\/|mailto:)[^\s]+$/i;
-const INLINE =
-  /(`+)([\s\S]*?[^`])\1(?!`)|\*\*([^\s*](?:[\s\S]*?[^\s])?)\*\*|\*([^\s*](?:[^*]*?[^\s*])?)\*|(?<![\w])_([^\s_](?:[^_]*?[^\s_])?)_(?![\w])|~~([^~]+)~~|\[([^\]\n]{1,500})\]\(([^()\s]{1,2000})\)|(https?:\/\/[^\s<>"'`)\]]+[^\s<>"'`)\].,;:!?])/;
+const INLINE = new RegExp(
+  [
+    /\\([\\`*_{}#+\-.!|~<>])/, // brackets are not among them: \( and \[ begin formulas
+    /(?<ticks>`+)(?<code>[\s\S]*?[^`])\k<ticks>(?!`)/,
+    /\*\*\*(?<both>[^\s*](?:[^*]*?[^\s*])?)\*\*\*/,
+    /\*\*(?<strong>[^\s*](?:[\s\S]*?[^\s])?)\*\*/,
+    /(?<!\w)__(?<strong2>[^\s_](?:[\s\S]*?[^\s])?)__(?!\w)/,
+    /\*(?<em>[^\s*](?:[^*]*?[^\s*])?)\*/,
+    /(?<!\w)_(?<em2>[^\s_](?:[^_]*?[^\s_])?)_(?!\w)/,
+    /~~(?<struck>[^~]+)~~/,
+    /\[(?<label>[^\]\n]{1,500})\]\((?<target>(?:[^()\s]|\([^()\s]*\)){1,2000})\)/,
+    /(?<bare>https?:\/\/[^\s<>"'`)\]]+[^\s<>"'`)\].,;:!?])/,
+  ]
+    .map((each) => each.source)
+    .join("|"),
+);
 
 /** Fill `target` with `text`. */
 export function render(text, target) {
@@ -92,7 +106,9 @@ function list(lines, at, depth, made) {
       body.push(next.slice(Math.min(leading, inset)));
       at += 1;
     }
-    items.push(element("li", tight(blocks(body, depth + 1))));
+    const task = ordered ? null : /^\[([ xX])\]\s+/.exec(body[0]);
+    if (task) body[0] = `${task[1] === " " ? "☐" : "☑"} ${body[0].slice(task[0].length)}`;
+    items.push(element("li", tight(blocks(body, depth + 1)), task ? "task" : ""));
     while (at + 1 < lines.length && !lines[at].trim() && ITEM.test(lines[at + 1])) at += 1;
   }
   const made_list = element(ordered ? "ol" : "ul", items);
@@ -111,13 +127,20 @@ function isTable(lines, at) {
 }
 
 function table(lines, at, made) {
-  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((each) => each.trim());
-  const row = (line, name) => element("tr", cells(line).map((each) => element(name, inline(each))));
+  const cells = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((each) => each.trim());
+  const sides = cells(lines[at + 1]).map((each) => (/:$/.test(each) ? (/^:/.test(each) ? "center" : "right") : ""));
+  const width = cells(lines[at]).length;
+  const row = (line, name) => {
+    const found = cells(line);
+    return element("tr", Array.from({ length: width }, (_, i) => element(name, inline(found[i] ?? ""), sides[i] ?? "")));
+  };
   const head = element("thead", [row(lines[at], "th")]);
   const body = element("tbody");
   at += 2;
   while (at < lines.length && lines[at].includes("|")) body.append(row(lines[at++], "td"));
-  made.push(element("div", [element("table", [head, body])], "table"));
+  const made_table = element("div", [element("table", [head, body])], "table");
+  made_table.tabIndex = 0; // can be wider than a phone: the keyboard must be able to scroll it
+  made.push(made_table);
   return at;
 }
 
@@ -150,14 +173,18 @@ function inline(text, depth = 0) {
       break;
     }
     made.push(...lines(rest.slice(0, found.index)));
-    const [whole, , coded, strong, emphasis, emphasis2, struck, label, target, bare] = found;
-    if (coded !== undefined) made.push(element("code", [coded.trim() || coded]));
-    else if (strong !== undefined) made.push(element("strong", inline(strong, depth + 1)));
-    else if (emphasis !== undefined) made.push(element("em", inline(emphasis, depth + 1)));
-    else if (emphasis2 !== undefined) made.push(element("em", inline(emphasis2, depth + 1)));
-    else if (struck !== undefined) made.push(element("s", inline(struck, depth + 1)));
+    const [whole, escaped] = found;
+    const { code, both, label, target, bare, struck } = found.groups;
+    const [strong, em] = [found.groups.strong ?? found.groups.strong2, found.groups.em ?? found.groups.em2];
+    const inner = (text) => inline(text, depth + 1);
+    if (escaped !== undefined) made.push(escaped);
+    else if (code !== undefined) made.push(element("code", [code.trim() || code]));
+    else if (both !== undefined) made.push(element("strong", [element("em", inner(both))]));
+    else if (strong !== undefined) made.push(element("strong", inner(strong)));
+    else if (em !== undefined) made.push(element("em", inner(em)));
+    else if (struck !== undefined) made.push(element("s", inner(struck)));
     else if (bare !== undefined) made.push(link(bare, [bare]));
-    else if (LINK.test(target)) made.push(link(target, inline(label, depth + 1)));
+    else if (LINK.test(target)) made.push(link(target, inner(label)));
     else made.push(whole);
     rest = rest.slice(found.index + whole.length);
   }

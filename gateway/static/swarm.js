@@ -16,6 +16,10 @@ function seconds(value) {
   return value < 1 ? `${(value * 1e3).toFixed(1)} ms` : `${value.toFixed(1)} s`;
 }
 
+function count(value) {
+  return Math.round(value).toLocaleString("en");
+}
+
 function short(peer) {
   return peer.name || `…${peer.peer_id.slice(-8)}`;
 }
@@ -138,33 +142,44 @@ function showModel(model, ourselves) {
     const state = peer.banned_s > 0 ? `avoided for ${peer.banned_s.toFixed(0)} s` : peer.state;
     return make("tr", "", name,
       make("td", "", `${peer.blocks[0]}:${peer.blocks[1]}`), make("td", "", state),
-      make("td", "", `${peer.decode_blocks_per_s.toFixed(0)} blocks/s`), make("td", "", `${peer.prefill_blocks_per_s.toFixed(0)} blocks/s`),
-      make("td", "", seconds(peer.queue_s)), make("td", "", `${peer.cache_tokens_left.toLocaleString()} tokens`),
+      make("td", "", `${count(peer.decode_blocks_per_s)} blocks/s`), make("td", "", `${count(peer.prefill_blocks_per_s)} blocks/s`),
+      make("td", "", seconds(peer.queue_s)), make("td", "", `${count(peer.cache_tokens_left)} tokens`),
       make("td", "", seconds(peer.round_trip_s)), make("td", "", link(peer)),
       make("td", "", `${peer.dtype}${peer.quant_type === "none" ? "" : ` ${peer.quant_type}`}, ${peer.version || "?"}`));
   });
   return make("section", "model",
     make("h2", "", model.model, " ", health), make("p", "words", `${model.words}.`),
     make("h3", "", "Copies of each block"), map, make("div", "lanes", ...lanes),
+    make("div", "axis", make("span", "", "block 0"), make("span", "", `block ${model.num_blocks - 1}`)),
     make("h3", "", `Peers (${model.peers.length})`), table(titles, rows),
     make("h3", "", `Routes now (${model.sessions.length})`), showSessions(model), ...showRoundTrips(model, ourselves));
 }
 
-function showContribution(told) {
+function showContribution(told, names) {
   const titles = ["Peer", "Gave us", "Got from us", "Balance", "Weight"];
-  const head = make("tr", "", ...titles.map((each) => make("th", "", each)));
   const rows = told.peers.map((peer) => {
-    const name = make("td", "peer", `…${peer.peer_id.slice(-8)}`);
+    const name = make("td", "peer", names.get(peer.peer_id) ?? `…${peer.peer_id.slice(-8)}`);
     name.title = peer.peer_id;
     return make("tr", "", name,
-      ...[peer.taken, peer.given, peer.balance].map((count) => make("td", "", count.toLocaleString())),
+      ...[peer.taken, peer.given, peer.balance].map((each) => make("td", "", count(each))),
       make("td", "", peer.weight.toFixed(1)));
   });
-  const table = make("table", "", make("thead", "", head), make("tbody", "", ...rows));
   return make("section", "model contribution",
     make("h2", "", "Given and taken"),
-    make("p", "words", `This peer gave ${told.given.toLocaleString()} block-tokens and took ${told.taken.toLocaleString()}.`),
-    rows.length ? make("div", "table", table) : "");
+    make("p", "words", `This peer gave ${count(told.given)} block-tokens and took ${count(told.taken)}.`),
+    rows.length ? table(titles, rows) : "");
+}
+
+// What is wider or longer than the screen stays where the reader had moved it to, and the keyboard where it was.
+function keepPlace(box, renew) {
+  const movable = () => [...box.querySelectorAll(".table, .lanes")];
+  const before = movable().map((each) => [each.scrollLeft, each.scrollTop]);
+  const focused = movable().indexOf(document.activeElement);
+  renew();
+  movable().forEach((each, index) => {
+    [each.scrollLeft, each.scrollTop] = before[index] ?? [0, 0];
+    if (index === focused) each.focus({ preventScroll: true });
+  });
 }
 
 async function refresh() {
@@ -173,10 +188,11 @@ async function refresh() {
     const key = JSON.parse(localStorage.getItem("petals.settings") ?? "{}").key;
     const response = await fetch("/api/swarm", { headers: key ? { authorization: `Bearer ${key}` } : {} });
     const told = await response.json();
-    if (!response.ok) throw new Error(told.error.message);
+    if (!response.ok) throw new Error(response.status === 401 ? "This peer wants an API key: enter it in the chat's settings." : told.error.message);
     const models = document.getElementById("models");
-    models.replaceChildren(
-      ...told.models.map((model) => showModel(model, told.peer_id)), showContribution(told.contribution));
+    const names = new Map(told.models.flatMap((model) => model.peers.map((peer) => [peer.peer_id, short(peer)])));
+    const shown = told.models.map((model) => showModel(model, told.peer_id));
+    keepPlace(models, () => models.replaceChildren(...shown, showContribution(told.contribution, names)));
     showHistory(told.history, told.models.some((model) => model.peers.some((peer) => peer.peer_id === told.peer_id)));
     models.setAttribute("aria-busy", "false");
     trouble.hidden = true;

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.protocols.errors import MissingBlocks
+from petals.protocols.errors import MissingBlocks, describe_blocks
 from petals.protocols.types import PeerId
 
 if TYPE_CHECKING:
@@ -206,7 +206,8 @@ def find_route(
     ]
     held = {block for cost in costs for block in cost.record.blocks}
     if missing := [block for block in blocks if block not in held]:
-        raise MissingBlocks(missing)
+        hosting = "" if adapter is None else f" and hosts adapter {adapter!r}"
+        raise MissingBlocks(missing, f"no peer of the swarm holds {describe_blocks(missing)}{hosting}")
     if not blocks:
         return Route(())
     legs = _Legs(costs, pushed)

@@ -24,6 +24,10 @@ def device_of(config: ServeConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(config.device)
+        device = torch.device(config.device)
     except RuntimeError:
         raise UserError(f"unknown device {config.device!r}: choose auto, cpu or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count() or "no"
+        raise UserError(f"no device {config.device!r} here: torch sees {there} CUDA devices; choose auto or cpu")
+    return device

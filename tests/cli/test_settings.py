@@ -17,7 +17,7 @@ from petals.cli.peer import EVERYWHERE
 from petals.cli.settings import Flag, flags_of
 
 ROOT = Path(__file__).parents[2]
-SAMPLES = ["0:12", "3", "127.0.0.1:9", "abc"]
+SAMPLES = ["0:12", "3", "0.5", "127.0.0.1:9", "abc"]
 """One of them is a value of each flag that has no choices."""
 
 
@@ -128,7 +128,7 @@ def test_a_programs_own_defaults_come_last(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 MISTAKES = [
-    ("PETALS_CACHE_MB", "x", "PETALS_CACHE_MB: invalid float value: 'x'"),
+    ("PETALS_CACHE_MB", "x", "PETALS_CACHE_MB: expected a number above 0, not 'x'"),
     ("PETALS_SERVE", "12", "PETALS_SERVE: '12' is no block range; write START:END"),
     ("PETALS_QUANT_TYPE", "int3", "PETALS_QUANT_TYPE: invalid choice: 'int3' (choose from 'none', 'int8', 'nf4')"),
     ("PETALS_CHAT", "maybe", "PETALS_CHAT: expected true or false (or 1 or 0), not 'maybe'"),
@@ -138,7 +138,7 @@ MISTAKES = [
     (None, "[status]\ncache_mb = 3", "petals.toml: [status]: no flag is called cache_mb; did you mean watch?"),
     (None, "[status]\nintervall = 3", "petals.toml: [status]: no flag is called intervall; did you mean interval?"),
     (None, "config = 'other.toml'", "petals.toml: no flag is called config"),
-    (None, "[peer]\ncache_mb = 'x'", "petals.toml: [peer] cache_mb: invalid float value: 'x'"),
+    (None, "[peer]\ncache_mb = 'x'", "petals.toml: [peer] cache_mb: expected a number above 0, not 'x'"),
     (None, "listen = []", "petals.toml: listen: expected at least one value"),
     (None, "listen = [true]", "petals.toml: listen: expected strings, not True"),
     (None, "generate = ['a', 'b']", "petals.toml: generate: expected one value, not ['a', 'b']"),

@@ -6,17 +6,19 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petals.cli.status import describe
 from petals.dht.health import copies_of, health, weakest_stretch
 from petals.dht.records import ServerRecord, ServerState
 from petals.peer.identity import create_identity
 from petals.peer.ledger import Ledger, ledger_path, write_ledger
-from petals.peer.status import read_contribution
+from petals.peer.status import ModelStatus, read_contribution
 from petals.protocols.errors import UserError
 from petals.protocols.types import ModelId, PeerId
 from tests.cli.test_commands import NOBODY, run, serving
@@ -64,6 +66,15 @@ def test_a_swarm_is_described_for_people_and_machines(model: str) -> None:
         ]
         assert [peer["decode_blocks_per_s"] for peer in status["peers"]] == [100, 50]
         assert all(peer["state"] == "online" for peer in status["peers"])
+
+
+def test_round_trips_are_told_nearest_first_and_of_peers_that_are_shown() -> None:
+    ids = [PeerId(f"peer-{letter * 6}") for letter in "abc"]
+    records = [replace(a_record(range(4)), peer_id=peer) for peer in ids]
+    told = {ids[1]: 0.2, ids[2]: 0.0015, PeerId("gone-zzzzzz"): 0.1}
+    records[0] = replace(records[0], round_trips_s=told)
+    text = describe(ModelStatus(MODEL, tuple(records)))
+    assert text.splitlines()[-1] == "round trips from …aaaaaa to …cccccc 1.5 ms, …bbbbbb 200.0 ms"
 
 
 def test_a_bootstrap_peer_leads_to_those_who_serve(model: str) -> None:

@@ -93,9 +93,9 @@ class Page:
         """Into whatever has the focus."""
         await self.call("Input.insertText", text=text)
 
-    async def press(self, key: str) -> None:
+    async def press(self, key: str, *, shift: bool = False) -> None:
         code = {"Enter": 13, "Escape": 27, "Tab": 9}[key]
-        event: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        event: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
         if key == "Enter":
             event["text"] = "\r"
         await self.call("Input.dispatchKeyEvent", type="keyDown", **event)

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -96,3 +97,28 @@ def test_a_mistake_is_one_line(words: list[str], complaint: str) -> None:
     assert done.returncode == 2
     assert complaint in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_door_says_which_blocks_nobody_holds() -> None:
+    command = [*PETALS, "peer", "--serve", "0:10", "--new_swarm", "--http", "127.0.0.1:0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
+    assert process.stderr is not None
+    said = next(line for line in process.stderr if "nobody" in line)
+    end(process)
+    assert said.startswith("petals: nobody holds blocks 10:30 yet: answers wait until")
+
+
+def test_a_door_that_can_not_be_is_known_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        in_use = f"127.0.0.1:{taken.getsockname()[1]}"
+        for words, complaint in (
+            (["--http", in_use], f"can not listen on {in_use}: Address already in use; another program has that port"),
+            (["--http", "127.0.0.1:0", "--api_keys", str(tmp_path / "none")], f"can not read {tmp_path / 'none'}"),
+        ):
+            command = [*PETALS, "peer", "--serve", "0:30", *words]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+            assert done.returncode == 2
+            assert complaint in done.stderr.splitlines()[-1]
+            assert "loading" not in done.stderr

@@ -87,6 +87,13 @@ async def test_plain_completions(open_door: OpenDoor, smollm: Truth) -> None:
         offsets = answer.choices[0].logprobs.text_offset
         assert offsets[0] == 0
         assert offsets == sorted(offsets)
+        asked = partial(door.client.completions.create, model=NAME, prompt=["A dog", prompt], max_tokens=8, echo=True)
+        echoed = await trio.to_thread.run_sync(partial(asked, best_of=2, n=2, temperature=0))
+        assert [each.text.startswith(("A dog", prompt)) for each in echoed.choices] == [True] * 4
+        assert echoed.choices[2].text == prompt + answer.choices[0].text
+        chunks = await trio.to_thread.run_sync(lambda: list(asked(stream=True)))
+        text = "".join(each.choices[0].text for each in chunks if each.choices[0].index == 1)
+        assert text == echoed.choices[2].text
         by_ids = await trio.to_thread.run_sync(
             partial(door.client.completions.create, model=NAME, prompt=ids, max_tokens=8)
         )
@@ -212,7 +219,17 @@ async def test_bad_input_is_told_in_openais_words(open_door: OpenDoor) -> None:
         too_long = await refused(door, path, json.dumps(good | {"max_tokens": 100_000}).encode(), 400)
         assert too_long["code"] == "context_length_exceeded"
         await refused(door, "/v1/completions", json.dumps({"model": NAME, "prompt": [-1]}).encode(), 400)
-        assert (await refused(door, "/v1/nowhere", b"{}", 404))["code"] == "unknown_url"
+        plain = {"model": NAME, "prompt": "A cat", "max_tokens": 1}
+        for change in ({"echo": True, "logprobs": 1}, {"echo": True, "prompt": [1]}, {"best_of": 3}, {"suffix": "x"}):
+            error = await refused(door, "/v1/completions", json.dumps(plain | change).encode(), 400)
+            assert error["code"] == "unsupported_parameter"
+            assert error["param"] in change
+        for path_of_others in ("/v1/nowhere", "/v1/embeddings", "/v1/responses"):
+            error = await refused(door, path_of_others, b"{}", 404)
+            assert error["code"] == "unknown_url"
+            assert "/v1/chat/completions" in error["message"]
+        assert "ends in /v1" in (await refused(door, "/chat/completions", b"{}", 404))["message"]
+        assert (await refused(door, "/v1/models", b"{}", 405))["code"] == "method_not_supported"
         form = await trio.to_thread.run_sync(lambda: httpx.post(door.url + path, data={"model": NAME}))
         assert form.status_code == 400
         assert (await door.post(path, good, host="evil.example")).status_code == 403

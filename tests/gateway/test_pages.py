@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from petals.gateway.config import HttpConfig
+from petals.gateway.keys import create_key
 from petals.gateway.serve import open_gateway
 from petals.peer.client.generation import Chat, GenerationOptions
 from tests.gateway.browser import CHROMIUM, Page, open_page
@@ -226,3 +227,109 @@ async def test_the_swarm_page_shows_routes_round_trips_and_plots(
         await page.look(width=390, height=844)
         assert await page.js("document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling on a phone"
         nursery.cancel_scope.cancel()
+
+
+MARKDOWN = r"""***both*** and __strong__, 2 * 3 * 4, snake_case_name, \*not em\*, \(x^2\)
+[paren](https://example.org/a_(b)) and https://example.org/c.
+
+- [ ] open
+- [x] done
+
+| left | right |
+|:--|--:|
+| a \| b | 1 | surplus |
+| short |
+"""
+
+
+async def test_markdown_as_models_write_it(open_door: OpenDoor, tmp_path: Path) -> None:
+    async with open_door() as door, visiting(door.url, tmp_path) as page:
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKDOWN}]
+        await keep(page, {"id": "a", "title": "x", "touched": 1, "messages": messages})
+        await page.go(door.url)
+        await page.until(f"{ANSWER}?.textContent.includes('surplus') === false")
+        assert await page.js(f"{ANSWER}.querySelector('strong em').textContent") == "both"
+        assert await page.js(f"{ANSWER}.querySelectorAll('strong')[1].textContent") == "strong"
+        text = await page.js(f"{ANSWER}.textContent")
+        assert "2 * 3 * 4, snake_case_name, *not em*, \\(x^2\\)" in text
+        links = await page.js(f"[...{ANSWER}.querySelectorAll('a')].map(e => e.href)")
+        assert links == ["https://example.org/a_(b)", "https://example.org/c"]
+        assert await page.js(f"[...{ANSWER}.querySelectorAll('li')].map(e => e.textContent)") == ["☐ open", "☑ done"]
+        rows = await page.js(f"[...{ANSWER}.querySelectorAll('tr')].map(r => [...r.cells].map(c => c.textContent))")
+        assert rows == [["left", "right"], ["a | b", "1"], ["short", ""]]
+        assert await page.js(f"getComputedStyle({ANSWER}.querySelector('td:last-child')).textAlign") == "right"
+        for width in (1280, 390):
+            await page.look(width=width)
+            assert await page.js("document.documentElement.scrollWidth <= innerWidth")
+
+
+async def keep(page: Page, *chats: dict[str, Any]) -> None:
+    """Chats that this browser has had before."""
+    told = json.dumps({"now": chats[0]["id"], "chats": chats})
+    await page.js(f"localStorage.setItem('petals.chats', {json.dumps(told)})")
+
+
+async def test_the_keyboard_is_enough_and_never_lost(open_door: OpenDoor, tmp_path: Path) -> None:
+    async with open_door() as door, visiting(door.url, tmp_path) as page:
+        await settle(page, max_tokens="400")
+        await page.go(door.url)
+        await page.until("document.querySelector('#model').value")
+        rows = "document.querySelector('#prompt').rows"
+        await page.type("Tell me")
+        await page.press("Enter", shift=True)
+        await page.type("a long story.")
+        await page.until(f"{rows} === 2")
+        await page.press("Tab")
+        assert await page.js("document.activeElement.id") == "send"
+        await page.press("Enter")
+        await page.until(f"{ANSWER} && {ANSWER}.textContent.length > 10")
+        assert await page.js("document.activeElement.id") == "stop", "where the finger is, it still stops"
+        assert await page.js(rows) == 1, "the field is as small as before"
+        assert await page.js("getComputedStyle(document.querySelector('.writing .acts')).visibility") == "hidden"
+        await page.press("Escape")
+        await page.until(IDLE)
+        assert await page.js("document.activeElement.id") == "prompt"
+        kept = await page.js("JSON.parse(localStorage['petals.chats']).chats[0].messages[0].content")
+        assert kept == "Tell me\na long story."
+        await page.js("document.querySelector('.user .acts button').click()")
+        assert await page.js("document.activeElement.tagName") == "TEXTAREA"
+        await page.press("Escape")
+        assert await page.js("document.activeElement.id") == "prompt"
+        for _ in range(12):  # all round, and each stop can be seen
+            await page.press("Tab")
+            outline = "(e => e === document.body || e.id === 'prompt' || getComputedStyle(e).outlineStyle === 'solid')"
+            assert await page.js(f"{outline}(document.activeElement)")
+
+
+async def test_what_goes_wrong_says_what_to_do(open_door: OpenDoor, tmp_path: Path) -> None:
+    key = create_key(tmp_path / "keys.txt")
+    async with open_door(range(10), api_keys=tmp_path / "keys.txt") as door, open_page(tmp_path / "profile") as page:
+        await page.look()
+        await page.go(door.url)
+        await page.until("document.querySelector('#trouble').textContent.startsWith('This peer wants an API key.')")
+        await page.click("#trouble button")
+        assert await page.js("document.activeElement.id") == "key"
+        await page.type(key)
+        await page.press("Enter")
+        await page.until("document.querySelector('#model').value")
+        await page.until("document.querySelector('#trouble').textContent.startsWith('Now nobody holds blocks 10:30:')")
+        await page.js("document.querySelector('#prompt').focus()")
+        await page.type("Hello")
+        await page.press("Enter")
+        await page.until("document.querySelector('#messages .error')")
+        assert "holds blocks 10:30" in await page.js("document.querySelector('#messages [role=alert]').textContent")
+        acts = "[...document.querySelectorAll('.assistant .acts button')].map(e => e.textContent)"
+        assert await page.js(acts) == ["Try again"]
+
+
+async def test_the_swarm_page_stays_where_it_was_moved_to(open_door: OpenDoor, tmp_path: Path) -> None:
+    async with open_door() as door, visiting(door.url, tmp_path) as page:
+        await page.look(width=390, height=844)
+        await page.go(f"{door.url}/swarm")
+        await page.until("document.querySelector('.table')")
+        await page.js("window.old = document.querySelector('.table'); old.scrollLeft = 60; old.focus()")
+        await page.until("document.querySelector('.table') !== window.old")
+        assert await page.js("document.querySelector('.table').scrollLeft") == 60
+        assert await page.js("document.activeElement === document.querySelector('.table')")
+        assert await page.js("document.querySelectorAll('h1').length") == 1
+        assert await page.js("document.documentElement.scrollWidth <= innerWidth")

@@ -170,6 +170,8 @@ def test_who_may_be_asked_at_all() -> None:
     swarm = view(offer("a", ALL), offer("b", ALL, adapters=("lora",), round_trip_s=1.0, dtype="bfloat16"))
     assert peers(find_route(swarm, ALL, adapter="lora")) == [("b", ALL)]
     assert peers(find_route(swarm, ALL, require_dtype="bfloat16")) == [("b", ALL)]
+    with pytest.raises(MissingBlocks, match="and hosts adapter 'mine'"):
+        find_route(swarm, ALL, adapter="mine")
     assert peers(find_route(swarm, ALL, allowed=frozenset({PeerId("b")}))) == [("b", ALL)]
     assert peers(find_route(swarm, ALL, blocked=frozenset({PeerId("a")}))) == [("b", ALL)]
     with pytest.raises(MissingBlocks) as missing:

@@ -67,10 +67,13 @@ def test_a_conversation(smollm: Truth, tmp_path: Path) -> None:
             terminal.read_until(">>> ")
             terminal.type("/reset\r")
             terminal.read_until(">>> ")
+            terminal.type("half a")
+            terminal.read_until("half a")
             terminal.type("\x03")
             terminal.read_until("leaves)")
+            terminal.read_until(">>> half a")  # what is still being edited is shown again
             assert terminal.process.poll() is None
-            terminal.type("\x04")
+            terminal.type("\x15\x04")
             assert terminal.process.wait(timeout=60) == 0
         finally:
             terminal.process.send_signal(signal.SIGKILL)
