@@ -347,7 +347,7 @@ async def run(options: argparse.Namespace) -> None:
     check_addresses("--announce", options.announce, named=False)
     check_addresses("--relays", options.relays, named=True)
     if serve is not None:
-        from petals.peer.server.service import device_of
+        from petals.peer.server.device import device_of
 
         device_of(serve)
     if options.dry_run:
