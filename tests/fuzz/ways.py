@@ -67,12 +67,12 @@ ADDR = Multiaddr(f"/ip4/127.0.0.1/tcp/4001/p2p/{_stranger().peer_id}/p2p-circuit
 
 
 def _on_a_stream(data: bytes, *handlers: Callable[[ByteStream], Awaitable[object]]) -> None:
-    async def each(handler: Callable[[ByteStream], Awaitable[object]]) -> None:
-        with suppress(SwarmError):
-            await handler((await played(data, _stranger().peer_id))[0])
+    async def each() -> None:
+        for handler in handlers:
+            with suppress(SwarmError):
+                await handler((await played(data, _stranger().peer_id))[0])
 
-    for handler in handlers:
-        the_loop().run(partial(each, handler))
+    the_loop().run(each)
 
 
 # -- private swarms ----------------------------------------------------------------------------------------------------
