@@ -35,9 +35,10 @@ from petals.peer.ledger import Ledger
 from petals.peer.receipts import Accountant
 from petals.peer.server.admission import Admission
 from petals.peer.transport import autonat, circuit, dcutr
+from petals.peer.transport.multistream import proposal
 from petals.peer.transport.muxer import MuxerConfig
-from petals.peer.transport.network import _HANDSHAKE_ERRORS, upgrade
-from petals.peer.transport.pnet import SwarmKey, encode_swarm_key, parse_swarm_key
+from petals.peer.transport.network import _HANDSHAKE_ERRORS, NOISE_ID, upgrade
+from petals.peer.transport.pnet import SwarmCipher, SwarmKey, encode_swarm_key, parse_swarm_key
 from petals.peer.transport.relay import Relay
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, SwarmError, UserError
@@ -79,24 +80,27 @@ def _on_a_stream(data: bytes, *handlers: Callable[[ByteStream], Awaitable[object
 
 
 def swarm_key(data: bytes) -> None:
-    """The file; and the first bytes of a stranger at the door of a private swarm."""
+    """The file; the first bytes of a stranger at the door of a private swarm, and of somebody who has its key."""
     with suppress(UserError):
         assert len(parse_swarm_key(data).secret) == 32
 
-    async def shake() -> None:
-        raw: Any = _Played(data)
+    cipher = SwarmCipher(KEY, bytes(24))
+
+    async def shake(said: bytes) -> None:
+        raw: Any = _Played(said)
         with suppress(*_HANDSHAKE_ERRORS):
             await upgrade(
                 raw, _noise_transport()[1], expected=None, is_client=False, on_stream=lambda _: None,
                 config=MuxerConfig(), swarm_key=KEY,
             )  # fmt: skip
 
-    the_loop().run(shake)
+    the_loop().run(partial(shake, data))
+    the_loop().run(partial(shake, cipher.nonce + cipher.seal(data)))
 
 
 def swarm_key_seeds() -> list[bytes]:
-    """A key file, and a nonce with something behind it."""
-    return [encode_swarm_key(KEY), bytes(24) + b"\x13/multistream/1.0.0\n"]
+    """A key file, and a nonce with something behind it; what is said under the key."""
+    return [encode_swarm_key(KEY), bytes(24) + b"\x13/multistream/1.0.0\n", proposal(NOISE_ID) + b"\0\x20" + bytes(32)]
 
 
 @cache
