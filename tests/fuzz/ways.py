@@ -57,7 +57,7 @@ from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
 from petals.protocols.weights import document_request, parse_reply, parse_request, piece_request
 from tests.fuzz.loop import played, the_loop
-from tests.fuzz.swarm import _anyone, _stranger, me, node
+from tests.fuzz.swarm import _anyone, _stranger, me, node, nothing_hidden
 from tests.fuzz.wire import _noise_transport, _Played
 
 NOW = 1e9
@@ -149,6 +149,7 @@ def _relay() -> Relay:
     return Relay(host.libp2p, RelayLimits(slots=4), nobody, lambda _: True, lambda: (str(ADDR),))
 
 
+@nothing_hidden()
 def relayed(data: bytes) -> None:
     """A question to us as a relay; a relay's answers and calls to us."""
     relay = _relay()
@@ -179,6 +180,7 @@ def relayed_seeds() -> list[bytes]:
     return [encode_frame(message.SerializeToString()) for message in said]
 
 
+@nothing_hidden()
 def punching(data: bytes) -> None:
     """Dial-backs and hole punching, both ends of each."""
     seen = (f"/ip4/127.0.0.1/tcp/4001/p2p/{me().peer_id}",)
