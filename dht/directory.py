@@ -27,6 +27,7 @@ from functools import lru_cache
 from itertools import chain, zip_longest
 from typing import Protocol
 
+import libp2p.kad_dht.kad_dht
 import multihash  # type: ignore[import-untyped]
 import trio
 from google.protobuf.message import DecodeError
@@ -50,7 +51,7 @@ from petals.dht.records import RecordError, ServerRecord, ServerState, Verify, o
 from petals.dht.walk import walk
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, SwarmError
 from petals.protocols.stream import ByteStream, MessageStream
-from petals.protocols.types import ModelId, PeerId
+from petals.protocols.types import MAX_PEER_ID_BYTES, ModelId, PeerId
 
 log = logging.getLogger(__name__)
 
@@ -401,11 +402,15 @@ def _place(key: bytes) -> int:
 
 def _peers(entries: Iterable[Message.Peer]) -> list[tuple[PeerId, tuple[str, ...]]]:
     """Peers of a message with their addresses; what makes no sense is left out."""
-    parsed = (_parse_peer(entry.id, tuple(entry.addrs[:MAX_ADDRS])) for entry in entries)
+    parsed = (
+        _parse_peer(entry.id, tuple(addr for addr in entry.addrs[:MAX_ADDRS] if len(addr) <= MAX_ADDR_BYTES))
+        for entry in entries
+        if len(entry.id) <= MAX_PEER_ID_BYTES
+    )
     return [peer for peer in parsed if peer is not None]
 
 
-@lru_cache(8192)  # six holders name the same servers again and again
+@lru_cache(2 * MAX_PROVIDERS)  # what is kept is small; six holders name the same servers again and again
 def _parse_peer(raw_id: bytes, raw_addrs: tuple[bytes, ...]) -> tuple[PeerId, tuple[str, ...]] | None:
     addrs = []
     try:
@@ -417,6 +422,18 @@ def _parse_peer(raw_id: bytes, raw_addrs: tuple[bytes, ...]) -> tuple[PeerId, tu
         with suppress(Exception):
             addrs.append(str(Multiaddr(raw)))
     return peer_id, tuple(addrs)
+
+
+class _StrangersId(ID):
+    """A name in a question. The library (0.8.1) writes those that it refuses into its log, whatever their length."""
+
+    def __init__(self, peer_id_bytes: bytes) -> None:
+        if len(peer_id_bytes) > MAX_PEER_ID_BYTES:
+            raise ValueError(f"a peer ID of {len(peer_id_bytes)} bytes")
+        super().__init__(peer_id_bytes)
+
+
+libp2p.kad_dht.kad_dht.ID = _StrangersId  # type: ignore[attr-defined]
 
 
 class _Kademlia(KadDHT):

@@ -10,6 +10,10 @@ from typing import NamedTuple, NewType
 PeerId = NewType("PeerId", str)
 """A libp2p peer ID in its base58 text form ("12D3Koo...", "Qm..."). libp2p's own `ID` objects stay inside the seam."""
 
+MAX_PEER_ID_BYTES = 64
+"""In binary. The longest in use, a key of 42 bytes itself, has 44. To write one as text takes the square of its length:
+one of 128 KiB would stop a node for half a minute."""
+
 SessionId = NewType("SessionId", bytes)
 """16 random bytes chosen by the client; names one inference session at one server."""
 

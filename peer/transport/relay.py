@@ -27,7 +27,7 @@ from petals.peer.config import RelayLimits
 from petals.peer.transport.circuit import MAX_MESSAGE_BYTES, CircuitLimit, announce
 from petals.protocols.errors import RemoteError, RemoteProtocolError
 from petals.protocols.stream import ByteStream, MessageStream
-from petals.protocols.types import PeerId
+from petals.protocols.types import MAX_PEER_ID_BYTES, PeerId
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Relay:
         log.info("peer …%s has a place at this relay", caller[-6:])
 
     async def _connect(self, messages: MessageStream, caller: PeerId, raw_target: bytes) -> None:
-        target = PeerId(ID(raw_target).to_base58())
+        target = PeerId(ID(raw_target[:MAX_PEER_ID_BYTES]).to_base58())  # who has a longer name, has no place here
         if self._places.get(target, 0.0) < trio.current_time() or not self._is_connected(target):
             await _answer(messages, Status.NO_RESERVATION)
             return

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import base58
 import pytest
 import trio
 from libp2p.kad_dht.common import PROTOCOL_ID
@@ -20,7 +21,8 @@ from petals.dht.records import RecordError, ServerState, sign_record
 from petals.peer.identity import create_identity
 from petals.protocols.errors import PeerUnreachable
 from petals.protocols.framing import encode_varint
-from petals.protocols.types import ModelId, PeerId
+from petals.protocols.stream import MessageStream
+from petals.protocols.types import MAX_PEER_ID_BYTES, ModelId, PeerId
 from tests.dht.conftest import MODEL, Net, make_record
 
 
@@ -260,6 +262,36 @@ async def test_a_fat_provider_does_not_hide_the_honest_ones(net: Net) -> None:
         holder.host.libp2p.get_peerstore().add_addrs(peer_id, addrs, 60)
     assert server.peer_id in {record.peer_id for record in await reader.directory.lookup(MODEL)}
     assert holder.host.libp2p.get_peerstore().addrs(peer_id) == []
+
+
+async def test_a_name_of_any_length_is_never_written_as_text(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes the square of its length: one message of 128 KiB would stop a node for half a minute."""
+    lengths: list[int] = []
+    encode = base58.b58encode
+
+    def measured(data: bytes) -> bytes:
+        lengths.append(len(data))
+        return encode(data)
+
+    node, stranger = await net.add(), await net.add()
+    monkeypatch.setattr(base58, "b58encode", measured)
+    fat = b"\0" + encode_varint(1000) + bytes(1000)
+    addr = Multiaddr("/ip4/127.0.0.1/tcp/1").to_bytes()
+    honest = ID.from_base58(stranger.peer_id).to_bytes()
+    said = Message(type=Message.MessageType.ADD_PROVIDER, key=b"key")
+    for raw_id, raw_addr in ((fat, addr), (honest, addr), (honest, addr * 50)):
+        said.providerPeers.add(id=raw_id, addrs=[raw_addr])
+
+    messages = MessageStream(await stranger.host.open_stream(node.peer_id, str(PROTOCOL_ID)), max_message_bytes=1 << 16)
+    await messages.write_message(said.SerializeToString())
+    assert await messages.read_message() is not None
+    assert [info.peer_id.to_bytes() for info in node.directory._provided.get_providers(b"key")] == [honest]
+
+    assert directory_module._peers(said.providerPeers) == [
+        (stranger.peer_id, ("/ip4/127.0.0.1/tcp/1",)),
+        (stranger.peer_id, ()),
+    ]
+    assert 0 < max(lengths) <= MAX_PEER_ID_BYTES
 
 
 async def test_who_asks_nothing_on_many_streams_makes_no_node_deaf(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import base58
 from google.protobuf.message import DecodeError
 from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519
+from libp2p.kad_dht import value_store
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 from libp2p.network.exceptions import SwarmException
+from libp2p.peer.envelope import seal_record
 from libp2p.peer.id import ID
+from libp2p.peer.peer_record import PeerRecord
 from libp2p.peer.peerstore import env_to_send_in_RPC
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.dht.directory import Directory, _peers, open_directory
-from petals.dht.keys import record_key, swarm_key
+from petals.dht.keys import NAMESPACE, record_key, swarm_key
 from petals.dht.records import DOMAIN, RecordError, ServerRecord, ServerState, open_record, peek, sign_record
 from petals.dht.records_pb2 import SignedRecord
 from petals.peer.host import Host, HostConfig, open_host
@@ -22,7 +30,7 @@ from petals.peer.identity import Identity, _identity, verify
 from petals.peer.info import fetch_record
 from petals.protocols.errors import ProtocolViolation, SwarmError
 from petals.protocols.framing import encode_frame
-from petals.protocols.types import ModelId, PeerId
+from petals.protocols.types import MAX_PEER_ID_BYTES, ModelId, PeerId
 from tests.fuzz.loop import played, the_loop
 
 MODEL = ModelId("tiny", "ab" * 32)
@@ -78,8 +86,52 @@ def node() -> tuple[Host, Directory]:
     """A node of the directory that listens nowhere."""
     host = the_loop().enter(open_host(me().key_pair, HostConfig(listen=(), connect_s=0.01)))
     fetch = partial(fetch_record, host)
-    directory = the_loop().enter(open_directory(host, me(), verify, fetch_direct=fetch, clock=lambda: 1e9 + 1))
+    directory = the_loop().enter(open_directory(host, me(), verify, fetch_direct=fetch, clock=_now))
     return host, directory
+
+
+def _now() -> float:
+    return 1e9 + 1
+
+
+_CLOCK = SimpleNamespace(time=_now)
+
+_hidden: list[Exception] = []
+"""What our stores and checks have raised inside of the library's handler, which takes any exception for an answer."""
+
+
+def _noted(method: Callable[..., Any], promised: tuple[type[Exception], ...] = ()) -> Callable[..., Any]:
+    def noting(*args: Any) -> Any:
+        try:
+            return method(*args)
+        except promised:
+            raise
+        except Exception as error:
+            _hidden.append(error)
+            raise
+
+    return noting
+
+
+@cache
+def _dht() -> Any:
+    """The Kademlia node of `node()`, whose own parts are watched."""
+    dht: Any = node()[1]._dht
+    records = dht.validator._validators[NAMESPACE]
+    records.validate = _noted(records.validate, (RecordError,))
+    records.select = _noted(records.select)
+    dht.value_store.put_record = _noted(dht.value_store.put_record)
+    dht.provider_store.add_provider = _noted(dht.provider_store.add_provider)
+    dht.provider_store.get_providers = _noted(dht.provider_store.get_providers)
+    return dht
+
+
+def _emptied(dht: Any) -> Any:
+    """Every input meets the same node: nothing stored, and a stranger who has not said too much yet."""
+    stores = (dht.value_store.store, dht.value_store._keys_of, dht.provider_store.providers)
+    for table in (*stores, dht.provider_store._keys_of, dht._provider_rate_limits):
+        table.clear()
+    return dht
 
 
 class _Conn:
@@ -115,12 +167,35 @@ def _stranger() -> Identity:
     return _identity(new_ed25519(seed=bytes([1] * 32)))
 
 
+_b58encode = base58.b58encode
+
+
+def _text_of(name: bytes) -> bytes:
+    """Takes the square of its length, so nobody may ask for that of a long one; who logs it, catches what we raise."""
+    if len(name) > MAX_PEER_ID_BYTES:
+        _hidden.append(AssertionError(f"{len(name)} bytes as base58"))
+    encoded: bytes = _b58encode(name)
+    return encoded
+
+
+@contextmanager
+def nothing_hidden() -> Iterator[None]:
+    """Raise at the end what was caught on the way."""
+    with patch.object(base58, "b58encode", _text_of):
+        yield
+    if hidden := _hidden.copy():
+        _hidden.clear()
+        raise hidden[0]
+
+
+@nothing_hidden()
 def kademlia(data: bytes) -> None:
     """All that a stranger asks on one stream, in frames; and the same bytes as the answer to a question of ours."""
     host, directory = node()
+    dht = _emptied(_dht())
     stream: Any = _Stream(data, ID.from_base58(_stranger().peer_id))
-    with suppress(ProtocolViolation):
-        the_loop().run(partial(directory._dht.handle_stream, stream))
+    with suppress(ProtocolViolation), patch.object(value_store, "time", _CLOCK):  # it has no clock of ours
+        the_loop().run(partial(dht.handle_stream, stream))
     assert stream.said_bytes < 4 << 20
     message = Message()
     with suppress(DecodeError):  # as `_exchange` does
@@ -151,6 +226,8 @@ def kademlia_seeds() -> list[bytes]:
     provide = Message(type=kinds.ADD_PROVIDER, key=bytes.fromhex(swarm_key(MODEL)))
     stranger = ID.from_base58(_stranger().peer_id).to_bytes()
     address = bytes.fromhex("047f000001060fa1")
+    where = PeerRecord(ID(stranger), [Multiaddr(address)], seq=1)
+    itself = seal_record(where, _stranger().key_pair.private_key).marshal_envelope()
     provide.providerPeers.add(id=stranger, addrs=[address])
     answer = Message(type=kinds.GET_PROVIDERS, key=provide.key)
     answer.closerPeers.add(id=stranger, addrs=[address] * 3)
@@ -164,7 +241,13 @@ def kademlia_seeds() -> list[bytes]:
         Message(type=kinds.GET_VALUE, key=key),
     ]
     frames = [encode_frame(message.SerializeToString()) for message in questions]
-    return [*frames, b"".join(frames), answer.SerializeToString(), encode_frame(answer.SerializeToString())]
+    *_, get_providers, put, get = frames
+    find = encode_frame(Message(type=kinds.FIND_NODE, key=stranger, senderRecord=itself).SerializeToString())
+    provide.providerPeers[0].signedRecord = itself
+    named = encode_frame(provide.SerializeToString())
+    all_taken = put + get + named + get_providers + put + find
+    said = answer.SerializeToString()
+    return [*frames, b"".join(frames), named, find, all_taken, said, encode_frame(said)]
 
 
 # -- addresses and names -----------------------------------------------------------------------------------------------
@@ -199,8 +282,6 @@ def peers(data: bytes) -> None:
 
 
 def _endpoint(addr: str) -> None:
-    from multiaddr import Multiaddr  # type: ignore[import-untyped]
-
     from petals.peer.transport.addresses import tcp_endpoint
 
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,8 @@ def test_mutations_of_it(name: str) -> None:
 def test_the_longer_run_finds_what_there_is_to_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tool itself: a decoder that is broken on purpose is reported, once, with its input; a whole one is not."""
+    """The tool itself: a decoder that is broken on purpose is reported, once, with its input; a whole one is not. That
+    it takes too much is seen by what the process held, so for an input that is not traced, and for C's memory, too."""
     monkeypatch.setattr(run, "FOUND", tmp_path)
     monkeypatch.setattr(run, "ROOT", tmp_path)
     options = Namespace(seed=0, inputs=60, seconds=60.0, limit=0.0)
@@ -59,3 +61,9 @@ def test_the_longer_run_finds_what_there_is_to_find(
     assert "ZeroDivisionError" in capsys.readouterr().err
     (found,) = (tmp_path / "frames").iterdir()
     assert len(found.read_bytes()) % 7 == 0
+
+    def greedy(data: bytes) -> None:
+        torch.ones(run.PEAK_BYTES + (1 << 20) if len(data) % 7 == 0 else 1, dtype=torch.uint8)
+
+    assert run.fuzz("noise", replace(HARNESSES["noise"], one_input=greedy), options) == 1
+    assert "TooMuch" in capsys.readouterr().err

@@ -35,9 +35,10 @@ from petals.peer.ledger import Ledger
 from petals.peer.receipts import Accountant
 from petals.peer.server.admission import Admission
 from petals.peer.transport import autonat, circuit, dcutr
+from petals.peer.transport.multistream import proposal
 from petals.peer.transport.muxer import MuxerConfig
-from petals.peer.transport.network import _HANDSHAKE_ERRORS, upgrade
-from petals.peer.transport.pnet import SwarmKey, encode_swarm_key, parse_swarm_key
+from petals.peer.transport.network import _HANDSHAKE_ERRORS, NOISE_ID, upgrade
+from petals.peer.transport.pnet import SwarmCipher, SwarmKey, encode_swarm_key, parse_swarm_key
 from petals.peer.transport.relay import Relay
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, SwarmError, UserError
@@ -56,7 +57,7 @@ from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
 from petals.protocols.weights import document_request, parse_reply, parse_request, piece_request
 from tests.fuzz.loop import played, the_loop
-from tests.fuzz.swarm import _anyone, _stranger, me, node
+from tests.fuzz.swarm import _anyone, _stranger, me, node, nothing_hidden
 from tests.fuzz.wire import _noise_transport, _Played
 
 NOW = 1e9
@@ -67,36 +68,39 @@ ADDR = Multiaddr(f"/ip4/127.0.0.1/tcp/4001/p2p/{_stranger().peer_id}/p2p-circuit
 
 
 def _on_a_stream(data: bytes, *handlers: Callable[[ByteStream], Awaitable[object]]) -> None:
-    async def each(handler: Callable[[ByteStream], Awaitable[object]]) -> None:
-        with suppress(SwarmError):
-            await handler((await played(data, _stranger().peer_id))[0])
+    async def each() -> None:
+        for handler in handlers:
+            with suppress(SwarmError):
+                await handler((await played(data, _stranger().peer_id))[0])
 
-    for handler in handlers:
-        the_loop().run(partial(each, handler))
+    the_loop().run(each)
 
 
 # -- private swarms ----------------------------------------------------------------------------------------------------
 
 
 def swarm_key(data: bytes) -> None:
-    """The file; and the first bytes of a stranger at the door of a private swarm."""
+    """The file; the first bytes of a stranger at the door of a private swarm, and of somebody who has its key."""
     with suppress(UserError):
         assert len(parse_swarm_key(data).secret) == 32
 
-    async def shake() -> None:
-        raw: Any = _Played(data)
+    cipher = SwarmCipher(KEY, bytes(24))
+
+    async def shake(said: bytes) -> None:
+        raw: Any = _Played(said)
         with suppress(*_HANDSHAKE_ERRORS):
             await upgrade(
                 raw, _noise_transport()[1], expected=None, is_client=False, on_stream=lambda _: None,
                 config=MuxerConfig(), swarm_key=KEY,
             )  # fmt: skip
 
-    the_loop().run(shake)
+    the_loop().run(partial(shake, data))
+    the_loop().run(partial(shake, cipher.nonce + cipher.seal(data)))
 
 
 def swarm_key_seeds() -> list[bytes]:
-    """A key file, and a nonce with something behind it."""
-    return [encode_swarm_key(KEY), bytes(24) + b"\x13/multistream/1.0.0\n"]
+    """A key file, and a nonce with something behind it; what is said under the key."""
+    return [encode_swarm_key(KEY), bytes(24) + b"\x13/multistream/1.0.0\n", proposal(NOISE_ID) + b"\0\x20" + bytes(32)]
 
 
 @cache
@@ -145,6 +149,7 @@ def _relay() -> Relay:
     return Relay(host.libp2p, RelayLimits(slots=4), nobody, lambda _: True, lambda: (str(ADDR),))
 
 
+@nothing_hidden()
 def relayed(data: bytes) -> None:
     """A question to us as a relay; a relay's answers and calls to us."""
     relay = _relay()
@@ -175,6 +180,7 @@ def relayed_seeds() -> list[bytes]:
     return [encode_frame(message.SerializeToString()) for message in said]
 
 
+@nothing_hidden()
 def punching(data: bytes) -> None:
     """Dial-backs and hole punching, both ends of each."""
     seen = (f"/ip4/127.0.0.1/tcp/4001/p2p/{me().peer_id}",)

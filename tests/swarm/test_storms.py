@@ -21,11 +21,14 @@ from petals.models.loading import load_span
 from petals.models.local import LocalChain
 from petals.peer.client.session import RemoteSession
 from tests.fakes.memory_swarm import MemorySwarm, run_in_memory, storm
+from tests.fakes.plain_blocks import make_plain
 from tests.models.tiny import CASES, save_tiny
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 from tests.swarm.test_processes import start
 
-GROUPS, SCHEDULES = 20, 50
+GROUPS, SCHEDULES = 40, 50
+"""Every fourth group computes with Llama's blocks, whose arithmetic is a third of a schedule's time, the others with
+plain ones: a session that is broken on purpose fails in the same schedules of both."""
 BATCH, LENGTH = 2, 24
 
 Turn = tuple[int, torch.Tensor, torch.Tensor | None]
@@ -71,12 +74,13 @@ async def answers_of(session: RemoteSession, turns: list[Turn]) -> list[torch.Te
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> LocalChain:
-    """Four blocks, loaded as the servers of the storm load them: 0:1, 1:3, 3:4."""
+def chains(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalChain, LocalChain]:
+    """Four blocks, loaded as the servers of the storm load them, 0:1, 1:3, 3:4: Llama's, and plain ones."""
     directory = tmp_path_factory.mktemp("storm")
     save_tiny(next(case for case in CASES if case.id == "llama"), directory)
     checkpoint = open_checkpoint(str(directory))
-    return LocalChain([load_span(checkpoint, blocks) for blocks in (range(1), range(1, 3), range(3, 4))])
+    llama, plain = ([load_span(checkpoint, blocks) for blocks in (range(1), range(1, 3), range(3, 4))] for _ in "12")
+    return LocalChain(llama), LocalChain([make_plain(span) for span in plain])
 
 
 async def weather(swarm: MemorySwarm, chain: LocalChain, log: list[float]) -> None:
@@ -117,8 +121,8 @@ async def weather(swarm: MemorySwarm, chain: LocalChain, log: list[float]) -> No
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_schedules_in_memory(chain: LocalChain, group: int) -> None:
-    failures = 0.0
+def test_schedules_in_memory(chains: tuple[LocalChain, LocalChain], group: int) -> None:
+    chain, failures = chains[group % 4 > 0], 0.0
     for seed in range(group * SCHEDULES, (group + 1) * SCHEDULES):
         log: list[float] = []
         try:
@@ -130,11 +134,11 @@ def test_schedules_in_memory(chain: LocalChain, group: int) -> None:
     assert failures > SCHEDULES  # the storms were storms
 
 
-def test_a_schedule_happens_again_from_its_seed(chain: LocalChain) -> None:
+def test_a_schedule_happens_again_from_its_seed(chains: tuple[LocalChain, LocalChain]) -> None:
     for seed in range(5):
         logs: tuple[list[float], list[float]] = ([], [])
         for log in logs:
-            run_in_memory(seed, partial(weather, chain=chain, log=log))
+            run_in_memory(seed, partial(weather, chain=chains[seed % 2], log=log))
         assert logs[0] == logs[1]
 
 
