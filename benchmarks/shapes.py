@@ -16,8 +16,17 @@ SHAPES: dict[str, PretrainedConfig | None] = {
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
         vocab_size=32000, max_position_embeddings=4096,
     ),
+    "llama-2x1024": LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=1024, max_position_embeddings=4096,
+    ),
+    "llama-thin": LlamaConfig(
+        hidden_size=1024, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        head_dim=16, vocab_size=1024, max_position_embeddings=4096,
+    ),
 }  # fmt: skip
-"""None: the default model, real weights. The others have the shape of their namesakes and random weights."""
+"""None: the default model, real weights. The others have the shape of their namesakes and random weights;
+llama-thin hardly computes, so that what is left is the way there and back."""
 
 
 @contextmanager
