@@ -21,6 +21,7 @@ import enum
 import heapq
 import itertools
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -64,6 +65,7 @@ class Timed(Generic[T]):
     value: T
     queue_s: float
     compute_s: float
+    """In the compute thread; the ways there and back are the loop's, and neither this nor that."""
 
 
 class SharedWork(ABC):
@@ -107,7 +109,7 @@ class _Job:
     finished: trio.Event = field(default_factory=trio.Event)
     outcome: outcome.Outcome[Any] | None = None
     started_at: float | None = None
-    ended_at: float = 0.0
+    compute_s: float = 0.0
     cancelled: bool = False
 
 
@@ -226,7 +228,7 @@ class Lane:
             raise trio.ClosedResourceError("the compute lane has stopped")
         self._note_delay(job.started_at - asked_at)
         value: T = job.outcome.unwrap()
-        return Timed(value, job.started_at - asked_at, job.ended_at - job.started_at)
+        return Timed(value, job.started_at - asked_at, job.compute_s)
 
     async def run(self) -> None:
         """Serve the queue until cancelled; returns only once the running pass has ended."""
@@ -285,15 +287,14 @@ class Lane:
             job.started_at = started_at
         try:
             # Captured in the thread: an error belongs to whoever asked, not to the lane.
-            outcomes = await self._thread.run(partial(_run_all, [job.work for job in jobs]))
+            outcomes, compute_s = await self._thread.run(partial(_run_all, [job.work for job in jobs]))
             for job, result in zip(jobs, outcomes, strict=True):
-                job.outcome = result
+                job.outcome, job.compute_s = result, compute_s
         finally:
             ended_at = trio.current_time()
             self.busy_s += ended_at - started_at
             self._learn(jobs, ended_at - started_at, ended_at)
             for job in jobs:
-                job.ended_at = ended_at
                 job.finished.set()
 
     def _learn(self, jobs: list[_Job], took_s: float, now: float) -> None:
@@ -341,9 +342,9 @@ def _smoothed(old: float, new: float) -> float:
     return 0.8 * old + 0.2 * new if old else new
 
 
-def _run_all(works: Sequence[Callable[[], Any]]) -> list[outcome.Outcome[Any]]:
-    """In the compute thread."""
+def _run_all(works: Sequence[Callable[[], Any]]) -> tuple[list[outcome.Outcome[Any]], float]:
+    """In the compute thread; also returns the seconds it took there, without the ways into the thread and back."""
     shared = [work for work in works if isinstance(work, SharedWork)]
-    if len(shared) < 2:
-        return [outcome.capture(work) for work in works]
-    return type(shared[0]).together(shared)
+    began = time.perf_counter()
+    outcomes = type(shared[0]).together(shared) if len(shared) > 1 else [outcome.capture(work) for work in works]
+    return outcomes, time.perf_counter() - began
