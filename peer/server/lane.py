@@ -11,6 +11,10 @@ waiting. Reading the weights is most of a step, so 16 sessions cost little more 
 back a moment after its last step; if it usually comes soon, the next pass waits for it, because two sessions that take
 turns would each wait for the other's whole pass.
 
+A pass starts where the loop happens to be: in `submit` when the thread is free and nobody else can come along, or when
+the last pass has ended. The task behind `run` only sleeps until somebody has been waited for long enough; so a session
+that is alone goes from its stream to the thread and back without waking anybody on the way.
+
 Two rules make cancellation safe: a job that is cancelled while it waits never runs, and one that is running is waited
 for, because it writes into a cache that must not be leased to somebody else before it has stopped.
 """
@@ -151,7 +155,12 @@ class Lane:
         self._clocks: dict[PeerId, tuple[float, float]] = {}
         """And how far each may be behind."""
         self._order = itertools.count()
-        self._wake_up = trio.Event()
+        self._is_open = False
+        self._idle = trio.Event()
+        """Set while no pass is running."""
+        self._idle.set()
+        self._alarm = trio.CancelScope()
+        """Of the task that sleeps; when it goes off, a pass begins."""
         self._own_thread = thread is None
         self._thread = thread or ComputeThread()
         self.busy_s = 0.0
@@ -213,7 +222,10 @@ class Lane:
         self._clocks[peer_id] = (start + cost / weight, lead)
         favour = peer_id not in self._favoured
         heapq.heappush(self._heap, (priority, favour, start, next(self._order), job))
-        self._wake_up.set()
+        if self._pass_rows and self._idle.is_set() and any(not other.waiting for other in self._decoding(asked_at)):
+            self._alarm.deadline = asked_at  # in a moment, with all whose steps came in the same breath
+        else:
+            self._begin()
         try:
             await job.finished.wait()
         except trio.Cancelled:
@@ -224,8 +236,8 @@ class Lane:
             if visitor is not None:
                 visitor.waiting = False
             raise
-        if job.outcome is None or job.started_at is None:
-            raise trio.ClosedResourceError("the compute lane has stopped")
+        assert job.outcome is not None
+        assert job.started_at is not None
         self._note_delay(job.started_at - asked_at)
         value: T = job.outcome.unwrap()
         return Timed(value, job.started_at - asked_at, job.compute_s)
@@ -233,29 +245,29 @@ class Lane:
     async def run(self) -> None:
         """Serve the queue until cancelled; returns only once the running pass has ended."""
         async with self._thread.running() if self._own_thread else nullcontext():
-            while True:
-                while not self._heap:
-                    await self._woken()
-                await self._gather()
-                jobs = self._take()
-                if jobs:
-                    await self._execute(jobs)
+            self._is_open = True
+            try:
+                while True:
+                    self._alarm = trio.CancelScope()
+                    self._begin()
+                    with self._alarm:
+                        await trio.sleep_forever()
+            finally:
+                self._is_open = False
+                with trio.CancelScope(shield=True):
+                    await self._idle.wait()
 
-    async def _woken(self) -> None:
-        self._wake_up = trio.Event()
-        await self._wake_up.wait()
-
-    async def _gather(self) -> None:
-        """Wait for those who are about to come back from the last pass."""
-        if not self._pass_rows:
-            return
-        while True:
+    def _begin(self) -> None:
+        """Start the next pass, unless one is running, or somebody is waited for: until the alarm goes off."""
+        while self._is_open and self._idle.is_set() and self._heap:
             now = trio.current_time()
-            until = back_by(self._decoding(now), self._ended_at, self._pass_s)
-            if until <= now:
+            until = back_by(self._decoding(now), self._ended_at, self._pass_s) if self._pass_rows else -math.inf
+            if until > now:
+                self._alarm.deadline = until
                 return
-            with trio.move_on_at(until):
-                await self._woken()
+            jobs = self._take()
+            if jobs:
+                self._execute(jobs)
 
     def _take(self) -> list[_Job]:
         """The next job, and those that share its pass. Empty when all were cancelled."""
@@ -281,21 +293,29 @@ class Lane:
         self._clocks = {peer_id: each for peer_id, each in self._clocks.items() if sum(each) > self._now}
         return jobs
 
-    async def _execute(self, jobs: list[_Job]) -> None:
+    def _execute(self, jobs: list[_Job]) -> None:
         started_at = trio.current_time()
         for job in jobs:
             job.started_at = started_at
-        try:
-            # Captured in the thread: an error belongs to whoever asked, not to the lane.
-            outcomes, compute_s = await self._thread.run(partial(_run_all, [job.work for job in jobs]))
-            for job, result in zip(jobs, outcomes, strict=True):
-                job.outcome, job.compute_s = result, compute_s
-        finally:
-            ended_at = trio.current_time()
-            self.busy_s += ended_at - started_at
-            self._learn(jobs, ended_at - started_at, ended_at)
-            for job in jobs:
-                job.finished.set()
+        self._thread.start(partial(_run_all, [job.work for job in jobs]), partial(self._finish, jobs, started_at))
+        self._idle = trio.Event()
+
+    def _finish(
+        self, jobs: list[_Job], started_at: float, passed: outcome.Outcome[tuple[list[outcome.Outcome[Any]], float]]
+    ) -> None:
+        """A pass has ended: tell who asked, and go on."""
+        self._idle.set()
+        ended_at = trio.current_time()
+        self.busy_s += ended_at - started_at
+        self._learn(jobs, ended_at - started_at, ended_at)
+        if isinstance(passed, outcome.Error):  # a fault of the pass itself is everybody's
+            results, compute_s = [outcome.Error(passed.error) for _ in jobs], 0.0
+        else:
+            results, compute_s = passed.unwrap()
+        for job, result in zip(jobs, results, strict=True):
+            job.outcome, job.compute_s = result, compute_s
+            job.finished.set()
+        self._begin()
 
     def _learn(self, jobs: list[_Job], took_s: float, now: float) -> None:
         """What a pass says about the next ones."""
