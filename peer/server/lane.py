@@ -222,10 +222,7 @@ class Lane:
         self._clocks[peer_id] = (start + cost / weight, lead)
         favour = peer_id not in self._favoured
         heapq.heappush(self._heap, (priority, favour, start, next(self._order), job))
-        if self._pass_rows and self._idle.is_set() and any(not other.waiting for other in self._decoding(asked_at)):
-            self._alarm.deadline = asked_at  # in a moment, with all whose steps came in the same breath
-        else:
-            self._begin()
+        self._begin(arrived=True)
         try:
             await job.finished.wait()
         except trio.Cancelled:
@@ -257,14 +254,20 @@ class Lane:
                 with trio.CancelScope(shield=True):
                     await self._idle.wait()
 
-    def _begin(self) -> None:
-        """Start the next pass, unless one is running, or somebody is waited for: until the alarm goes off."""
+    def _begin(self, *, arrived: bool = False) -> None:
+        """Start the next pass, unless one is running, or somebody is waited for: until the alarm goes off.
+
+        Args:
+            arrived: a job has just come; while sessions are away, others may come in the same breath.
+        """
         while self._is_open and self._idle.is_set() and self._heap:
             now = trio.current_time()
-            until = back_by(self._decoding(now), self._ended_at, self._pass_s) if self._pass_rows else -math.inf
-            if until > now:
-                self._alarm.deadline = until
-                return
+            absent = [visitor for visitor in self._decoding(now) if not visitor.waiting] if self._pass_rows else []
+            if absent:
+                until = max(now, back_by(absent, self._ended_at, self._pass_s))
+                if arrived or until > now:
+                    self._alarm.deadline = until
+                    return
             jobs = self._take()
             if jobs:
                 self._execute(jobs)
@@ -308,10 +311,11 @@ class Lane:
         ended_at = trio.current_time()
         self.busy_s += ended_at - started_at
         self._learn(jobs, ended_at - started_at, ended_at)
+        results: list[outcome.Outcome[Any]]
         if isinstance(passed, outcome.Error):  # a fault of the pass itself is everybody's
             results, compute_s = [outcome.Error(passed.error) for _ in jobs], 0.0
         else:
-            results, compute_s = passed.unwrap()
+            results, compute_s = passed.value
         for job, result in zip(jobs, results, strict=True):
             job.outcome, job.compute_s = result, compute_s
             job.finished.set()
