@@ -241,7 +241,7 @@ class Sessions(Guard):
                 piece = max(1, self.lane.piece_rows(visitor, longest * rows) // rows)
             if begin == 0 and prompts is not None:
                 piece = max(piece, prompts.shape[2])
-            part = tensors if piece >= tokens else _piece_of(tensors, position, begin, piece)
+            part = tensors if begin == 0 and piece >= tokens else _piece_of(tensors, position, begin, piece)
             step = StepWork(self.span, cache, position + begin, part, adapter)
             work = step if step.can_join else step.alone
             done = await self.lane.submit(priority, work, peer_id=peer_id, cost=step.rows, visitor=visitor)
