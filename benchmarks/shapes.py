@@ -16,10 +16,19 @@ SHAPES: dict[str, PretrainedConfig | None] = {
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
         vocab_size=32000, max_position_embeddings=4096,
     ),
+    "llama-2x1024": LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=1024, max_position_embeddings=4096,
+    ),
+    "llama-thin": LlamaConfig(
+        hidden_size=1024, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        head_dim=16, vocab_size=1024, max_position_embeddings=4096,
+    ),
 }  # fmt: skip
-"""None: the default model, real weights. The others have the shape of their namesakes and random weights."""
-STORED = {"bloom-560m": torch.float16, "llama-24x1024": torch.bfloat16}
-"""What the random weights are rounded to and stored in: as BLOOM-560m and Llama models are published."""
+"""None: the default model, real weights. The others have the shape of their namesakes and random weights;
+llama-thin hardly computes, so that what is left is the way there and back."""
+STORED = {"bloom-560m": torch.float16}
+"""What the random weights are rounded to and stored in, as models of this shape are published; others: bfloat16."""
 
 
 @contextmanager
@@ -31,5 +40,7 @@ def model_of(shape: str, stored: torch.dtype | None = None) -> Iterator[str | No
         return
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).to(stored or STORED[shape]).save_pretrained(directory)
+        AutoModelForCausalLM.from_config(config).to(stored or STORED.get(shape, torch.bfloat16)).save_pretrained(
+            directory
+        )
         yield directory

@@ -39,7 +39,7 @@ from petals.peer.transport.addresses import is_loopback, split_peer, tcp_endpoin
 from petals.peer.transport.loopback import loopback_pair
 from petals.peer.transport.multistream import Listener
 from petals.peer.transport.muxer import MuxedStream, MuxerConfig
-from petals.peer.transport.network import LibraryConn, Network, NetworkConn, share_port
+from petals.peer.transport.network import LibraryConn, Network, NetworkConn, library_id, share_port
 from petals.peer.transport.pnet import SwarmKey
 from petals.peer.transport.traversal import Traversal
 from petals.peer.transport.yamux import YamuxLimits
@@ -378,7 +378,7 @@ class Host:
         circuit that the relay will not cut soon."""
         if not isinstance(stream, MuxedStream):
             return False
-        target = ID.from_base58(stream.remote_peer)
+        target = library_id(stream.remote_peer)
         best = self._network.live_conn(target)
         own = self._network.conn_of(target, stream.connection)
         return best is not None and own is not None and best.rank() < own.rank()

@@ -126,12 +126,12 @@ class Conversation:
             raise ProtocolViolation(
                 f"step at position {step.position}, the cache ends at {self.position}", out_of_order=True
             )
-        if len(step.hidden.shape) != 3:
-            raise ProtocolViolation(f"hidden: {len(step.hidden.shape)} dimensions instead of 3")
-        if step.position + step.hidden.shape[1] > self.opening.max_length:
+        shape = step.hidden.shape
+        if len(shape) != 3:
+            raise ProtocolViolation(f"hidden: {len(shape)} dimensions instead of 3")
+        if step.position + shape[1] > self.opening.max_length:
             raise ProtocolViolation(
-                f"{step.hidden.shape[1]} tokens at position {step.position} are more than the session's "
-                f"{self.opening.max_length}"
+                f"{shape[1]} tokens at position {step.position} are more than the session's {self.opening.max_length}"
             )
         if self._waits_for_push() or (step.pushed_by and self.unanswered):
             raise ProtocolViolation("a pushed step goes alone: no other may be unanswered", out_of_order=True)

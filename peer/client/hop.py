@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 
 import torch
 import trio
@@ -104,13 +104,25 @@ def error_of(reply: pb.Error, peer_id: PeerId) -> RemoteError | LocalProtocolErr
             return RequestRefused(message, peer_id)
 
 
-@contextmanager
-def answer_within(seconds: float, peer_id: PeerId) -> Iterator[None]:
+class answer_within:
     """Silence for longer than this means the peer is gone, for us."""
-    with trio.move_on_after(seconds) as scope:
-        yield
-    if scope.cancelled_caught:
-        raise PeerUnreachable(f"peer …{peer_id[-6:]} did not answer within {seconds:.1f} s", peer_id)
+
+    def __init__(self, seconds: float, peer_id: PeerId) -> None:
+        self._seconds, self._peer_id = seconds, peer_id
+
+    def __enter__(self) -> None:
+        self._scope = trio.move_on_after(self._seconds)
+        self._scope.__enter__()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool | None:
+        swallowed = self._scope.__exit__(exc_type, exc, tb)
+        if self._scope.cancelled_caught:
+            raise PeerUnreachable(
+                f"peer …{self._peer_id[-6:]} did not answer within {self._seconds:.1f} s", self._peer_id
+            )
+        return swallowed
 
 
 async def read_reply(messages: MessageStream, reply: pb.InferenceReply | pb.TrainingReply | pb.InfoReply) -> None:
@@ -367,27 +379,21 @@ class Hop:
         self, step: StepInput, *, silent: bool, pushed_by: PeerId | None = None, push_to: pb.PushTo | None = None
     ) -> None:
         began = time.perf_counter()
-        hidden, payload = encode_tensor(step.hidden, self.spec.encoding)
-        message = pb.Step(
-            step_id=self.conversation.next_step_id,
-            position=step.position,
-            silent=silent,
-            hidden=hidden,
-            pushed_by=pushed_by or "",
-            push_to=push_to,
-        )
+        request = pb.InferenceRequest()
+        message = request.step
+        message.step_id, message.position, message.silent = self.conversation.next_step_id, step.position, silent
+        if push_to is not None:
+            message.push_to.CopyFrom(push_to)
+        _, payload = encode_tensor(step.hidden, self.spec.encoding, header=message.hidden)
         if pushed_by is not None:
-            payload = []
+            message.pushed_by, payload = pushed_by, []
         for name, tensor in (
             ("attention_mask", step.attention_mask),
             ("prompts", step.prompts),
             ("hypo_ids", step.hypo_ids),
         ):
             if tensor is not None:
-                header, pieces = encode_tensor(tensor)
-                getattr(message, name).CopyFrom(header)
-                payload += pieces
-        request = pb.InferenceRequest(step=message)
+                payload += encode_tensor(tensor, header=getattr(message, name))[1]
         self.serialise_s += time.perf_counter() - began
         await self._send(request, *payload)
 

@@ -330,7 +330,7 @@ class RemoteSession:
         done: list[tuple[Hop, StepOutput]],
     ) -> Tensor:
         """`current` through the hops of `blocks`, one after another, each answering us."""
-        dtype, position, failures = current.hidden.dtype, blocks.start, 0
+        hidden, dtype, position, failures = current.hidden, current.hidden.dtype, blocks.start, 0
         while position < blocks.stop:
             hop = next(hop for hop in self.hops if hop.blocks.start == position)
             told = for_blocks(current, self.blocks, hop.blocks)
@@ -343,9 +343,11 @@ class RemoteSession:
                 continue
             done.append((hop, output))
             assert output.hidden is not None
-            current = replace(current, hidden=output.hidden.to(dtype))
+            hidden = output.hidden if output.hidden.dtype is dtype else output.hidden.to(dtype)
             position = hop.blocks.stop
-        return current.hidden
+            if position < blocks.stop:
+                current = replace(current, hidden=hidden)
+        return hidden
 
     async def close(self, prefixes: Sequence[bytes] = ()) -> None:
         """Give every lease back; never raises, bounded.

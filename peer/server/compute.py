@@ -58,16 +58,21 @@ class ComputeThread:
         while (work := self._work.get()) is not None:
             work()
 
+    def start(self, function: Callable[[], T], then: Callable[[outcome.Outcome[T]], None]) -> None:
+        """Run `function()` when its turn comes; then `then`, which must not raise, in the loop of whoever called."""
+        token = trio.lowlevel.current_trio_token()
+        self._work.put(lambda: token.run_sync_soon(then, outcome.capture(function)))
+
     async def run(self, function: Callable[[], T]) -> T:
         """What `function()` returns or raises. Once begun it is waited for, cancelled or not."""
-        done, token = trio.Event(), trio.lowlevel.current_trio_token()
+        done = trio.Event()
         results: list[outcome.Outcome[T]] = []
 
-        def work() -> None:
-            results.append(outcome.capture(function))
-            token.run_sync_soon(done.set)
+        def then(result: outcome.Outcome[T]) -> None:
+            results.append(result)
+            done.set()
 
-        self._work.put(work)
+        self.start(function, then)
         with trio.CancelScope(shield=True):
             await done.wait()
         return results[0].unwrap()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 import trio
 from google.protobuf.message import DecodeError
@@ -23,7 +25,7 @@ from petals.peer.server.lane import Lane
 from petals.peer.server.leases import CacheBudget, Lease, NoRoom
 from petals.peer.server.quotas import Rates
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteProtocolError, SwarmError
+from petals.protocols.errors import ProtocolViolation, RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import COMPRESSIONS, MAX_TENSOR_BYTES, decode_tensor
@@ -61,6 +63,52 @@ class Refused(SwarmError):
         return pb.Error(code=self.code, message=str(self)[:1000], retry_after_ms=int(self.retry_after_s * 1000))
 
 
+class Asker(MessageStream):
+    """The other end of one stream that is served, and how long it is waited for.
+
+    There is one cancel scope for all of the waits, whose deadline moves: one of its own for each of the three in a step
+    costs more than the rest of them.
+    """
+
+    def __init__(self, stream: ByteStream) -> None:
+        super().__init__(stream, max_message_bytes=MAX_MESSAGE_BYTES)
+        self._scope = trio.CancelScope()
+        self._seconds = math.inf
+        self._was_cut = False
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """While open, `within` and `cut` work.
+
+        Raises:
+            Refused: one of them has ended it.
+        """
+        with self._scope:
+            yield
+        if self._scope.cancelled_caught:
+            if self._was_cut:
+                raise Refused(pb.LEAVING, "this server is moving to other blocks")
+            raise Refused(pb.OUT_OF_ORDER, f"nothing came for {self._seconds:.0f} s")
+
+    def cut(self) -> None:
+        """Serve it no more."""
+        self._was_cut = True
+        self._scope.cancel()
+
+    def within(self, seconds: float) -> Self:
+        """A context in which it is waited for, for so long at most. Not one in another, and nothing else in it."""
+        self._seconds = seconds
+        return self
+
+    def __enter__(self) -> None:
+        self._scope.deadline = trio.current_time() + self._seconds
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._scope.deadline = math.inf
+
+
 class Guard:
     """The part of answering that all protocols about one loaded span share."""
 
@@ -93,7 +141,7 @@ class Guard:
         self._charge = charge
         self.leaving = False
         self._sessions: Counter[PeerId] = Counter()
-        self._scopes: set[trio.CancelScope] = set()
+        self._askers: set[Asker] = set()
         self._went = trio.Event()
 
     @property
@@ -103,28 +151,26 @@ class Guard:
 
     async def until_idle(self) -> None:
         """Return when nobody is being served."""
-        while self._scopes:
+        while self._askers:
             self._went = trio.Event()
             await self._went.wait()
 
     async def cut(self) -> None:
         """End whatever is being served, saying that we leave; its clients go on elsewhere."""
-        for scope in self._scopes:
-            scope.cancel()
+        for asker in self._askers:
+            asker.cut()
         await self.until_idle()
 
     async def _guarded(
-        self, stream: ByteStream, serve: Callable[[MessageStream], Awaitable[None]], reply: Callable[[pb.Error], Reply]
+        self, stream: ByteStream, serve: Callable[[Asker], Awaitable[None]], reply: Callable[[pb.Error], Reply]
     ) -> None:
         """Serve one stream; what goes wrong by the asker's doing is told to it, and ends this stream only."""
-        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
+        asker = Asker(stream)
         try:
             self._check_admitted(stream.remote_peer)
-            with self._count(stream.remote_peer) as scope:
-                await serve(messages)
-            if not scope.cancelled_caught:
-                return
-            error = pb.Error(code=pb.LEAVING, message="this server is moving to other blocks")
+            with self._count(asker):
+                await serve(asker)
+            return
         except Refused as refusal:
             error = refusal.as_message()
         except ModelError as unsupported:  # a mask or prompt that does not fit what the blocks can do
@@ -133,7 +179,7 @@ class Guard:
             log.info("…%s broke the rules: %s", stream.remote_peer[-6:], violation)
             error = _blame(violation)
             self._charge(stream.remote_peer, MISTAKE)
-        await self._say_goodbye(messages, reply(error))
+        await self._say_goodbye(asker, reply(error))
 
     async def _lease(self, peer_id: PeerId, nbytes: int, wait_s: float) -> Lease:
         try:
@@ -194,40 +240,32 @@ class Guard:
             raise Refused(pb.UNSUPPORTED, "a hosted adapter and updates of the client's own do not go together")
         return range(start, end)
 
-    async def _answer(self, messages: MessageStream, reply: Reply, *payload: memoryview) -> None:
+    async def _answer(self, asker: Asker, reply: Reply, *payload: memoryview) -> None:
         """Send an answer; a peer that does not take it in time loses its stream, and with it its lease."""
-        self._rates.charge(messages.remote_peer, nbytes=sum(piece.nbytes for piece in payload))
-        with trio.move_on_after(self.config.payload_s) as scope:
-            await messages.write_message(reply.SerializeToString(), *payload)
-        if scope.cancelled_caught:
-            raise PeerUnreachable("the answer was not taken", messages.remote_peer)
+        self._rates.charge(asker.remote_peer, nbytes=sum(piece.nbytes for piece in payload))
+        with asker.within(self.config.payload_s):
+            await asker.write_message(reply.SerializeToString(), *payload)
 
-    async def _read_payload(self, messages: MessageStream, plan: Plan) -> dict[str, Tensor]:
+    async def _read_payload(self, asker: Asker, plan: Plan) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        with self._deadline(self.config.payload_s):
+        with asker.within(self.config.payload_s):
             for name, header, nbytes in plan:
-                tensors[name] = decode_tensor(header, await messages.read_payload(nbytes))
+                tensors[name] = decode_tensor(header, await asker.read_payload(nbytes))
         return tensors
 
     @contextmanager
-    def _deadline(self, seconds: float) -> Iterator[None]:
-        with trio.move_on_after(seconds) as scope:
-            yield
-        if scope.cancelled_caught:
-            raise Refused(pb.OUT_OF_ORDER, f"nothing came for {seconds:.0f} s")
-
-    @contextmanager
-    def _count(self, peer_id: PeerId) -> Iterator[trio.CancelScope]:
+    def _count(self, asker: Asker) -> Iterator[None]:
+        peer_id = asker.remote_peer
         if self._sessions[peer_id] >= self.config.max_sessions_per_peer:
             limit = self.config.max_sessions_per_peer
             raise Refused(pb.QUOTA, f"one peer may have {limit} sessions and requests here", retry_after_s=5.0)
         self._sessions[peer_id] += 1
+        self._askers.add(asker)
         try:
-            with trio.CancelScope() as scope:
-                self._scopes.add(scope)
-                yield scope
+            with asker.served():
+                yield
         finally:
-            self._scopes.discard(scope)
+            self._askers.discard(asker)
             self._sessions[peer_id] -= 1
             self._sessions += Counter()  # drops peers that have none
             self._went.set()

@@ -11,6 +11,10 @@ waiting. Reading the weights is most of a step, so 16 sessions cost little more 
 back a moment after its last step; if it usually comes soon, the next pass waits for it, because two sessions that take
 turns would each wait for the other's whole pass.
 
+A pass starts where the loop happens to be: in `submit` when the thread is free and nobody else can come along, or when
+the last pass has ended. The task behind `run` only sleeps until somebody has been waited for long enough; so a session
+that is alone goes from its stream to the thread and back without waking anybody on the way.
+
 Two rules make cancellation safe: a job that is cancelled while it waits never runs, and one that is running is waited
 for, because it writes into a cache that must not be leased to somebody else before it has stopped.
 """
@@ -21,6 +25,7 @@ import enum
 import heapq
 import itertools
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -64,6 +69,7 @@ class Timed(Generic[T]):
     value: T
     queue_s: float
     compute_s: float
+    """In the compute thread; the ways there and back are the loop's, and neither this nor that."""
 
 
 class SharedWork(ABC):
@@ -107,7 +113,7 @@ class _Job:
     finished: trio.Event = field(default_factory=trio.Event)
     outcome: outcome.Outcome[Any] | None = None
     started_at: float | None = None
-    ended_at: float = 0.0
+    compute_s: float = 0.0
     cancelled: bool = False
 
 
@@ -149,7 +155,12 @@ class Lane:
         self._clocks: dict[PeerId, tuple[float, float]] = {}
         """And how far each may be behind."""
         self._order = itertools.count()
-        self._wake_up = trio.Event()
+        self._is_open = False
+        self._idle = trio.Event()
+        """Set while no pass is running."""
+        self._idle.set()
+        self._alarm = trio.CancelScope()
+        """Of the task that sleeps; when it goes off, a pass begins."""
         self._own_thread = thread is None
         self._thread = thread or ComputeThread()
         self.busy_s = 0.0
@@ -211,7 +222,7 @@ class Lane:
         self._clocks[peer_id] = (start + cost / weight, lead)
         favour = peer_id not in self._favoured
         heapq.heappush(self._heap, (priority, favour, start, next(self._order), job))
-        self._wake_up.set()
+        self._begin(arrived=True)
         try:
             await job.finished.wait()
         except trio.Cancelled:
@@ -222,38 +233,44 @@ class Lane:
             if visitor is not None:
                 visitor.waiting = False
             raise
-        if job.outcome is None or job.started_at is None:
-            raise trio.ClosedResourceError("the compute lane has stopped")
+        assert job.outcome is not None
+        assert job.started_at is not None
         self._note_delay(job.started_at - asked_at)
         value: T = job.outcome.unwrap()
-        return Timed(value, job.started_at - asked_at, job.ended_at - job.started_at)
+        return Timed(value, job.started_at - asked_at, job.compute_s)
 
     async def run(self) -> None:
         """Serve the queue until cancelled; returns only once the running pass has ended."""
         async with self._thread.running() if self._own_thread else nullcontext():
-            while True:
-                while not self._heap:
-                    await self._woken()
-                await self._gather()
-                jobs = self._take()
-                if jobs:
-                    await self._execute(jobs)
+            self._is_open = True
+            try:
+                while True:
+                    self._alarm = trio.CancelScope()
+                    self._begin()
+                    with self._alarm:
+                        await trio.sleep_forever()
+            finally:
+                self._is_open = False
+                with trio.CancelScope(shield=True):
+                    await self._idle.wait()
 
-    async def _woken(self) -> None:
-        self._wake_up = trio.Event()
-        await self._wake_up.wait()
+    def _begin(self, *, arrived: bool = False) -> None:
+        """Start the next pass, unless one is running, or somebody is waited for: until the alarm goes off.
 
-    async def _gather(self) -> None:
-        """Wait for those who are about to come back from the last pass."""
-        if not self._pass_rows:
-            return
-        while True:
+        Args:
+            arrived: a job has just come; while sessions are away, others may come in the same breath.
+        """
+        while self._is_open and self._idle.is_set() and self._heap:
             now = trio.current_time()
-            until = back_by(self._decoding(now), self._ended_at, self._pass_s)
-            if until <= now:
-                return
-            with trio.move_on_at(until):
-                await self._woken()
+            absent = [visitor for visitor in self._decoding(now) if not visitor.waiting] if self._pass_rows else []
+            if absent:
+                until = max(now, back_by(absent, self._ended_at, self._pass_s))
+                if arrived or until > now:
+                    self._alarm.deadline = until
+                    return
+            jobs = self._take()
+            if jobs:
+                self._execute(jobs)
 
     def _take(self) -> list[_Job]:
         """The next job, and those that share its pass. Empty when all were cancelled."""
@@ -279,22 +296,30 @@ class Lane:
         self._clocks = {peer_id: each for peer_id, each in self._clocks.items() if sum(each) > self._now}
         return jobs
 
-    async def _execute(self, jobs: list[_Job]) -> None:
+    def _execute(self, jobs: list[_Job]) -> None:
         started_at = trio.current_time()
         for job in jobs:
             job.started_at = started_at
-        try:
-            # Captured in the thread: an error belongs to whoever asked, not to the lane.
-            outcomes = await self._thread.run(partial(_run_all, [job.work for job in jobs]))
-            for job, result in zip(jobs, outcomes, strict=True):
-                job.outcome = result
-        finally:
-            ended_at = trio.current_time()
-            self.busy_s += ended_at - started_at
-            self._learn(jobs, ended_at - started_at, ended_at)
-            for job in jobs:
-                job.ended_at = ended_at
-                job.finished.set()
+        self._thread.start(partial(_run_all, [job.work for job in jobs]), partial(self._finish, jobs, started_at))
+        self._idle = trio.Event()
+
+    def _finish(
+        self, jobs: list[_Job], started_at: float, passed: outcome.Outcome[tuple[list[outcome.Outcome[Any]], float]]
+    ) -> None:
+        """A pass has ended: tell who asked, and go on."""
+        self._idle.set()
+        ended_at = trio.current_time()
+        self.busy_s += ended_at - started_at
+        self._learn(jobs, ended_at - started_at, ended_at)
+        results: list[outcome.Outcome[Any]]
+        if isinstance(passed, outcome.Error):  # a fault of the pass itself is everybody's
+            results, compute_s = [outcome.Error(passed.error) for _ in jobs], 0.0
+        else:
+            results, compute_s = passed.value
+        for job, result in zip(jobs, results, strict=True):
+            job.outcome, job.compute_s = result, compute_s
+            job.finished.set()
+        self._begin()
 
     def _learn(self, jobs: list[_Job], took_s: float, now: float) -> None:
         """What a pass says about the next ones."""
@@ -341,9 +366,9 @@ def _smoothed(old: float, new: float) -> float:
     return 0.8 * old + 0.2 * new if old else new
 
 
-def _run_all(works: Sequence[Callable[[], Any]]) -> list[outcome.Outcome[Any]]:
-    """In the compute thread."""
+def _run_all(works: Sequence[Callable[[], Any]]) -> tuple[list[outcome.Outcome[Any]], float]:
+    """In the compute thread; also returns the seconds it took there, without the ways into the thread and back."""
     shared = [work for work in works if isinstance(work, SharedWork)]
-    if len(shared) < 2:
-        return [outcome.capture(work) for work in works]
-    return type(shared[0]).together(shared)
+    began = time.perf_counter()
+    outcomes = type(shared[0]).together(shared) if len(shared) > 1 else [outcome.capture(work) for work in works]
+    return outcomes, time.perf_counter() - began

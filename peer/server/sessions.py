@@ -19,7 +19,7 @@ from petals.peer.config import ServeConfig
 from petals.peer.ledger import nobody_counts
 from petals.peer.lora import decode_lora
 from petals.peer.server.admission import Admission
-from petals.peer.server.guard import DECODE_TOKENS, Adapter, Guard, Plan, Refused, parse
+from petals.peer.server.guard import DECODE_TOKENS, Adapter, Asker, Guard, Plan, Refused, parse
 from petals.peer.server.lane import Lane, Priority, Timed, Visitor
 from petals.peer.server.leases import CacheBudget, Lease
 from petals.peer.server.mailbox import Mailbox, Pushed
@@ -31,12 +31,12 @@ from petals.peer.server.steps import StepWork, whole
 from petals.peer.server.throughput import Speedometer
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import RemoteProtocolError, SwarmError
-from petals.protocols.inference import MAX_MESSAGE_BYTES, Conversation, step_payload
+from petals.protocols.inference import Conversation, step_payload
 from petals.protocols.lora import lora_payload
 from petals.protocols.prefixes import PREFIX_TOKENS
 from petals.protocols.push import push_payload
 from petals.protocols.receipts import block_tokens
-from petals.protocols.stream import ByteStream, MessageStream
+from petals.protocols.stream import ByteStream
 from petals.protocols.tensors import WIRE_DTYPES, check_header, decode_tensor, encode_tensor
 from petals.protocols.types import ModelId, PeerId
 
@@ -91,8 +91,8 @@ class Sessions(Guard):
 
     async def answer_push(self, stream: ByteStream) -> None:
         """Take one push into the mailbox of its session. One that fits nowhere costs its sender the stream."""
-        messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
-        with self._count(stream.remote_peer), self._deadline(self.config.payload_s):
+        messages = Asker(stream)
+        with self._count(messages), messages.within(self.config.payload_s):
             data = await messages.read_message()
             push = parse(pb.Push(), data or b"")
             mailbox = self._mailboxes.get(push.session_id)
@@ -102,7 +102,7 @@ class Sessions(Guard):
             size = push_payload(push, mailbox.opening.batch_size, mailbox.opening.max_length, self.span.hidden_size)
             mailbox.put(Pushed(stream.remote_peer, push, await messages.read_payload(size)))
 
-    async def _session(self, messages: MessageStream) -> None:
+    async def _session(self, messages: Asker) -> None:
         conversation = Conversation()
         request = await self._next_request(messages, min(FIRST_WORDS_S, self.config.session_idle_s))
         if request is None:
@@ -159,7 +159,7 @@ class Sessions(Guard):
         await self.lane.submit(Priority.PREFILL, partial(kept.copy_from, cache, kept.max_length), peer_id=peer_id)
         self.prefixes.add(self.prefixes.owner(peer_id, cache.blocks, opening.adapter), kept, names, session.lease)
 
-    async def _read_adapter(self, messages: MessageStream, opening: pb.Open, factors: Plan) -> Adapter:
+    async def _read_adapter(self, messages: Asker, opening: pb.Open, factors: Plan) -> Adapter:
         lora = decode_lora(opening.lora, await self._read_payload(messages, factors))
         if lora is not None:
             check_lora(lora, self.span)
@@ -167,7 +167,7 @@ class Sessions(Guard):
 
     async def _step(
         self,
-        messages: MessageStream,
+        messages: Asker,
         conversation: Conversation,
         session: _Session,
         step: pb.Step,
@@ -197,27 +197,23 @@ class Sessions(Guard):
         done = await self._compute(
             messages.remote_peer, session.visitor, session.cache, step.position, tensors, session.adapter
         )
-        self._speed.note(len(session.cache.blocks), opening.batch_size, step.hidden.shape[1], done.compute_s)
-        reply = pb.StepDone(
-            step_id=step.step_id,
-            queue_us=int(done.queue_s * 1e6),
-            compute_us=int(done.compute_s * 1e6),
-            supplied=supplied,
-        )
+        message = pb.InferenceReply()
+        reply = message.step_done
+        reply.step_id, reply.supplied = step.step_id, supplied
+        reply.queue_us, reply.compute_us = int(done.queue_s * 1e6), int(done.compute_s * 1e6)
         pieces: list[memoryview] = []
         if not step.silent:
             encoding = self._encoding(opening.reply_encoding)
-            header, pieces = encode_tensor(done.value, encoding)
-            reply.hidden.CopyFrom(header)
+            _, pieces = encode_tensor(done.value, encoding, header=reply.hidden)
             if session.notary is not None:
                 reply.signature = await session.notary.sign(step.step_id, done.value, encoding)
-        message = pb.InferenceReply(step_done=reply)
         conversation.reply(message)
-        answer = partial(self._answer, messages, message, *pieces)
         if step.HasField("push_to") and not step.silent:
-            await together(partial(self._pusher.push, step.push_to, reply.hidden, pieces), answer)
+            push = partial(self._pusher.push, step.push_to, reply.hidden, pieces)
+            await together(push, partial(self._answer, messages, message, *pieces))
         else:
-            await answer()
+            await self._answer(messages, message, *pieces)
+        self._speed.note(len(session.cache.blocks), opening.batch_size, step.hidden.shape[1], done.compute_s)
         work = block_tokens(len(session.cache.blocks), opening.batch_size, step.hidden.shape[1])
         self.gave(messages.remote_peer, work)
 
@@ -245,11 +241,7 @@ class Sessions(Guard):
                 piece = max(1, self.lane.piece_rows(visitor, longest * rows) // rows)
             if begin == 0 and prompts is not None:
                 piece = max(piece, prompts.shape[2])
-            part = {"hidden": hidden[:, begin : begin + piece]}
-            if "attention_mask" in tensors:
-                part["attention_mask"] = tensors["attention_mask"][:, : position + begin + part["hidden"].shape[1]]
-            if begin == 0:
-                part |= {name: tensors[name] for name in ("prompts", "hypo_ids") if name in tensors}
+            part = tensors if begin == 0 and piece >= tokens else _piece_of(tensors, position, begin, piece)
             step = StepWork(self.span, cache, position + begin, part, adapter)
             work = step if step.can_join else step.alone
             done = await self.lane.submit(priority, work, peer_id=peer_id, cost=step.rows, visitor=visitor)
@@ -260,7 +252,7 @@ class Sessions(Guard):
         return Timed(whole(outputs), queue_s, compute_s)
 
     async def _pushed(
-        self, messages: MessageStream, conversation: Conversation, mailbox: Mailbox, step: pb.Step
+        self, messages: Asker, conversation: Conversation, mailbox: Mailbox, step: pb.Step
     ) -> tuple[Tensor | None, bool]:
         """The input of a pushed step, and whether the client supplied it. None: the client has ended."""
         found: Tensor | None = None
@@ -293,8 +285,8 @@ class Sessions(Guard):
             raise refused[0]
         return found, supplying
 
-    async def _next_request(self, messages: MessageStream, idle_s: float | None = None) -> pb.InferenceRequest | None:
-        with self._deadline(idle_s or self.config.session_idle_s):
+    async def _next_request(self, messages: Asker, idle_s: float | None = None) -> pb.InferenceRequest | None:
+        with messages.within(idle_s or self.config.session_idle_s):
             data = await messages.read_message()
         return None if data is None else parse(pb.InferenceRequest(), data)
 
@@ -307,6 +299,16 @@ class Sessions(Guard):
             yield mailbox
         finally:
             del self._mailboxes[opening.session_id]
+
+
+def _piece_of(tensors: dict[str, Tensor], position: int, begin: int, tokens: int) -> dict[str, Tensor]:
+    """Some tokens of a step at `position`, from its token `begin` on."""
+    part = {"hidden": tensors["hidden"][:, begin : begin + tokens]}
+    if "attention_mask" in tensors:
+        part["attention_mask"] = tensors["attention_mask"][:, : position + begin + part["hidden"].shape[1]]
+    if begin == 0:
+        part |= {name: tensors[name] for name in ("prompts", "hypo_ids") if name in tensors}
+    return part
 
 
 def _hidden_of(message: pb.Supply | pb.Step) -> tuple[str, pb.Tensor, int]:

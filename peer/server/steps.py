@@ -32,7 +32,8 @@ class StepWork(SharedWork):
         self._position = position
         self._tensors = tensors
         self._adapter = adapter
-        self._hidden = tensors["hidden"].to(span.dtype)
+        hidden = tensors["hidden"]
+        self._hidden = hidden if hidden.dtype is span.dtype else hidden.to(span.dtype)
 
     @property
     def rows(self) -> int:
@@ -82,7 +83,9 @@ class StepWork(SharedWork):
             self._cache.rollback(self._position)
 
 
-@torch.inference_mode()
 def whole(outputs: Sequence[Tensor]) -> Tensor:
     """The pieces of one step, put together."""
-    return outputs[0] if len(outputs) == 1 else torch.cat(tuple(outputs), dim=1)
+    if len(outputs) == 1:
+        return outputs[0]
+    with torch.inference_mode():
+        return torch.cat(tuple(outputs), dim=1)

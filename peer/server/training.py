@@ -12,12 +12,12 @@ from torch import Tensor
 
 from petals.models.adapters import Lora
 from petals.peer.lora import decode_lora
-from petals.peer.server.guard import Adapter, Guard, Refused, parse
+from petals.peer.server.guard import Adapter, Asker, Guard, Refused, parse
 from petals.peer.server.lane import Priority
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.inference import check_model
 from petals.protocols.receipts import BACKWARD, block_tokens
-from petals.protocols.stream import ByteStream, MessageStream
+from petals.protocols.stream import ByteStream
 from petals.protocols.tensors import encode_tensor
 from petals.protocols.training import request_payload
 
@@ -40,8 +40,8 @@ class Trainings(Guard):
         train = partial(self._train, backward=backward)
         await self._guarded(stream, train, lambda error: pb.TrainingReply(error=error))
 
-    async def _train(self, messages: MessageStream, *, backward: bool) -> None:
-        with self._deadline(self.config.payload_s):
+    async def _train(self, messages: Asker, *, backward: bool) -> None:
+        with messages.within(self.config.payload_s):
             data = await messages.read_message()
         if data is None:
             return

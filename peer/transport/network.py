@@ -18,6 +18,7 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -89,6 +90,13 @@ _BLOCKED = "it is blocked here"
 
 def peer_id_text(peer_id: ID) -> PeerId:
     return PeerId(str(peer_id))
+
+
+@lru_cache(maxsize=1024)
+def library_id(peer_id: PeerId) -> ID:
+    """The library's form of a name, remembered: decoding base58 takes longer than what is looked up with it. For names
+    of peers that are, or were, connected; raises ValueError for others that are none."""
+    return ID.from_base58(peer_id)
 
 
 # -- from a socket to a connection -----------------------------------------------------------------------------------

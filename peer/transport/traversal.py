@@ -22,7 +22,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from petals.peer.config import RelayLimits
 from petals.peer.transport import autonat, circuit, dcutr
 from petals.peer.transport.addresses import Circuit, ip_of, is_loopback, parse_addrs, split_peer, tcp_endpoint
-from petals.peer.transport.network import LibraryConn, Network, NetworkConn
+from petals.peer.transport.network import LibraryConn, Network, NetworkConn, library_id
 from petals.peer.transport.relay import Relay
 from petals.protocols.errors import PeerUnreachable, RemoteError, RequestRefused, SwarmError
 from petals.protocols.stream import ByteStream, MessageStream
@@ -104,7 +104,7 @@ class Traversal:
 
     def link(self, peer_id: PeerId) -> str:
         """How we are connected: "direct", "punched", "relayed"; "" when we are not."""
-        conn = self._network.live_conn(ID.from_base58(peer_id))
+        conn = self._network.live_conn(library_id(peer_id))
         if conn is None:
             return ""
         return "relayed" if conn.is_relayed else "punched" if peer_id in self._punched else "direct"

@@ -59,13 +59,19 @@ class OneStep(SharedWork):
         return [outcome.Value(1) for _ in works]
 
 
+@dataclass
 class FakeThread:
     """Takes `STEP_S` of the test's clock for a pass, however many share it."""
 
-    async def run(self, function: Callable[[], Any]) -> Any:
-        with trio.CancelScope(shield=True):
-            await trio.sleep(STEP_S)
-        return function()
+    nursery: trio.Nursery
+
+    def start(self, function: Callable[[], Any], then: Callable[[outcome.Outcome[Any]], None]) -> None:
+        async def run() -> None:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(STEP_S)
+            then(outcome.capture(function))
+
+        self.nursery.start_soon(run)
 
 
 @dataclass
@@ -95,7 +101,8 @@ class Town:
         member = Member(PeerId(name), ledger)
         if serves:
             weigh = ledger.weight if self.priority == "reciprocal" else all_alike
-            member.lane = Lane(pass_rows=self.pass_rows, thread=FakeThread(), weigh=weigh)  # type: ignore[arg-type]
+            thread = FakeThread(self.nursery)
+            member.lane = Lane(pass_rows=self.pass_rows, thread=thread, weigh=weigh)  # type: ignore[arg-type]
             self.nursery.start_soon(member.lane.run)
         self.members.append(member)
         return member

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import outcome
@@ -127,6 +128,51 @@ async def test_sessions_in_step_share_all_their_passes_and_get_their_own_answers
             sessions.start_soon(session, name)
     assert sorted(name for names in passes for name in names) == sorted("abc" * 50)
     assert lane.piece_rows(Visitor(), 512) < 512  # they were decoding a moment ago
+
+
+async def test_steps_that_come_in_the_same_breath_share_a_pass(nursery: trio.Nursery) -> None:
+    """Far sessions, for which no pass waits, whose steps travel together."""
+    lane = Lane(pass_rows=8)
+    nursery.start_soon(lane.run)
+    passes: list[list[str]] = []
+    visitors = {name: Visitor() for name in "abc"}
+    for name, visitor in visitors.items():
+        await lane.submit(Priority.DECODE, Work(name, passes), visitor=visitor)
+    for visitor in visitors.values():
+        visitor.left_at -= 1.0
+    passes.clear()
+    async with trio.open_nursery() as sessions:
+        for name, visitor in visitors.items():
+            sessions.start_soon(partial(lane.submit, Priority.DECODE, Work(name, passes), visitor=visitor))
+    assert [sorted(names) for names in passes] == [["a", "b", "c"]]
+
+
+async def test_a_fault_of_the_pass_is_everybodys_and_the_lane_goes_on(nursery: trio.Nursery) -> None:
+    class Faulty(Work):
+        @classmethod
+        def together(cls, works: Sequence[Self]) -> list[outcome.Outcome[Any]]:
+            raise MemoryError
+
+    lane = Lane(pass_rows=8)
+    nursery.start_soon(lane.run)
+    failed: list[str] = []
+    release = threading.Event()
+
+    async def ask(name: str) -> None:
+        try:
+            await lane.submit(Priority.DECODE, Faulty(name, []))
+        except MemoryError:
+            failed.append(name)
+
+    async with trio.open_nursery() as asking:
+        asking.start_soon(lane.submit, Priority.DECODE, release.wait)
+        await wait_all_tasks_blocked()
+        asking.start_soon(ask, "a")
+        asking.start_soon(ask, "b")
+        await wait_all_tasks_blocked()
+        release.set()
+    assert sorted(failed) == ["a", "b"]
+    assert (await lane.submit(Priority.DECODE, lambda: 7)).value == 7
 
 
 def test_who_is_waited_for() -> None:

@@ -224,6 +224,24 @@ async def test_a_long_prompt_lets_others_steps_through(make_swarm: MakeSwarm, ti
     torch.testing.assert_close(got[mask], whole[mask], rtol=1e-4, atol=1e-4)
 
 
+async def test_a_prompt_goes_on_in_one_piece_when_nobody_else_decodes_any_more(
+    make_swarm: MakeSwarm, tiny_truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_swarm(tiny_truth.directory)
+    server = await swarm.add(range(4))
+    client = await (await swarm.add()).client()
+    await client.ready()
+    assert server.server is not None
+    pieces = iter([3, 512])  # the second is more than the whole step, and more than what is left of it
+    monkeypatch.setattr(server.server.lane, "piece_rows", lambda visitor, most: next(pieces))
+    hidden = torch.randn(1, 14, client.checkpoint.hidden_size, generator=torch.Generator().manual_seed(1))
+    session = await client.open_session(client.blocks, 1, 20)
+    got = await session.step(hidden)
+    await session.close()
+    whole = LocalChain(load_span(tiny_truth.checkpoint, range(4))).forward(hidden)
+    torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
+
+
 async def test_a_server_may_save_bytes(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
     """Its answers are shorter than asked for, and say so; what it is told stays exact."""
     swarm = make_swarm(tiny_truth.directory)
