@@ -348,7 +348,6 @@ def compare(options: argparse.Namespace) -> None:
     """Run and print."""
     print(f"{options.shape}, float32, servers of 1 thread, {options.rounds} rounds of {options.steps} steps, "
           f"torch {torch.__version__}\n", flush=True)  # fmt: skip
-    words = ("--max_peer_sessions", str(2 * MANY))
     if set(options.only) - {"large"}:
         with model_of(options.shape) as model:
             checkpoint = open_checkpoint(model)
@@ -357,7 +356,7 @@ def compare(options: argparse.Namespace) -> None:
             with (
                 reference("--refer", size) as (echo, *_),
                 reference("--refer", size, str(checkpoint.directory)) as (simple, *_),
-                server(*name, "--serve", f"0:{checkpoint.num_blocks}", *words, threads=1) as address,
+                server(*name, "--serve", f"0:{checkpoint.num_blocks}", threads=1) as address,
             ):
                 trio.run(measure, address, model, int(echo), int(simple), options)
     if "large" in options.only:

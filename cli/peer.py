@@ -225,8 +225,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--invited_by", metavar="PEER_ID", nargs="*",
                          help="only bearers of these peers' invitations, or of this server's own, may use the blocks "
                          "(and whom --allow names)")  # fmt: skip
-    serving.add_argument("--max_peer_sessions", metavar="N", type=at_least_1, default=64,
-                         help="sessions and requests of one peer at a time (default: 64)")  # fmt: skip
+    serving.add_argument("--max_peer_sessions", metavar="N", type=at_least_1, default=128,
+                         help="sessions and requests of one peer at a time (default: 128)")  # fmt: skip
     serving.add_argument("--max_peer_share", metavar="S", type=number(0, 1, above=True), default=1.0,
                          help="the most of the KV-cache one peer may hold, 0 to 1 (default: 1, all)")  # fmt: skip
     serving.add_argument("--max_peer_tokens_s", metavar="N", type=positive,

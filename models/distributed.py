@@ -158,6 +158,7 @@ def load_model(
         model.set_output_embeddings(quantize_head(output))
     elif type(output) is nn.Linear:
         output.__class__ = FewRowsLinear  # the same weights, one row a time as fast as the machine reads them
+        output.prepare()  # type: ignore[operator]
     add_tuning(model.base_model, tuning or Tuning(), checkpoint.config, checkpoint.num_blocks)
     if head == "sequence_classification":
         model.score.float().requires_grad_(True)  # float32 like all that is trained, whatever the model computes in

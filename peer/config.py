@@ -60,7 +60,7 @@ class ServeConfig:
     """The most of the cache one remote peer may hold."""
     max_wait_s: float = 60.0
     """The longest a request may queue for cache room, whatever it offers to wait."""
-    max_sessions_per_peer: int = 64
+    max_sessions_per_peer: int = 128
     max_peer_tokens_s: float | None = None
     """Tokens (rows x new ones) per second that one peer may ask; favoured ones may ask more. None: no such limit."""
     max_peer_bytes_s: float | None = None

@@ -28,7 +28,7 @@ from petals.peer.client.batch import BatchTrainer, Companions
 from petals.peer.client.chain import RemoteChain
 from petals.peer.client.home import Home, check_local, is_home, leg_of, name_of, split
 from petals.peer.client.hop import Hop, SessionSpec
-from petals.peer.client.routing import Route, RouteChoice, RouteHop, find_route, why_not
+from petals.peer.client.routing import Route, RouteChoice, RouteHop, find_route, push_pays, why_not
 from petals.peer.client.session import RemoteSession, StepTrace
 from petals.peer.client.trust import Finding, Trust
 from petals.peer.client.twins import AsyncTwins
@@ -75,8 +75,9 @@ class ClientOptions:
     exact_recovery: bool = True
     """After a fail-over even the logits are the same to the last bit; False: the same up to rounding, and sooner
     (docs/failover.md has the figures)."""
-    use_server_to_server: bool = True
-    """Let servers push activations to each other; they fall back to us where they cannot reach each other."""
+    use_server_to_server: bool | None = None
+    """Let servers push activations to each other; they fall back to us where they cannot reach each other. None: where
+    that is sooner, which it is not on one machine or a quick local network."""
     standby: bool = False
     """Keep a second server ready for every hop, told the same a little later: a failure costs a round trip instead of a
     replay, and all the time a second lease and the compute again."""
@@ -230,7 +231,8 @@ class ModelClient:
             find,
             max_retries=options.max_retries,
             exact_recovery=options.exact_recovery,
-            push=options.use_server_to_server,
+            push=options.use_server_to_server is not False,
+            push_pays=self._push_pays if options.use_server_to_server is None else lambda before, after: True,
             prefix_inputs=prefix_inputs,
             standby_in=self._nursery if options.standby else None,
             on_step=options.on_step,
@@ -479,6 +481,9 @@ class ModelClient:
         shortest = min(self._timeouts.min_step_s, seconds)
         return replace(self._timeouts, step_s=seconds, training_s=seconds, min_step_s=shortest)
 
+    def _push_pays(self, before: PeerId, after: PeerId) -> bool:
+        return push_pays(self.watcher.view, before, after)
+
     def _latency_route(
         self,
         options: ClientOptions,
@@ -496,7 +501,7 @@ class ModelClient:
             find_route,
             self.watcher.view,
             mode="latency",
-            pushed=options.use_server_to_server,
+            pushed=options.use_server_to_server is not False,
             batch_size=batch_size,
             cache_tokens=batch_size * max_length,
             allowed=allowed,

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import trio
 from torch import Tensor
 
-from petals.peer.client.home import is_home
 from petals.peer.client.hop import Hop, StepInput, StepOutput, for_blocks
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, RemoteError, SwarmError
@@ -152,11 +151,9 @@ class PushedStep:
         if index == 0:
             return False
         before, hop, wire = self._hops[index - 1], self._hops[index], self._current.hidden.dtype
-        if is_home(before.peer_id) or is_home(hop.peer_id):
-            return False
         # What is pushed and what we keep must be the same numbers: our dtype must hold what the pusher sends.
         fits = before.dtype == wire or wire.itemsize > before.dtype.itemsize
-        return fits and (before.peer_id, hop.peer_id) not in self._session.unpushable
+        return fits and self._session.pushable(before, hop)
 
     def _push_to(self, index: int) -> pb.PushTo | None:
         following = index + 1

@@ -284,6 +284,22 @@ def _as_route(costs: list[_Cost], path: _Trail, blocks: range, pushed: bool) -> 
     return Route(tuple(hops))
 
 
+PUSH_S = 0.002
+"""What a pushed step costs more than one whose answer the client passes on: the push has a stream of its own, and the
+client is sent its copy all the same. Measured on one machine (docs/failover.md)."""
+
+
+def push_pays(view: SwarmView, before: PeerId, after: PeerId) -> bool:
+    """Whether a step gets from server to server sooner on the straight way than by way of the client."""
+    offers = {offer.record.peer_id: offer for offer in view.offers if offer.record.peer_id in (before, after)}
+    round_trips = [offers[peer_id].round_trip_s if peer_id in offers else None for peer_id in (before, after)]
+    if None in round_trips:
+        return True  # not measured: a stranger is far away
+    around_s = sum(filter(None, round_trips)) / 2
+    straight_s = offers[after].record.round_trips_s.get(before, around_s) / 2
+    return around_s - straight_s > PUSH_S
+
+
 def why_not(
     view: SwarmView,
     blocks: range,

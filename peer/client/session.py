@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ class RemoteSession:
         max_retries: how many failures in a row one step may survive.
         exact_recovery: tell replacements the history with its own step boundaries, so that even logits are the same to
             the last bit; else as one prompt, which is faster and the same up to rounding.
-        push: let servers send to each other (pushing.py).
+        push: let servers send to each other (pushing.py) where it pays.
+        push_pays: whether it does for a pair of servers.
         piece_tokens: a step of more than twice as many, all rows together, flows through several hops in pieces of that
             size (pipeline.py); 0: goes as a whole.
         prefix_inputs: (block, tokens) -> the hidden states of the first tokens of the sequence that enter a block;
@@ -121,6 +123,7 @@ class RemoteSession:
         max_retries: int = 10,
         exact_recovery: bool = True,
         push: bool = True,
+        push_pays: Callable[[PeerId, PeerId], bool] = lambda before, after: True,
         piece_tokens: int = PIECE_TOKENS,
         prefix_inputs: Callable[[int, int], Awaitable[Tensor]] | None = None,
         standby_in: trio.Nursery | None = None,
@@ -145,6 +148,8 @@ class RemoteSession:
         self._push = push and spec.encoding != pb.BLOCKWISE_INT8  # rounded twice, our copy would not be what was pushed
         self.unpushable: set[tuple[PeerId, PeerId]] = set()
         """Pairs of servers between which a push did not come."""
+        self._push_pays = push_pays
+        self._pushable: dict[tuple[PeerId, PeerId], bool] = {}
         self.standbys = None if standby_in is None else Standbys(self._foreign_hops, self._open_standby)
         self._standby_in = standby_in
         self._on_step = on_step
@@ -245,7 +250,7 @@ class RemoteSession:
             pipelined = PipelinedStep(self, current, replay_order, self._piece_tokens)
             output = await pipelined.run()
             done = pipelined.done
-        elif self._push and len(self.hops) > 1 and not healed:
+        elif self._push and not healed and any(self.pushable(*pair) for pair in pairwise(self.hops)):
             pushed = PushedStep(self, current, replay_order)
             output, done = await pushed.run(), pushed.done
         else:
@@ -321,6 +326,15 @@ class RemoteSession:
         """
         await self.replace(lost, error, failures=1)
         return await self._relay(lost.blocks, current, replay_order, done)
+
+    def pushable(self, before: Hop, after: Hop) -> bool:
+        """Whether a step goes straight from one of our hops to the next, as far as we know."""
+        pair = before.peer_id, after.peer_id
+        if pair in self.unpushable or any(map(is_home, pair)):
+            return False
+        if pair not in self._pushable:
+            self._pushable[pair] = self._push_pays(*pair)
+        return self._pushable[pair]
 
     async def _relay(
         self,

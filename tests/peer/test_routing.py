@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.client.routing import UNKNOWN_ROUND_TRIP_S, UNKNOWN_RPS, Route, find_route, why_not
+from petals.peer.client.routing import UNKNOWN_ROUND_TRIP_S, UNKNOWN_RPS, Route, find_route, push_pays, why_not
 from petals.peer.client.view import Offer, SwarmView
 from petals.protocols.errors import MissingBlocks
 from petals.protocols.types import ModelId, PeerId
@@ -236,3 +236,23 @@ def test_everybody_who_was_not_chosen_has_a_reason() -> None:
         "leaving": "draining",
     }
     assert next(each for each in skipped if each.hop.peer_id == "slow").describe() == "2:5 via …slow: slower: 330.0 ms"
+
+
+def test_a_push_pays_where_the_way_by_the_client_is_long() -> None:
+    pair = PeerId("a"), PeerId("b")
+
+    def pays(there: float | None, back: float | None, **measured: float) -> bool:
+        records = {PeerId(name): round_trip_s for name, round_trip_s in measured.items()}
+        offers = (
+            offer("a", range(2), round_trip_s=there),
+            offer("b", range(2, 5), round_trip_s=back, round_trips_s=records),
+        )
+        return push_pays(view(*offers), *pair)
+
+    assert not pays(0.0005, 0.0005, a=0.0005), "one machine"
+    assert pays(0.1, 0.1, a=0.1), "three places far apart"
+    assert pays(0.1, 0.1, a=0.001), "two servers of one place, and a client far away"
+    assert not pays(0.001, 0.1, a=0.1), "a client beside the first server: by way of it is no detour"
+    assert pays(0.1, 0.1), "nobody has measured the straight way: half of the other, as routes are planned"
+    assert pays(None, 0.1)
+    assert push_pays(view(), *pair)

@@ -21,7 +21,7 @@ from petals.protocols.types import PeerId
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 MakeSwarm = Callable[..., Swarm]
-RELAYED = ClientOptions(use_server_to_server=False)
+PUSHED, RELAYED = ClientOptions(use_server_to_server=True), ClientOptions(use_server_to_server=False)
 
 
 async def three_hops(make_swarm: MakeSwarm, truth: Truth) -> tuple[Swarm, ModelClient, list[Peer]]:
@@ -38,7 +38,7 @@ def some_steps(size: int) -> list[torch.Tensor]:
     return [torch.randn(2, n, size, generator=generator) for n in (5, 1, 3, 1, 1, 1, 1, 1)]
 
 
-async def run(client: ModelClient, options: ClientOptions | None = None, **hooks: Any) -> list[torch.Tensor]:
+async def run(client: ModelClient, options: ClientOptions = PUSHED, **hooks: Any) -> list[torch.Tensor]:
     """Steps with a reordering and a roll-back; hooks[stepN] is awaited before step N."""
     session = await client.open_session(client.blocks, 2, 20, options)
     outputs = []

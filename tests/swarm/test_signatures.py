@@ -22,10 +22,10 @@ MakeSwarm = Callable[..., Swarm]
 @pytest.mark.parametrize(
     ("options", "serve"),
     [
-        ({}, {}),
+        ({"use_server_to_server": True}, {}),
         ({"use_server_to_server": False, "compression": "int8"}, {}),
-        ({"compression": "float16"}, {"dtype": "bfloat16"}),
-        ({"exact_recovery": False}, {"compression": "float16"}),
+        ({"use_server_to_server": True, "compression": "float16"}, {"dtype": "bfloat16"}),
+        ({"use_server_to_server": True, "exact_recovery": False}, {"compression": "float16"}),
     ],
     ids=["pushed", "int8", "bfloat16", "fast"],
 )
@@ -42,7 +42,7 @@ async def test_whatever_happens_in_a_session_its_signatures_hold(
     dice, generator = random.Random(5), torch.Generator().manual_seed(5)
     session = await client.open_session(client.blocks, 3, 64, ClientOptions(**options))
     session._on_answer = lambda hop, output: answers.append(Answer.of(hop, output))
-    session._piece_tokens = 3 * 4 if options.get("use_server_to_server", True) else 0
+    session._piece_tokens = 3 * 4 if options["use_server_to_server"] else 0
     for hop in session.hops:
         hop.on_answer = session._on_answer
     token = torch.randn(3, 1, client.checkpoint.hidden_size, generator=generator)
