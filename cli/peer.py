@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petals.cli.imports import importing
 from petals.cli.saying import hush
 from petals.cli.saying import say as _say
 from petals.models.progress import counting_seconds
@@ -273,8 +274,12 @@ async def run(options: argparse.Namespace) -> None:
         return
     started = time.perf_counter()
     _say("starting (torch takes a few seconds to import)")
-    from petals.peer.config import PeerConfig, ServeConfig, Timeouts
-    from petals.peer.node import open_peer
+    with importing():
+        from petals.models.library import import_models
+
+        import_models()
+        from petals.peer.config import PeerConfig, ServeConfig, Timeouts
+        from petals.peer.node import open_peer
 
     serve = None
     if options.serve is not None or options.num_blocks is not None:
