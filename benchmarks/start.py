@@ -2,39 +2,29 @@
 
     python benchmarks/start.py [--rounds 5] [--idle 20]
 
-`petals --help` and `run_dht` do without torch; a serving peer is compared with the loading of its blocks alone, in a
-process of its own that has imported the same. Idle: CPU and memory of a serving peer beyond its weights.
+`petals --help` and `run_dht` do without torch. A serving peer says itself when it begins to load its blocks and when
+they are served; the rest of its time is what it needs besides. CPU seconds are there for machines that do other work,
+too: waiting for a core is not in them. Idle: CPU and memory of a serving peer beyond its weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import psutil
 
 PETALS = (sys.executable, "-m", "petals.cli.main")
-LOAD = """
-import time
-import petals.peer.node
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-checkpoint = open_checkpoint()
-began = time.perf_counter()
-load_span(checkpoint, range(30))
-print(time.perf_counter() - began)
-"""
 
 
-def first_line(
-    command: Sequence[str], idle: Callable[[psutil.Process, dict[str, object]], None] | None = None
-) -> float:
+def first_line(command: Sequence[str]) -> float:
     """Seconds until a command has printed its first line; then it is ended."""
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -42,10 +32,48 @@ def first_line(
         line = process.stdout.readline()
         assert line, f"{command} ended"
         seconds = time.perf_counter() - started
-        if idle is not None:
-            idle(psutil.Process(process.pid), json.loads(line))
         process.send_signal(signal.SIGTERM)
     return seconds
+
+
+class Start(NamedTuple):
+    """A serving peer's start. Seconds."""
+
+    ready: float
+    loading: float
+    """From its line that it loads to its line that it serves."""
+    cpu_before: float
+    """CPU time until it began to load: nearly all that is not loading."""
+
+
+def serve(idle: Callable[[psutil.Process], None]) -> Start:
+    """Start a peer that serves all blocks of the default model, until it is ready; then `idle`; then end it."""
+    command = [*PETALS, "peer", "--serve", "0:30", "--throughput", "100", "--json"]
+    started = time.perf_counter()
+    marks: dict[str, float] = {}
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdout is not None
+        watched = psutil.Process(process.pid)
+        cpu_before = 0.0
+        for line in process.stdout:
+            now = time.perf_counter() - started
+            if line.startswith("petals: loading blocks"):
+                marks["loading"], cpu_before = now, sum(watched.cpu_times()[:2])
+            elif line.startswith("petals: serving blocks"):
+                marks["serving"] = now
+            elif line.startswith("{"):
+                marks["ready"] = now
+                break
+        idle(watched)
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    return Start(marks["ready"], marks["serving"] - marks["loading"], cpu_before)
 
 
 def main() -> None:
@@ -57,7 +85,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     resting: list[str] = []
 
-    def rest(process: psutil.Process, described: dict[str, object]) -> None:
+    def rest(process: psutil.Process) -> None:
         if resting:
             return
         time.sleep(5)  # what follows the start belongs to it
@@ -81,11 +109,11 @@ def main() -> None:
         subprocess.run([*PETALS, "--help"], check=True, stdout=subprocess.DEVNULL)
         note("petals --help", time.perf_counter() - started)
         note("run_dht, ready", first_line([sys.executable, "-m", "petals.cli.run_dht", "--json"]))
-        ready = first_line([*PETALS, "peer", "--serve", "0:30", "--throughput", "100", "--json"], rest)
-        note("peer --serve 0:30, ready", ready)
-        loaded = subprocess.run([sys.executable, "-c", LOAD], check=True, capture_output=True, text=True)
-        note("of it: loading the blocks, self-test included", float(loaded.stdout))
-        note("the rest: imports, host, directory", ready - float(loaded.stdout))
+        start = serve(rest)
+        note("peer --serve 0:30, ready", start.ready)
+        note("of it: loading the blocks, self-test included", start.loading)
+        note("the rest: imports, host, directory", start.ready - start.loading)
+        note("CPU time before the loading", start.cpu_before)
     print("| start | seconds, median (min - max) |\n|---|---|")
     for name, values in seconds.items():
         print(f"| {name} | {statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f}) |")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from petals.cli.addresses import check_addresses
 from petals.cli.helping import Formatter
+from petals.cli.imports import importing
 from petals.cli.numbers import SEEDS, at_least_1, number, positive, whole
 from petals.cli.saying import hush
 from petals.cli.saying import say as _say
@@ -294,8 +295,12 @@ async def run(options: argparse.Namespace) -> None:
         return
     started = time.perf_counter()
     _say("starting (torch takes a few seconds to import)")
-    from petals.peer.config import PeerConfig, ServeConfig, Timeouts
-    from petals.peer.node import open_peer
+    with importing():
+        from petals.models.library import import_models
+
+        import_models()
+        from petals.peer.config import PeerConfig, ServeConfig, Timeouts
+        from petals.peer.node import open_peer
 
     serve = None
     if options.serve is not None or options.num_blocks is not None:

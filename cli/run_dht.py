@@ -6,16 +6,18 @@ import argparse
 import json
 import sys
 
+from petals.cli.imports import importing
 from petals.cli.main import main
 from petals.cli.run_server import translate_flags
 
 
 async def keep_directory(options: argparse.Namespace) -> None:
     """Hold the swarm's directory until cancelled."""
-    import trio
+    with importing():
+        import trio
 
-    from petals.cli.peer import lan_config, nat_config, peer_ids, token_of
-    from petals.peer.bootstrap import open_bootstrap
+        from petals.cli.peer import lan_config, nat_config, peer_ids, token_of
+        from petals.peer.bootstrap import open_bootstrap
 
     async with open_bootstrap(
         identity=options.identity,

@@ -188,7 +188,14 @@ class Directory:
         """
         found: dict[PeerId, ServerRecord] = {}
         with trio.move_on_after(LOOKUP_S):
-            providers = await self._providers(bytes.fromhex(swarm_key(model)))
+            # Who answered before is asked again whatever the nodes near the key say: in a burst of newcomers those
+            # may all be too busy to say anything, while the servers themselves answer as ever.
+            known = {
+                peer_id: record.addrs
+                for (digest, peer_id), record in self._known.items()
+                if digest == model.digest and self._is_live(record)
+            }
+            providers = known | await self._providers(bytes.fromhex(swarm_key(model)))
             limit = trio.CapacityLimiter(MAX_FETCHES)
 
             async def fetch(peer_id: PeerId, addrs: tuple[str, ...]) -> None:

@@ -59,6 +59,19 @@ async def test_a_late_joiner_finds_and_is_found(net: Net) -> None:
     assert {r.peer_id for r in await late.directory.lookup(MODEL)} == {b.peer_id, late.peer_id}
 
 
+async def test_who_answered_before_is_asked_again_though_nobody_names_it(net: Net) -> None:
+    now = [time.time()]
+    server, reader = await net.add(), await net.add(clock=lambda: now[0])
+    await server.announce()
+    assert len(await reader.directory.lookup(MODEL)) == 1
+    for node in (server, reader):  # as if the nodes near the key were too busy to answer
+        node.directory._provided.providers.clear()
+    assert [record.peer_id for record in await reader.directory.lookup(MODEL)] == [server.peer_id]
+    assert await reader.directory.lookup(ModelId("tiny", "cd" * 32)) == ()
+    now[0] += 91  # its word has expired, and nobody names it
+    assert await reader.directory.lookup(MODEL) == ()
+
+
 async def test_expired_records_vanish(net: Net) -> None:
     now = [time.time()]
     a, reader = await net.add(), await net.add(direct=False, clock=lambda: now[0])

@@ -167,6 +167,46 @@ async def test_a_dial_nobody_answers_is_bounded_and_shared() -> None:
     await listener.aclose()
 
 
+async def test_a_dial_goes_on_when_who_wanted_it_has_given_up() -> None:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listener.socket.getsockname()[1]
+    async with (
+        open_host(create_new_key_pair(), LOOPBACK) as server,
+        open_host(create_new_key_pair(), HostConfig(listen=())) as client,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(client.connect_peer, server.peer_id, [f"/ip4/127.0.0.1/tcp/{port}"])
+        called = await listener.accept()  # the call is under way, and slow: nobody says a word yet
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            ip, real_port = server.addrs[0].split("/")[2::2][:2]
+            async with called, await trio.open_tcp_stream(ip, int(real_port)) as onward, trio.open_nursery() as pipes:
+                pipes.start_soon(pump, called, onward)
+                pipes.start_soon(pump, onward, called)
+                await until(lambda: client.connected_peers() == (server.peer_id,))
+                pipes.cancel_scope.cancel()
+    await listener.aclose()
+
+
+async def pump(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+    async for piece in source:
+        await sink.send_all(piece)
+
+
+async def test_a_dial_with_other_addresses_does_not_take_the_first_ones_failure() -> None:
+    async with (
+        open_host(create_new_key_pair(), LOOPBACK) as server,
+        open_host(create_new_key_pair(), HostConfig(listen=(), connect_s=0.3)) as client,
+    ):
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")  # accepts, never speaks
+        port = listener.socket.getsockname()[1]
+        with trio.move_on_after(0):
+            await client.connect_peer(server.peer_id, [f"/ip4/127.0.0.1/tcp/{port}"])
+        await client.connect_peer(server.peer_id, server.addrs)
+        assert client.connected_peers() == (server.peer_id,)
+        await listener.aclose()
+
+
 async def test_two_peers_that_dial_each_other_at_once_both_succeed() -> None:
     async with open_host(create_new_key_pair(), LOOPBACK) as one, open_host(create_new_key_pair(), LOOPBACK) as two:
         one.set_handler(ECHO, echo)
