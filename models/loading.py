@@ -109,7 +109,7 @@ def _load_quantized(
     if quant_type == "none" and not halves:
         model, path = load_shortened(checkpoint, config, blocks, dtype, progress)
         return nn.Module.to(model, device), path
-    doing = "reading" if halves else f"quantising to {quant_type}"
+    doing = f"reading blocks {blocks.start}:{blocks.stop}" if halves else f"quantising to {quant_type}"
     meter = Meter(progress, doing, len(blocks), "blocks")
     layers: list[nn.Module] = []
     for block in blocks:

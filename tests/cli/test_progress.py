@@ -13,6 +13,7 @@ from petals.cli.saying import hush, say
 from petals.models import progress
 from petals.models.checkpoint import open_checkpoint
 from petals.models.hub import bars_on_terminals_only
+from petals.models.halves import can_halve
 from petals.models.loading import load_span
 from petals.models.progress import Meter, Passing, counting_seconds
 from tests.models.tiny import CASES, save_tiny
@@ -82,6 +83,11 @@ def test_loading_and_quantising_say_how_far_they_are(tmp_path: Path, monkeypatch
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     save_tiny(next(case for case in CASES if case.id == "llama"), tmp_path)
     checkpoint, said = open_checkpoint(tmp_path), list[str]()
+    if can_halve():
+        load_span(checkpoint, range(1, 3), progress=said.append)
+        assert said == ["reading blocks 1:3: 50% of 2 blocks, 0 s"]
+        said.clear()
+    monkeypatch.setattr("petals.models.loading.can_halve", lambda: False)
     load_span(checkpoint, range(1, 3), progress=said.append)
     tensors = sum(len(checkpoint.block_tensors(block)) for block in (1, 2))
     assert said[0].startswith(f"reading blocks 1:3: {1 / tensors:.0%} of {tensors} tensors")
