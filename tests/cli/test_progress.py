@@ -12,8 +12,8 @@ import pytest
 from petals.cli.saying import hush, say
 from petals.models import progress
 from petals.models.checkpoint import open_checkpoint
-from petals.models.hub import bars_on_terminals_only
 from petals.models.halves import can_halve
+from petals.models.hub import bars_on_terminals_only
 from petals.models.loading import load_span
 from petals.models.progress import Meter, Passing, counting_seconds
 from tests.models.tiny import CASES, save_tiny
