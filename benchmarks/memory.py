@@ -1,6 +1,6 @@
 """Peak memory of a process that loads some blocks of a checkpoint: the span's size, not the model's.
 
-python benchmarks/memory.py                    # 12 of 24 blocks of a bloom-560m-shaped random checkpoint (2.2 GB)
+python benchmarks/memory.py                    # 12 of 24 blocks of a bloom-560m-shaped random checkpoint
 python benchmarks/memory.py --hidden 256 --vocab 1000
 """
 
@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 _LOAD = """
@@ -66,12 +65,18 @@ def main() -> None:
     parser.add_argument("--load", type=int, default=12, help="how many blocks to load")
     parser.add_argument("--quant_type", default="none")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        began = time.perf_counter()
-        total = write_checkpoint(Path(directory), hidden=args.hidden, blocks=args.blocks, vocab=args.vocab)
-        print(f"wrote {total / 1e6:,.0f} MB in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        result = measure(Path(directory), range(args.load), args.quant_type)
-    print(json.dumps({"checkpoint": total, **result, "growth": result["peak"] - result["before"]}))
+    print(f"{args.load} of {args.blocks} blocks of hidden size {args.hidden}, {args.quant_type}, computed in float32\n")
+    print("| stored in | file, MB | weights in memory | growth of the peak | whole process | seconds |")
+    print("|---|---|---|---|---|---|")
+    for stored in ("float16", "float32"):
+        with tempfile.TemporaryDirectory() as directory:
+            total = write_checkpoint(
+                Path(directory), hidden=args.hidden, blocks=args.blocks, vocab=args.vocab, stored=stored
+            )
+            result = measure(Path(directory), range(args.load), args.quant_type)
+        figures = (total, result["weights"], result["peak"] - result["before"], result["peak"])
+        megabytes = " | ".join(f"{figure / 1e6:,.1f}" for figure in figures)
+        print(f"| {stored} | {megabytes} | {result['seconds']:.1f} |")
 
 
 if __name__ == "__main__":

@@ -51,5 +51,5 @@ def make_plain(span: BlockSpan) -> BlockSpan:
     config = span._model.config
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     blocks = [_PlainBlock(block, heads, key_heads, config.hidden_size // heads) for block in span.blocks]
-    span._lean = Lean(_PlainFamily(blocks, config.hidden_size), span.blocks)
+    span._lean = Lean(_PlainFamily(blocks, config.hidden_size), span.blocks, measured=False)
     return span
