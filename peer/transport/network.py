@@ -420,6 +420,7 @@ class _Dial:
 
     addrs: Sequence[Multiaddr]
     done: trio.Event = field(default_factory=trio.Event)
+    connection: NetworkConn | None = None
     error: Exception | None = None
 
 
@@ -684,16 +685,18 @@ class Network(Swarm):
                 dial = self._dials[peer_id] = _Dial(addrs)
                 self.nursery.start_soon(self._dial_for_all, peer_id, dial)
             await dial.done.wait()
+            if dial.connection is not None:  # it may be closed already: another dial to who hangs up at once is no use
+                return dial.connection
             if isinstance(dial.error, SwarmException):
                 if set(addrs) <= set(dial.addrs):
                     raise SwarmException(str(dial.error))
             elif dial.error is not None:
                 raise dial.error
-            # The dial succeeded, or was cut off, or somebody else's did not try all of our addresses: look again.
+            # The dial was cut off, or somebody else's did not try all of our addresses: look again.
 
     async def _dial_for_all(self, peer_id: ID, dial: _Dial) -> None:
         try:
-            await self.race(peer_id, dial.addrs)
+            dial.connection = await self.race(peer_id, dial.addrs)
         except Exception as error:  # kept, not handled: raised again by those who wait
             dial.error = error
         finally:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from petals.models.adapters import linear_features
 from petals.peer.node import Peer
 from petals.peer.server.inbound import Inbound
 from petals.peer.server.lane import Timed
@@ -28,10 +29,14 @@ def noisy_layer(peer: Peer, scale: float = 0.02) -> None:
     span = inbound_of(peer).span
     span.drop_lean_path()  # which has copies of its own
     generator = torch.Generator().manual_seed(1)
-    weights = [weight for weight in span.layers()[0].parameters() if weight.dim() == 2]
-    with torch.no_grad():
-        spread = float(weights[0].std())
-        weights[0] += scale * spread * torch.randn(weights[0].shape, generator=generator)
+    layer = span.layers()[0]
+    path = next(iter(linear_features(layer)))
+    weight: Tensor = layer.get_submodule(path).weight.detach().clone()  # type: ignore[operator, union-attr]
+    wrong = nn.Linear(*reversed(weight.shape), bias=False)
+    wrong.weight.data = weight + scale * float(weight.std()) * torch.randn(weight.shape, generator=generator)
+    wrong.bias = layer.get_submodule(path).bias  # type: ignore[assignment]
+    owner, _, name = path.rpartition(".")
+    setattr(layer.get_submodule(owner), name, wrong.requires_grad_(False))
 
 
 def claims_no_quantisation(peer: Peer) -> None:

@@ -63,7 +63,7 @@ async def test_a_hole_is_filled_by_who_is_not_needed_where_it_is(make_swarm: Mak
 async def test_a_session_goes_on_while_its_server_moves(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
     swarm = make_swarm(tiny_truth.directory)
     bootstrap = await swarm.add()
-    await swarm.add(range(2))
+    await swarm.add(range(2), throughput=10.0)  # nobody's choice while the mover is there
     other_half = await swarm.add(range(2, 4))
     mover = await swarm.add(num_blocks=2, drain_s=0.2, throughput=1000.0, **OFTEN)
     assert mover.server is not None
