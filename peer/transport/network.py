@@ -666,8 +666,8 @@ class Network(Swarm):
         """A live connection to `peer_id`: the one there is, or the first of `addrs` that answers within `connect_s`.
 
         Who is cancelled here stops waiting; the dial goes on. A search gives each peer moments to answer: when it threw
-        the handshake away each time, newcomers in a crowd dialled 24 times for each connection they got, and kept each
-        other too busy to answer (25 joining 25, all on one core, 2026-11-28).
+        the handshake away each time, newcomers in a crowd dialled 5 to 24 times for each connection they got, and
+        kept each other too busy to answer (25 joining 25, all on one core, 2026-11-28).
 
         Raises:
             SwarmException: nobody answered; the message says why, address by address.
