@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -274,7 +274,7 @@ async def test_lies_are_caught_exactly_when_they_are_picked(make_swarm: MakeSwar
     client = await (await swarm.add()).client()
     await client.ready()
     steps = steps_for(client, (3, 1, 1, 1))
-    honest = iter[bool](())
+    honest: Iterator[bool] = iter(())
     lies_about(liar, lazy, lambda: not next(honest, False))
     rate, seen = 0.2, Counter[bool]()
     for seed in range(24):
