@@ -15,7 +15,9 @@ from petals.models.halves import halve
 def gigaflops(hidden: int, rows: int = 512) -> float:
     """Of a float32 matrix product on this machine, now, the stock one or that of halves.py, whichever is faster: the
     limit of a server that computes for many."""
-    many, weight = torch.randn(rows, hidden), torch.randn(4 * hidden, hidden).half().float()
+    dice = torch.Generator().manual_seed(0)  # not the global one, of which the program we are in may know the seed
+    many, weight = (torch.randn(size, hidden, generator=dice) for size in (rows, 4 * hidden))
+    weight = weight.half().float()
     seconds = [_best(partial(torch.nn.functional.linear, many), [weight])]
     if (half := halve(weight)) is not None:
         seconds.append(_best(lambda _: half.times(many), [weight]))
@@ -29,7 +31,7 @@ def gigabytes(hidden: int, total: int = 512 << 20, rounds: int = 10) -> float:
     speed.
     """
     weights = [torch.full((4 * hidden, hidden), 0.1) for _ in range(total // (16 * hidden * hidden))]
-    row = torch.randn(1, hidden)
+    row = torch.full((1, hidden), 0.1)
     best = min(_best(read, weights, rounds) for read in (torch.sum, partial(torch.nn.functional.linear, row)))
     return weights[0].nbytes / best / 1e9
 

@@ -311,9 +311,7 @@ class _Work:
         self._decoder = Decoder(tokenizer)
         self._stop = StopStrings(options.stop)
         self._enough = Enough()
-        # Without a seed, too: who drew from the global dice would change what a seeded neighbour draws meanwhile.
-        seed = int(torch.randint(1 << 62, ())) if options.seed is None else options.seed
-        self._dice = SeededDice(seed) if options.samples else None
+        self._dice = None if options.seed is None else SeededDice(options.seed)
         self._recorder = ChanceRecorder(options.logprobs, tokenizer) if options.logprobs is not None else None
         self._stream = weakref.ref(stream)
         self._send = stream._send
@@ -328,31 +326,28 @@ class _Work:
         """In the worker thread."""
 
         def on_token(tokens: Tensor) -> None:
-            if self._dice is not None:
-                self._dice.put_back()
             token = int(tokens.reshape(-1)[-1])
             portal.run(self._deliver, token, None if self._recorder is None else self._recorder.of(token))
 
         prompt = torch.tensor([self._prompt_ids])
+        streamer = Streamer(on_token)
         settings = self._options.as_arguments()
         if self._ends:
             settings["eos_token_id"] = self._ends
-        try:
-            if self._reused is not None:
-                self._session.cache.session = self._begin_with_kept(self._reused, prompt)
-            self._model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                session=self._session,
-                streamer=Streamer(on_token),
-                logits_processor=LogitsProcessorList(self._processors()),
-                stopping_criteria=StoppingCriteriaList([self._enough] if self._options.stop else []),
-                max_new_tokens=self._new_tokens,
-                **settings,
-            )
-        finally:
-            if self._dice is not None:
-                self._dice.put_back()
+        if self._dice is not None:
+            settings["custom_generate"] = self._dice.loop(streamer)
+        if self._reused is not None:
+            self._session.cache.session = self._begin_with_kept(self._reused, prompt)
+        self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            session=self._session,
+            streamer=streamer,
+            logits_processor=LogitsProcessorList(self._processors()),
+            stopping_criteria=StoppingCriteriaList([self._enough] if self._options.stop else []),
+            max_new_tokens=self._new_tokens,
+            **settings,
+        )
 
     def _begin_with_kept(self, chain: RemoteChain, prompt: Tensor) -> RemoteChainSession:
         """A session that begins with what the servers have kept of the prompt; its last token is computed anyway."""
@@ -364,12 +359,12 @@ class _Work:
         return session
 
     def _processors(self) -> list[LogitsProcessor]:
-        """In this order: the recorder sees what the model said, the dice are the last to touch the scores."""
+        """In this order: the recorder sees what the model said."""
         presence, frequency = self._options.presence_penalty, self._options.frequency_penalty
         penalties = None
         if presence or frequency:
             penalties = Penalties(len(self._prompt_ids), presence=presence, frequency=frequency)
-        return [each for each in (self._recorder, penalties, self._dice) if each is not None]
+        return [each for each in (self._recorder, penalties) if each is not None]
 
     async def _deliver(self, token: int, chances: Chances | None) -> None:
         now = time.perf_counter()

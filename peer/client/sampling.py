@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +72,29 @@ class Penalties(LogitsProcessor):
 class SeededDice(LogitsProcessor):
     """Gives one generation dice of its own.
 
-    The library draws from torch's global generator, which all threads share. Between the last logits processor and
-    the streamer's call nothing but that draw happens: for so long, and no longer, the global state is ours.
+    The library draws from torch's global generator, which all threads of a process share. So the last of the logits
+    processors draws, as the library would, and leaves it one token to choose from.
     """
 
-    _lock = threading.Lock()
-
     def __init__(self, seed: int) -> None:
-        self._state = torch.Generator().manual_seed(seed).get_state()
-        self._others: Tensor | None = None
+        self._seed = seed
+        self._generator: torch.Generator | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._lock.acquire()
-        self._others = torch.get_rng_state()
-        torch.set_rng_state(self._state)
-        return scores
+        if self._generator is None:
+            self._generator = torch.Generator(scores.device).manual_seed(self._seed)
+        drawn = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def put_back(self) -> None:
-        if self._others is not None:
-            self._state = torch.get_rng_state()
-            torch.set_rng_state(self._others)
-            self._others = None
-            self._lock.release()
+    def loop(self, streamer: Any) -> Callable[..., Any]:
+        """What `generate` takes as `custom_generate`: the library's own loop, with us behind temperature, top_k and
+        top_p, which it appends to any processors it is given. It forgets the streamer then (transformers 5.23)."""
+
+        def sample(model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **rest: Any) -> Any:
+            processors = LogitsProcessorList([*logits_processor, self])
+            return model._sample(input_ids, processors, streamer=streamer, **{"synced_gpus": False} | rest)
+
+        return sample
 
 
 class Enough(StoppingCriteria):

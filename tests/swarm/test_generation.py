@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -64,13 +65,23 @@ async def test_seeded_sampling_throws_the_same_dice(make_swarm: MakeSwarm, smoll
     torch.manual_seed(7)
     expected = truth_of(smollm, PROMPTS[0], do_sample=True, **settings)
 
-    async def disturb(seed: int | None) -> None:  # other generations draw from the same generator of the process
+    async def disturb(seed: int | None) -> None:
         await ask(client, PROMPTS[1], max_new_tokens=24, temperature=0.9, seed=seed)
+
+    done = threading.Event()
+
+    def draw() -> None:  # as the program around us may, from the generator that all of the process share
+        while not done.is_set():
+            torch.rand(())
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(disturb, 8)
         nursery.start_soon(disturb, None)
-        assert await ask(client, PROMPTS[0], seed=7, **settings) == expected
+        nursery.start_soon(trio.to_thread.run_sync, draw)
+        try:
+            assert await ask(client, PROMPTS[0], seed=7, **settings) == expected
+        finally:
+            done.set()
     assert await ask(client, PROMPTS[0], seed=9, **settings) != expected
 
 
