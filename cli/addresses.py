@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from petals.protocols.errors import UserError
 
+EXAMPLE = "/ip4/203.0.113.5/tcp/31337"
+EXAMPLE_ID = "12D3KooWHtURmmUjrRwSiMY8FcjtDevyhTTAQAMRfBKuz8ErYeAT"
+
 
 def check_addresses(flag: str, addrs: Sequence[str], *, named: bool) -> None:
     """
@@ -22,4 +25,17 @@ def check_addresses(flag: str, addrs: Sequence[str], *, named: bool) -> None:
         except ValueError:
             fine = False
         if not fine:
-            raise UserError(f"{flag} {addr}: not of the form /ip4/<ip>/tcp/<port>{'/p2p/<peer id>' * named}")
+            form = f"/ip4/<ip>/tcp/<port>{'/p2p/<peer id>' * named}"
+            raise UserError(f"{flag} {addr}: not of the form {form}, such as {EXAMPLE}{f'/p2p/{EXAMPLE_ID}' * named}")
+
+
+def check_listen(addrs: Sequence[str]) -> None:
+    """Before anything is started that would listen there.
+
+    Raises:
+        UserError: one is no multiaddr of TCP.
+    """
+    from petals.peer.host import parse_listen
+
+    for addr in addrs:
+        parse_listen(addr)

@@ -69,11 +69,17 @@ def describe(found: dict[str, Any]) -> str:
         f"{'prefill blocks/s':>17} {'ratio':>6}",
     ]
     for each in found["blocks"]:
+        share = "cached" if each["of_memory_bound"] is None else f"{each['of_memory_bound']:.0%}"
         form = each["dtype"] if each["quant_type"] == "none" else f"{each['dtype']} {each['quant_type']}"
         lines.append(
             f"{form:<16} {each['path']:<13} {each['block_bytes'] / 1e6:>9.1f} {each['decode_blocks_per_s']:>16,.0f} "
-            f"{_ratio(each['decode_ratio'])} {each['of_memory_bound']:>10.0%} {each['prefill_blocks_per_s']:>17,.0f} "
+            f"{_ratio(each['decode_ratio'])} {share:>10} {each['prefill_blocks_per_s']:>17,.0f} "
             f"{_ratio(each['prefill_ratio'])}"
+        )
+    if any(each["of_memory_bound"] is None for each in found["blocks"]):
+        lines.append(
+            "cached: so few blocks that the processor's caches hold them; a server of more, which reads them from "
+            "memory, is slower"
         )
     return "\n".join(lines)
 

@@ -47,8 +47,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 async def run(options: argparse.Namespace) -> int:
     """Examine, and say how many problems there are."""
+    from petals.cli.addresses import check_listen
     from petals.peer.checks import Subject, examine
 
+    check_listen(options.listen)
     findings: list[Finding] = []
     bright = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 

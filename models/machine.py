@@ -25,12 +25,13 @@ def gigaflops(hidden: int, rows: int = 512) -> float:
 
 
 def gigabytes(hidden: int, total: int = 512 << 20, rounds: int = 10) -> float:
-    """Of memory read per second, more than caches hold: the limit of one user, whose every token reads all weights.
+    """Read per second, over and over, of `total` bytes of weights; those of the default are more than caches hold: the
+    limit of one user, whose every token reads all weights. Fewer may come from a cache.
 
     Read by sums and by one row's products, whichever is faster: some libraries' products do not reach the memory's
     speed.
     """
-    weights = [torch.full((4 * hidden, hidden), 0.1) for _ in range(total // (16 * hidden * hidden))]
+    weights = [torch.full((4 * hidden, hidden), 0.1) for _ in range(max(1, total // (16 * hidden * hidden)))]
     row = torch.full((1, hidden), 0.1)
     best = min(_best(read, weights, rounds) for read in (torch.sum, partial(torch.nn.functional.linear, row)))
     return weights[0].nbytes / best / 1e9
@@ -57,4 +58,5 @@ def describe_device() -> str:
     if has_gpu():
         properties = torch.cuda.get_device_properties(0)
         return f"cuda:0, {properties.name}, {properties.total_memory / 1e9:.1f} GB"
-    return f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"

@@ -771,17 +771,27 @@ async def _open_doors(addrs: Sequence[str]) -> list[_Door]:
     return doors
 
 
+def parse_listen(addr: str) -> tuple[Multiaddr, str, int]:
+    """An address to listen on, and its IP and port.
+
+    Raises:
+        UserError: it is no TCP multiaddr.
+    """
+    try:
+        parsed = Multiaddr(addr)
+        return parsed, *tcp_endpoint(parsed)
+    except Exception:  # multiaddr raises half a dozen unrelated kinds
+        form = "/ip4/<ip>/tcp/<port>, such as /ip4/0.0.0.0/tcp/31337"
+        raise UserError(f"cannot listen on {addr}: not of the form {form}") from None
+
+
 async def _open_door(addr: str) -> _Door:
     """Bind and listen.
 
     Raises:
         UserError: `addr` is no TCP multiaddr, or the port is in use or not ours to use.
     """
-    try:
-        parsed = Multiaddr(addr)
-        ip, port = tcp_endpoint(parsed)
-    except Exception:  # multiaddr raises half a dozen unrelated kinds
-        raise UserError(f"cannot listen on {addr}: not of the form /ip4/<ip>/tcp/<port>") from None
+    parsed, ip, port = parse_listen(addr)
     try:
         (listener,) = await trio.open_tcp_listeners(port, host=ip)
     except OSError as error:

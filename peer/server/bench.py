@@ -23,7 +23,10 @@ from petals.protocols.tensors import FLOATS_BY_NAME
 from petals.protocols.types import PeerId
 
 SAMPLE_BYTES = 150e6
-"""Weights, in float32, that the default number of blocks has: more than caches hold, soon loaded."""
+"""Weights, in float32, that the default number of blocks has: more than most caches hold, soon loaded."""
+CACHED = 1.25
+"""Weights that are read so many times as fast as memory gives come from a cache. Measured, not looked up: what the
+system says of caches is often the whole machine's, of which we have a share."""
 DECODE_STEPS = 12
 PROTOCOL = "/petals/bench/1"
 PIECE = bytes(1 << 20)
@@ -52,13 +55,20 @@ class BlockSpeed:
     """"transformers": the library's own layers; "lean": ours for steps of few rows, where the model has one."""
     weight_bytes: int
     """Of one block."""
+    read_gb_s: float
+    """What reads as many bytes as all the measured blocks have, over and over: memory, or caches where they are few."""
     speed: Throughput
     prefill_tokens: int
     """Of the prompt measured."""
 
-    def bound(self, machine: Machine) -> float:
+    @property
+    def bound(self) -> float:
         """Decode blocks per second if nothing but reading the weights took time."""
-        return machine.memory_read_gb_s * 1e9 / self.weight_bytes
+        return self.read_gb_s * 1e9 / self.weight_bytes
+
+    def is_cached(self, machine: Machine) -> bool:
+        """Whether caches held the blocks, as they would not hold a server's many."""
+        return self.read_gb_s > CACHED * machine.memory_read_gb_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +112,7 @@ def measure_blocks(
         raise UserError(f"unknown dtype {dtype!r}: choose {', '.join(FLOATS_BY_NAME)}")
     span = load_span(checkpoint, blocks, dtype=FLOATS_BY_NAME[dtype], quant_type=quant_type)
     measure = partial(measure_throughput, span, decode_steps=DECODE_STEPS, prefill_tokens=prefill_tokens)
+    read_gb_s = gigabytes(checkpoint.hidden_size, total=span.weight_bytes)
 
     def result(path: str, speed: Throughput) -> BlockSpeed:
         return BlockSpeed(
@@ -109,6 +120,7 @@ def measure_blocks(
             quant_type=quant_type,
             path=path,
             weight_bytes=span.weight_bytes // len(blocks),
+            read_gb_s=read_gb_s,
             speed=speed,
             prefill_tokens=prefill_tokens,
         )
@@ -153,7 +165,8 @@ async def _swallow(stream: ByteStream) -> None:
 
 
 def as_json(machine: Machine, blocks: list[BlockSpeed], transport: Transport) -> dict[str, Any]:
-    """For machines; ratios are to `transformers`' own layers in float32 where those were measured."""
+    """For machines; ratios are to `transformers`' own layers in float32 where those were measured. What caches held
+    says nothing of memory: its `of_memory_bound` is None."""
     base = next((each for each in blocks if (each.dtype, each.quant_type) == ("float32", "none")), None)
     return {
         "device": machine.device,
@@ -171,7 +184,8 @@ def as_json(machine: Machine, blocks: list[BlockSpeed], transport: Transport) ->
                 "prefill_tokens": each.prefill_tokens,
                 "decode_ratio": base and each.speed.inference_rps / base.speed.inference_rps,
                 "prefill_ratio": base and each.speed.forward_rps / base.speed.forward_rps,
-                "of_memory_bound": each.speed.inference_rps / each.bound(machine),
+                "read_gb_s": each.read_gb_s,
+                "of_memory_bound": None if each.is_cached(machine) else each.speed.inference_rps / each.bound,
             }
             for each in blocks
         ],
@@ -194,7 +208,9 @@ async def run_bench(
     results: list[BlockSpeed] = []
     for number, (dtype, quant) in enumerate(forms, 2):
         kind = dtype if quant == "none" else f"{dtype}, {quant}"
-        progress(f"{number}/{len(forms) + 2}: {len(blocks)} blocks of {checkpoint.name}, {kind}")
+        progress(
+            f"{number}/{len(forms) + 2}: {len(blocks)} block{'s' * (len(blocks) > 1)} of {checkpoint.name}, {kind}"
+        )
         results += await trio.to_thread.run_sync(measure_blocks, checkpoint, blocks, dtype, quant)
     progress(f"{len(forms) + 2}/{len(forms) + 2}: transport")
     found = as_json(machine, results, await measure_transport())

@@ -157,6 +157,7 @@ MISTAKES = [
     (["serve", "0:30"], "there is no 'serve', did you mean petals peer --serve?"),
     (["--chat"], "there is no '--chat', did you mean petals peer --chat?"),
     (["invite", "--identity", "identities/local-1.key", "--peer", "nonsense"], "'nonsense' is no peer ID"),
+    (["doctor", "--listen", "nonsense"], "not of the form /ip4/<ip>/tcp/<port>, such as /ip4/0.0.0.0/tcp/31337"),
     (["status"], "whose status?"),
     (["status", "--initial_peers", NOBODY, "--swarm_key", "README.md"], "README.md holds no swarm key"),
 ]  # fmt: skip

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from petals.cli.bench import describe
-from petals.peer.server.bench import run_bench
+from petals.peer.server.bench import BlockSpeed, Machine, Transport, as_json, run_bench
+from petals.peer.server.throughput import Throughput
 from petals.protocols.errors import UserError
 from tests.swarm.conftest import Truth
 
@@ -24,13 +25,33 @@ async def test_every_form_is_measured(tiny_truth: Truth) -> None:
     for each in found["blocks"]:
         assert each["decode_blocks_per_s"] > 0
         assert each["prefill_blocks_per_s"] > 0
-        assert each["of_memory_bound"] > 0
     assert found["transport"]["mb_s"] > 0
     assert found["transport"]["round_trip_s"] > 0
     assert found["measured_blocks"] == 2
     table = describe(found)
     assert "float32 int8" in table
-    assert len(table.splitlines()) == 5 + len(found["blocks"])
+    rows = table.splitlines()[5 : 5 + len(found["blocks"])]
+    assert all(row.startswith(("float32", "bfloat16")) for row in rows)
+
+
+@pytest.mark.parametrize(("times_memory", "share"), [(1.0, 0.25), (3.0, None)])
+def test_what_caches_hold_is_no_share_of_memory(times_memory: float, share: float | None) -> None:
+    """A block or two are read out of the processor's caches, again and again, faster than memory gives."""
+    machine = Machine(device="cpu", threads=1, memory_read_gb_s=10, gigaflops=1)
+    speed = BlockSpeed(
+        dtype="float32",
+        quant_type="none",
+        path="lean",
+        weight_bytes=10_000_000,
+        read_gb_s=10 * times_memory,
+        speed=Throughput(250, 1),
+        prefill_tokens=128,
+    )
+    found = as_json(machine, [speed], Transport(mb_s=1, round_trip_s=1))
+    assert found["blocks"][0]["of_memory_bound"] == share
+    table = describe({"model": "m", "num_blocks": 2, "measured_blocks": 1, **found})
+    assert ("caches hold them" in table) == (share is None)
+    assert ("cached" if share is None else "25%") in table.splitlines()[5]
 
 
 async def test_mistakes_are_the_users(tiny_truth: Truth) -> None:
