@@ -16,6 +16,7 @@ from petals.cli.addresses import check_addresses
 from petals.cli.helping import Formatter
 from petals.cli.imports import importing
 from petals.cli.numbers import SEEDS, at_least_1, number, positive, whole
+from petals.cli.picture import legs
 from petals.cli.saying import hush
 from petals.cli.saying import say as _say
 from petals.models.progress import counting_seconds
@@ -540,11 +541,8 @@ async def _audits(peer: Peer, wanted: ClientOptions) -> dict[str, Any]:
 
 def summary(stream: TokenStream) -> str:
     """One line: who answered, and how fast."""
-    legs = " => ".join(
-        f"{hop.blocks.start}:{hop.blocks.stop} via …{hop.peer_id[-6:]} ({hop.round_trip_s * 1e3:.1f} ms)"
-        for hop in stream.route
-    )
-    return f"route {legs}; {len(stream.token_ids)} tokens, {stream.tokens_per_s:.1f} tokens/s"
+    route = " => ".join(legs(hop.as_json() for hop in stream.route))
+    return f"route {route}; {len(stream.token_ids)} tokens, {stream.tokens_per_s:.1f} tokens/s"
 
 
 def _as_json(stream: TokenStream, prompt: str, start_s: float) -> dict[str, Any]:

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petals.cli.helping import Formatter
 from petals.cli.numbers import positive
-from petals.protocols.errors import UserError
+from petals.cli.picture import picture
+from petals.cli.saying import say
+from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
-    from petals.dht.records import ServerRecord
     from petals.peer.status import ModelStatus
 
 CLEAR = "\x1b[H\x1b[J"
+PLOT_HEIGHT = 4
+HERE = "http://127.0.0.1:8000"
+"""Where `petals peer --http` listens unless told otherwise."""
 EXAMPLES = """
 examples:
   petals status --initial_peers ADDR                      once; ADDR is what a peer prints when it starts
   petals status --initial_peers ADDR --watch              again and again
   petals status --initial_peers ADDR --json | jq '.models[].health'
+  petals status --url --watch                             the routes and throughput of the peer here with --http
+  petals status --url http://10.0.0.5:8000 --api_key @my.key
   petals status --identity my.key                         what this peer gave and took
 """
+
+Look = Callable[[], Awaitable[dict[str, Any]]]
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,7 +45,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="who holds what, how fast, and how the swarm is",
         description="Say of every model in the swarm who holds which blocks, and whether it is healthy (two or more "
         "copies of every block), degraded (one copy somewhere) or broken (a block that nobody holds). Of each peer: "
-        "how others reach it (direct, mapped, relayed), and how this command did (direct, punched, relayed).",
+        "how others reach it (direct, mapped, relayed), and how this command did (direct, punched, relayed). With "
+        "--url: as a running peer sees it, with the routes of the answers it is generating and its throughput over "
+        "the last half hour.",
         epilog=EXAMPLES,
         formatter_class=Formatter,
         allow_abbrev=False,
@@ -44,6 +57,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--invitation", metavar="TOKEN", help="instead: they, and the swarm key, may be in it; or @FILE"
     )
     parser.add_argument("--swarm_key", metavar="FILE", type=Path, help="key of a private swarm")
+    parser.add_argument("--url", metavar="URL", nargs="?", const=HERE,
+                        help="ask the peer that answers HTTP there (petals peer --http) instead of the swarm, whatever "
+                        f"the flags above say (default: {HERE})")  # fmt: skip
+    parser.add_argument("--api_key", metavar="KEY", help="of --url, where that peer wants one; or @FILE")
     parser.add_argument("--identity", metavar="FILE", type=Path,
                         help="the key file of a peer of yours: what it gave to others and took from them, as of the "
                         "last minute; does not need --initial_peers")  # fmt: skip
@@ -55,128 +72,105 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 async def run(options: argparse.Namespace) -> None:
-    """Look once, or until cancelled."""
+    """Look once, or until cancelled. Who watches wants to see a peer come back, too: only the first look may fail."""
     import trio
 
-    from petals.cli.peer import token_of
-    from petals.peer.status import open_observer, read_contribution
-
-    if not options.initial_peers and options.invitation is None:
-        if options.identity is None:
-            raise UserError(
-                "whose status? give --initial_peers ADDR or --invitation TOKEN for a swarm, --identity FILE for a peer "
-                "of yours"
-            )
-        own = await trio.to_thread.run_sync(read_contribution, options.identity)
-        print(json.dumps({"contribution": own}) if options.json else balance(own), flush=True)
-        return
-    invitation = token_of(options.invitation)
     live = options.watch and sys.stdout.isatty() and not options.json
-    async with open_observer(
-        tuple(options.initial_peers), swarm_key=options.swarm_key, invitation=invitation
-    ) as observer:
+    shown = ""
+    async with _open(options) as look:
         while True:
-            models = await observer.look()
-            contribution = None
-            if options.identity is not None:
-                contribution = await trio.to_thread.run_sync(read_contribution, options.identity)
-            if options.json:
-                told: dict[str, Any] = {"models": [as_json(model) for model in models]}
-                print(json.dumps(told if contribution is None else told | {"contribution": contribution}), flush=True)
+            try:
+                told = await look()
+                text = json.dumps(told) if options.json else _fitting(told, live=live)
+            except SwarmError as error:
+                if not shown:
+                    raise
+                text = " ".join(str(error).split())
+                if text != shown and not live:
+                    say(text)
+                if live:
+                    print(f"{CLEAR}{text}\nlooking again; Ctrl-C ends", flush=True)
             else:
-                texts = [describe(model) for model in models]
-                text = "\n\n".join(texts if contribution is None else [*texts, balance(contribution)])
                 print(f"{CLEAR if live else ''}{text}", flush=True)
+            shown = text
             if not options.watch:
                 return
             await trio.sleep(max(0.1, options.interval))
 
 
-def describe(status: ModelStatus) -> str:
-    """For people."""
-    state, why = status.health
-    count = status.num_blocks
-    lines = [
-        f"{status.model.name}: {state}, {why}",
-        f"blocks 0:{count}, copies of each: {''.join(str(min(copies, 9)) for copies in status.copies)}",
-        f"{'blocks':>9}  {'peer':<9} {'state':<9} {'blocks/s':>9} {'queue ms':>9} {'cache tokens':>13}  "
-        f"{'reach':<8} {'link':<8} version",
-    ]
-    lines += [_row(record, status.links.get(record.peer_id, "")) for record in status.records]
-    return "\n".join([*lines, *_round_trips(status.records)])
+@asynccontextmanager
+async def _open(options: argparse.Namespace) -> AsyncIterator[Look]:
+    """Whom the flags want asked."""
+    import trio
+
+    from petals.cli.peer import token_of
+
+    if options.url is not None:
+        from petals.gateway.asking import ask_swarm, read_address
+
+        door, key = read_address(options.url), token_of(options.api_key)
+
+        async def ask() -> dict[str, Any]:
+            return await ask_swarm(door, None if key is None else key.strip())
+
+        yield ask
+        return
+
+    from petals.peer.status import open_observer, read_contribution
+
+    async def account() -> dict[str, Any]:
+        if options.identity is None:
+            return {}
+        return {"contribution": await trio.to_thread.run_sync(read_contribution, options.identity)}
+
+    if not options.initial_peers and options.invitation is None:
+        if options.identity is None:
+            raise UserError(
+                "whose status? give --initial_peers ADDR or --invitation TOKEN for a swarm, --url for what a peer with "
+                "--http sees, --identity FILE for what a peer of yours gave and took"
+            )
+        yield account
+        return
+    invitation = token_of(options.invitation)
+    async with open_observer(
+        tuple(options.initial_peers), swarm_key=options.swarm_key, invitation=invitation
+    ) as observer:
+
+        async def observe() -> dict[str, Any]:
+            return {"models": [as_json(model) for model in await observer.look()], **await account()}
+
+        yield observe
 
 
-def balance(contribution: dict[str, Any]) -> str:
-    """What a peer gave and took, for people."""
-    lines = [
-        f"given {contribution['given']:,} block-tokens, taken {contribution['taken']:,}",
-        f"{'peer':<9} {'gave us':>15} {'got from us':>15} {'balance':>15} {'weight':>7}",
-    ]
-    lines += [
-        f"…{peer['peer_id'][-6:]:<8} {peer['taken']:>15,} {peer['given']:>15,} {peer['balance']:>15,} "
-        f"{peer['weight']:>7.1f}"
-        for peer in contribution["peers"]
-    ]
-    return "\n".join(lines)
-
-
-def _row(record: ServerRecord, link: str) -> str:
-    # Names and versions are a stranger's words: no control characters in somebody's terminal.
-    name, version, reach = (
-        "".join(char for char in text if char.isprintable())
-        for text in (record.public_name, record.version, record.reachability[:8])
-    )
-    blocks = f"{record.blocks.start}:{record.blocks.stop}"
-    return (
-        f"{blocks:>9}  …{record.peer_id[-6:]:<8} {record.state.name.lower():<9} {record.inference_rps:>9,.0f} "
-        f"{1e3 * record.queue_s:>9.1f} {record.cache_tokens_left:>13,}  "
-        f"{reach:<8} {link:<8} {version} {name}"
-    ).rstrip()
-
-
-def _round_trips(records: Sequence[ServerRecord]) -> list[str]:
-    """What servers measured to those that hold the blocks after theirs; peers that are not shown are left out."""
-    shown = {record.peer_id for record in records}
-    lines = []
-    for record in records:
-        told = [
-            f"…{peer[-6:]} {1e3 * seconds:.1f} ms"
-            for peer, seconds in sorted(record.round_trips_s.items(), key=lambda each: each[1])
-            if peer in shown
-        ]
-        if told:
-            lines.append(f"round trips from …{record.peer_id[-6:]} to {', '.join(told[:8])}")
-    return lines
+def _fitting(told: dict[str, Any], *, live: bool) -> str:
+    """For people, no wider than the terminal and, where it is watched, no higher."""
+    try:
+        if not sys.stdout.isatty():
+            return picture(told)
+        columns, rows = shutil.get_terminal_size()
+        bright = not os.environ.get("NO_COLOR")
+        for height in range(PLOT_HEIGHT, 0, -1):
+            text = picture(told, width=columns, plot_height=height, bright=bright)
+            if not live or text.count("\n") + 1 < rows:
+                return text
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a peer's own words may be of any shape
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"the answer is not one of this version of Petals ({reason}); --json shows it") from None
+    lines = text.splitlines()
+    more = f"… {len(lines) - rows + 2} more lines; make the window higher, or leave --watch out"
+    return "\n".join([*lines[: rows - 2], more])
 
 
 def as_json(status: ModelStatus) -> dict[str, Any]:
-    """For machines."""
-    state, why = status.health
+    """For machines, and for `picture`."""
+    from petals.dht import health
+
     return {
-        "model": status.model.name,
-        "digest": status.model.digest,
-        "num_blocks": status.num_blocks,
-        "health": state,
-        "words": why,
-        "copies": status.copies,
-        "weakest": [status.weakest.start, status.weakest.stop],
+        **health.describe(status.model, status.copies),
         "peers": [
             {
-                "peer_id": record.peer_id,
-                "name": record.public_name,
-                "blocks": [record.blocks.start, record.blocks.stop],
-                "state": record.state.name.lower(),
-                "version": record.version,
-                "dtype": record.dtype,
-                "quant_type": record.quant_type,
-                "decode_blocks_per_s": record.inference_rps,
-                "prefill_blocks_per_s": record.forward_rps,
-                "queue_s": record.queue_s,
-                "cache_tokens_left": record.cache_tokens_left,
-                "relayed": record.using_relay,
-                "reachability": record.reachability,
+                **record.as_json(),
                 "link": status.links.get(record.peer_id, ""),
-                "round_trips_s": {str(peer): seconds for peer, seconds in record.round_trips_s.items()},
                 "addrs": list(record.addrs),
             }
             for record in status.records

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from petals.dht.records import ServerRecord, ServerState
+from petals.protocols.types import ModelId
 
 
 def copies_of(records: Iterable[ServerRecord], num_blocks: int) -> list[int]:
@@ -36,3 +38,18 @@ def health(copies: Sequence[int]) -> tuple[str, str]:
             return "degraded", f"there is only one copy of {where}; when a holder leaves, nobody can ask"
         case n:
             return "healthy", f"every block is held by {n} peers or more"
+
+
+def describe(model: ModelId, copies: Sequence[int]) -> dict[str, Any]:
+    """The model and its health, for machines."""
+    weakest = weakest_stretch(copies)
+    state, words = health(copies)
+    return {
+        "model": model.name,
+        "digest": model.digest,
+        "num_blocks": len(copies),
+        "health": state,
+        "words": words,
+        "copies": list(copies),
+        "weakest": [weakest.start, weakest.stop],
+    }

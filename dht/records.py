@@ -10,7 +10,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -96,6 +96,26 @@ class ServerRecord:
     """Unix seconds by the server's clock; at most a minute ahead of the reader's."""
     expires_at: float
     """Unix seconds; at most an hour after `issued_at`. The record is nothing afterwards."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What people who look at the swarm are shown of it, for machines."""
+        return {
+            "peer_id": self.peer_id,
+            "name": self.public_name,
+            "state": self.state.name.lower(),
+            "blocks": [self.blocks.start, self.blocks.stop],
+            "version": self.version,
+            "dtype": self.dtype,
+            "quant_type": self.quant_type,
+            "adapters": list(self.adapters),
+            "decode_blocks_per_s": self.inference_rps,
+            "prefill_blocks_per_s": self.forward_rps,
+            "queue_s": self.queue_s,
+            "cache_tokens_left": self.cache_tokens_left,
+            "round_trips_s": {str(peer): seconds for peer, seconds in self.round_trips_s.items()},
+            "relayed": self.using_relay,
+            "reachability": self.reachability,
+        }
 
 
 def sign_record(record: ServerRecord, sign: Callable[[bytes], bytes], public_key: bytes) -> bytes:

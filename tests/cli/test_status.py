@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals.cli.status import describe
+from petals.cli.picture import describe, picture
+from petals.cli.plots import bars
+from petals.cli.status import as_json
 from petals.dht.health import copies_of, health, weakest_stretch
 from petals.dht.records import ServerRecord, ServerState
 from petals.peer.identity import create_identity
@@ -73,7 +75,7 @@ def test_round_trips_are_told_nearest_first_and_of_peers_that_are_shown() -> Non
     records = [replace(a_record(range(4)), peer_id=peer) for peer in ids]
     told = {ids[1]: 0.2, ids[2]: 0.0015, PeerId("gone-zzzzzz"): 0.1}
     records[0] = replace(records[0], round_trips_s=told)
-    text = describe(ModelStatus(MODEL, tuple(records)))
+    text = describe(as_json(ModelStatus(MODEL, tuple(records))))
     assert text.splitlines()[-1] == "round trips from …aaaaaa to …cccccc 1.5 ms, …bbbbbb 200.0 ms"
 
 
@@ -113,10 +115,106 @@ def test_mistakes_are_one_line() -> None:
     assert run("status").returncode == 2
 
 
+TOLD = {
+    "peer_id": "12D3KooW-ourself",
+    "models": [
+        {
+            "model": "a/model\x1b[2J",
+            "health": "degraded",
+            "words": "there is only one copy of blocks 60:126; when a holder leaves, nobody can ask",
+            "copies": [2] * 60 + [1] * 66,
+            "peers": [
+                as_json(
+                    ModelStatus(
+                        MODEL,
+                        (
+                            replace(
+                                a_record(range(60, 126)),
+                                peer_id=PeerId("12D3KooW-abcdef"),
+                                public_name="a name as long as names may be " * 6,
+                                inference_rps=12345,
+                                cache_tokens_left=1_234_567,
+                                reachability="relayed",
+                                version="0.1.0",
+                            ),
+                        ),
+                        {PeerId("12D3KooW-abcdef"): "punched"},
+                    )
+                )["peers"][0]
+                | {"round_trip_s": 0.012, "banned_s": 3.0},
+            ],
+            "sessions": [
+                {
+                    "route": [
+                        {"peer_id": "12D3KooW-ourself", "blocks": [0, 60], "round_trip_s": 0.01},
+                        {"peer_id": "12D3KooW-abcdef", "blocks": [60, 126], "round_trip_s": 0.031},
+                    ],
+                    "tokens": 120,
+                    "tokens_per_s": 8.31,
+                },
+                {"route": [], "tokens": 0, "tokens_per_s": 0.0},
+            ],
+        }
+    ],
+    "history": {
+        "period_s": 5.0,
+        "samples": [
+            {"generated_per_s": float(each), "prompt_per_s": 0.0, "answers": each % 2, "sessions": 0}
+            for each in range(100)
+        ],
+    },
+    "contribution": {"given": 12_000, "taken": 340_000, "peers": []},
+}
+
+
+@pytest.mark.parametrize("width", [80, 120, None])
+def test_what_a_peer_tells_fits_the_terminal(width: int | None) -> None:
+    text = picture(TOLD, width=width, plot_height=3)
+    assert "\x1b" not in text
+    lines = text.splitlines()
+    assert width is None or max(map(len, lines)) <= width
+    said = " ".join(text.split())
+    assert "as peer …urself sees it" in said
+    assert "a/model[2J: degraded, there is only one copy of blocks 60:126; when a holder leaves" in said
+    assert "".join(said.partition("copies of each:")[2].partition("blocks peer")[0].split()).count("1") >= 66
+    assert "avoided" in said
+    assert "round trips from this peer to …abcdef 12.0 ms" in said
+    assert "routes now (2): 120 tokens, 8.3 tokens/s: 0:60 by itself (10.0 ms) => 60:126 via …abcdef (31.0 ms)" in said
+    assert "reads its prompt" in said
+    assert "throughput of this peer over the last 8 min" in said
+    assert "tokens generated per second: now 99, at most 99" in said
+    assert "prompt tokens per second: none" in said
+    assert "sessions served" not in said, "the peer that is asked serves nothing"
+    assert "given 12,000 block-tokens, taken 340,000" in said
+
+
+def test_colours_are_for_those_who_want_them() -> None:
+    assert "degraded" in picture(TOLD, width=80)
+    assert "\x1b[33mdegraded\x1b[0m," in picture(TOLD, width=80, bright=True)
+
+
+def test_a_plot_shows_every_peak_and_nothing_that_was_not() -> None:
+    assert bars([0, 1, 2, 4, 8], 5) == [" ▁▂▄█"]
+    assert bars([0, 8, 16], 6, 2) == ["    ██", "  ████"]
+    assert bars([0.0] * 99 + [1.0], 10) == [" " * 9 + "█"]
+    assert bars([1000, 1], 2, 3)[2] == "█▁", "little is not nothing"
+    assert bars([], 5) == [""]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=400), st.integers(1, 120), st.integers(1, 4))
+def test_a_plot_is_as_large_as_there_is_room(values: list[float], width: int, height: int) -> None:
+    lines = bars(values, width, height)
+    assert len(lines) == height
+    assert all(len(line) <= width for line in lines)
+    assert ("█" in lines[0]) == any(values)
+
+
 def test_torch_is_not_imported_for_it() -> None:
     import subprocess
 
-    code = "import sys; import petals.cli.status, petals.peer.status; print('torch' in sys.modules)"
+    code = (
+        "import sys; import petals.cli.status, petals.peer.status, petals.gateway.asking; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

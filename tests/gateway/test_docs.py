@@ -71,6 +71,15 @@ def test_every_metric_is_documented(door: str) -> None:
     assert not [name for name in names if name not in PAGE]
 
 
+def test_the_command_for_terminals(door: str) -> None:
+    command = shlex.split(blocks("bash")[3].replace("http://127.0.0.1:8000", door))[1:]
+    seen = subprocess.run(
+        [*PETALS, *command], check=True, capture_output=True, text=True, timeout=60, cwd=ROOT, env=ENVIRONMENT
+    )
+    assert "blocks 0:30, copies of each" in seen.stdout
+    assert "throughput of this peer" in seen.stdout
+
+
 def test_the_commands_for_friends(tmp_path: Path) -> None:
     keygen, serve = [shlex.split(line)[1:] for line in blocks("bash")[2].splitlines()]
     made = subprocess.run([*PETALS, *keygen], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, text=True)
