@@ -58,8 +58,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("--swarm_key", metavar="FILE", type=Path, help="key of a private swarm")
     parser.add_argument("--url", metavar="URL", nargs="?", const=HERE,
-                        help="ask the peer that answers HTTP there (petals peer --http) instead of the swarm, whatever "
-                        f"the flags above say (default: {HERE})")  # fmt: skip
+                        help="ask the peer that answers HTTP there (petals peer --http) instead; flags that name a "
+                        f"swarm or a key file are then left alone (default: {HERE})")  # fmt: skip
     parser.add_argument("--api_key", metavar="KEY", help="of --url, where that peer wants one; or @FILE")
     parser.add_argument("--identity", metavar="FILE", type=Path,
                         help="the key file of a peer of yours: what it gave to others and took from them, as of the "

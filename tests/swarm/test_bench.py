@@ -28,6 +28,7 @@ async def test_every_form_is_measured(tiny_truth: Truth) -> None:
     assert found["transport"]["mb_s"] > 0
     assert found["transport"]["round_trip_s"] > 0
     assert found["measured_blocks"] == 2
+    assert "1 threads" not in found["device"]
     table = describe(found)
     assert "float32 int8" in table
     rows = table.splitlines()[5 : 5 + len(found["blocks"])]
