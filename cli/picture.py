@@ -57,8 +57,9 @@ def describe(model: Told, *, ourselves: str | None = None, width: int | None = N
     if bright and state in COLOURS:  # after folding: colours take no room
         lines[0] = lines[0].replace(f": {state},", f": {COLOURS[state]}{state}{PLAIN},", 1)
     lines += _copies(model["copies"], width)
-    lines += _table(model["peers"], width)
-    lines += _round_trips(model["peers"], ourselves, width)
+    peers = sorted(model["peers"], key=lambda peer: (peer["blocks"], peer["peer_id"]))
+    lines += _table(peers, width)
+    lines += _round_trips(peers, ourselves, width)
     if "sessions" in model:
         lines += _routes(model["sessions"], ourselves, width)
     return "\n".join(lines)

@@ -188,6 +188,13 @@ def test_what_a_peer_tells_fits_the_terminal(width: int | None) -> None:
     assert "given 12,000 block-tokens, taken 340,000" in said
 
 
+def test_peers_stand_in_the_order_of_their_blocks() -> None:
+    """A peer's view of the swarm has an order of its own."""
+    records = [replace(a_record(blocks), peer_id=PeerId(f"p{blocks}")) for blocks in (range(2, 4), range(2))]
+    rows = describe(as_json(ModelStatus(MODEL, tuple(records)))).splitlines()[3:]
+    assert [row.split()[0] for row in rows] == ["0:2", "2:4"]
+
+
 def test_colours_are_for_those_who_want_them() -> None:
     assert "degraded" in picture(TOLD, width=80)
     assert "\x1b[33mdegraded\x1b[0m," in picture(TOLD, width=80, bright=True)
