@@ -20,6 +20,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import petals  # noqa: F401  # before torch, so that its threads do not keep cores from the servers (docs/deploy.md)
+
+# isort: split
 import torch
 from servers import two_servers
 from shapes import SHAPES, model_of

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,3 +64,21 @@ def test_threads_are_what_the_quota_feeds_unless_somebody_has_said_otherwise(
         environ: dict[str, str] = dict(before)
         honour_quota(environ, root)
         assert environ == after
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "after"),
+    [
+        ({}, "", "3000"),
+        ({"GOMP_SPINCOUNT": "7"}, "", "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "", "None"),
+        ({}, "import torch; ", "None"),
+    ],
+    ids=["default", "said", "policy", "too-late"],
+)
+def test_threads_that_wait_soon_give_their_core_up(given: Mapping[str, str], first: str, after: str) -> None:
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # this process has imported petals
+    environ = {name: value for name, value in os.environ.items() if name not in ours} | dict(given)
+    code = f"{first}import os, petals; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == after
