@@ -1,6 +1,7 @@
 """What announcing and looking up costs: real hosts in one process, and a simulation for swarms that do not fit here.
 
 Run: python benchmarks/directory.py [--peers 10 30 100] [--simulate 1000 10000] [--churn 50]
+benchmarks/churn.py has a process for each host.
 """
 
 from __future__ import annotations

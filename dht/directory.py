@@ -69,6 +69,8 @@ SUSPECT_S = 0.4
 """The same, for who did not answer last time."""
 LOOKUP_S = 5.0
 """All of a lookup, however many providers are named."""
+RENEW_S = 0.5
+"""The same, for a reader that knows servers: these answer within a few round trips, or keep their last word."""
 STORE_S = 5.0
 """All of an announcement."""
 RPC_S = 2.0
@@ -135,6 +137,9 @@ class Signer(Protocol):
 class Directory:
     """What the swarm knows. Made by `open_directory`."""
 
+    _nursery: trio.Nursery
+    """Runs searches that outlast their lookup."""
+
     def __init__(
         self,
         dht: KadDHT,
@@ -145,6 +150,8 @@ class Directory:
         fetch_direct: FetchDirect | None,
         clock: Callable[[], float],
     ) -> None:
+        self._searches: dict[str, trio.Event] = {}
+        """By digest: what is set when the search for newcomers that is under way has ended."""
         self._dht = dht
         self._provided = providers
         self._host = host
@@ -184,29 +191,30 @@ class Directory:
     async def lookup(self, model: ModelId) -> tuple[ServerRecord, ...]:
         """All live servers' records of a model, one per peer; bounded by `LOOKUP_S`, usually by the slowest live one.
 
-        A server that is late, but whose last record has not expired, is listed with that; one that refuses is not.
+        A reader that knows servers waits `RENEW_S` at most: for those, which it asks at once, and for newcomers, which
+        are looked for meanwhile. A newcomer that takes longer is listed by a later lookup. A server that is late, but
+        whose last record has not expired, is listed with that; one that refuses is not.
         """
-        found: dict[PeerId, ServerRecord] = {}
-        with trio.move_on_after(LOOKUP_S):
-            # Who answered before is asked again whatever the nodes near the key say: in a burst of newcomers those
-            # may all be too busy to say anything, while the servers themselves answer as ever.
-            known = {
-                peer_id: record.addrs
-                for (digest, peer_id), record in self._known.items()
-                if digest == model.digest and self._is_live(record)
-            }
-            providers = known | await self._providers(bytes.fromhex(swarm_key(model)))
-            limit = trio.CapacityLimiter(MAX_FETCHES)
+        # Who answered before is asked again whatever the nodes near the key say: in a burst of newcomers those may all
+        # be too busy to say anything, while the servers themselves answer as ever.
+        before = self._live(model)
+        search = self._searches.get(model.digest)
+        if search is None:
+            search = self._searches[model.digest] = trio.Event()
+            self._nursery.start_soon(self._meet_newcomers, model, frozenset(before), search)
+        answered: set[PeerId] = set()
 
-            async def fetch(peer_id: PeerId, addrs: tuple[str, ...]) -> None:
-                async with limit:
-                    record = await self._fetch(peer_id, addrs, model)
-                if record is not None:
-                    found[peer_id] = record
+        async def ask(peer_id: PeerId, addrs: tuple[str, ...]) -> None:
+            await self._fetch(peer_id, addrs, model)
+            answered.add(peer_id)
 
+        with trio.move_on_after(RENEW_S if before else LOOKUP_S):
             async with trio.open_nursery() as nursery:
-                for peer_id in sorted(providers, key=self._suspects.__contains__):
-                    nursery.start_soon(fetch, peer_id, providers[peer_id])
+                for peer_id, record in before.items():
+                    nursery.start_soon(ask, peer_id, record.addrs)
+                await search.wait()
+        self._suspects.update(before.keys() - answered)
+        found = self._live(model)
         own = self._own.get(model.digest)  # never asked for over the network
         if own is not None and self._is_live(own):
             found[own.peer_id] = own
@@ -234,6 +242,35 @@ class Directory:
             await self._walk(key, Message(type=Message.MessageType.FIND_NODE, key=key), want=STORE_AT)
 
     # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _live(self, model: ModelId) -> dict[PeerId, ServerRecord]:
+        """What servers of a model have said of themselves that holds still."""
+        return {
+            peer_id: record
+            for (digest, peer_id), record in self._known.items()
+            if digest == model.digest and self._is_live(record)
+        }
+
+    async def _meet_newcomers(self, model: ModelId, known: frozenset[PeerId], done: trio.Event) -> None:
+        """Ask the nodes near the key for servers, and those servers that are not `known` for their records.
+
+        The directory's task and not the reader's: a newcomer in a crowd may take longer than a reader should wait, and
+        what has been learned by then is not begun anew with the next lookup."""
+        try:
+            with trio.move_on_after(LOOKUP_S):
+                providers = await self._providers(bytes.fromhex(swarm_key(model)))
+                limit = trio.CapacityLimiter(MAX_FETCHES)
+
+                async def meet(peer_id: PeerId) -> None:
+                    async with limit:
+                        await self._fetch(peer_id, providers[peer_id], model)
+
+                async with trio.open_nursery() as nursery:
+                    for peer_id in sorted(providers.keys() - known, key=self._suspects.__contains__):
+                        nursery.start_soon(meet, peer_id)
+        finally:
+            del self._searches[model.digest]
+            done.set()
 
     async def _fetch(self, peer_id: PeerId, addrs: tuple[str, ...], model: ModelId) -> ServerRecord | None:
         """A server's record, checked: from itself, or its last one while that holds and it is merely late."""
@@ -657,9 +694,6 @@ async def open_directory(
     dht.value_store = _Values(host.libp2p)
     dht.provider_store = providers = _Providers(host.libp2p, clock)
     dht._inbound_limiter.total_tokens = MAX_INBOUND
-    directory = Directory(dht, providers, host, signer, verify, fetch_direct, clock)
-    directory.dropped_records = records.dropped
-    dht.refresh = directory.refresh
     tell_new_peer, new_peers = trio.open_memory_channel[PeerId](1024)
 
     def note(peer_id: PeerId) -> None:
@@ -668,7 +702,11 @@ async def open_directory(
             tell_new_peer.send_nowait(peer_id)
 
     host.on_peer(note)
+    directory = Directory(dht, providers, host, signer, verify, fetch_direct, clock)
+    directory.dropped_records = records.dropped
+    dht.refresh = directory.refresh
     async with background_trio_service(dht), trio.open_nursery() as nursery:
+        directory._nursery = nursery
 
         async def welcome() -> None:
             async for peer_id in new_peers:

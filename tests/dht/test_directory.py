@@ -21,6 +21,7 @@ from petals.dht.records import RecordError, ServerState, sign_record
 from petals.peer.identity import create_identity
 from petals.protocols.errors import PeerUnreachable
 from petals.protocols.framing import encode_varint
+from petals.protocols.info import INFO_V1
 from petals.protocols.stream import MessageStream
 from petals.protocols.types import MAX_PEER_ID_BYTES, ModelId, PeerId
 from tests.dht.conftest import MODEL, Net, make_record
@@ -70,6 +71,36 @@ async def test_who_answered_before_is_asked_again_though_nobody_names_it(net: Ne
     assert await reader.directory.lookup(ModelId("tiny", "cd" * 32)) == ()
     now[0] += 91  # its word has expired, and nobody names it
     assert await reader.directory.lookup(MODEL) == ()
+
+
+async def test_who_knows_servers_does_not_wait_for_a_newcomer_and_finds_it_later(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_module, "FETCH_S", 60.0)
+    monkeypatch.setattr(directory_module, "LOOKUP_S", 60.0)
+    old, newcomer, reader = [await net.add() for _ in range(3)]
+    await old.announce()
+    assert len(await reader.directory.lookup(MODEL)) == 1
+    await newcomer.announce()
+    at_last, asked = trio.Event(), 0
+    ask_at_once = reader.host.open_stream
+
+    async def open_stream(peer_id: PeerId, protocol: str, *, addrs: tuple[str, ...] = ()) -> object:
+        nonlocal asked
+        if peer_id == newcomer.peer_id and protocol == INFO_V1:
+            asked += 1
+            await at_last.wait()
+        return await ask_at_once(peer_id, protocol, addrs=addrs)
+
+    monkeypatch.setattr(reader.host, "open_stream", open_stream)
+    with trio.fail_after(30):
+        for _ in range(2):
+            assert [record.peer_id for record in await reader.directory.lookup(MODEL)] == [old.peer_id]
+    assert asked == 1  # the second lookup did not begin anew
+    search = reader.directory._searches[MODEL.digest]
+    at_last.set()
+    await search.wait()
+    assert {r.peer_id for r in await reader.directory.lookup(MODEL)} == {old.peer_id, newcomer.peer_id}
 
 
 async def test_expired_records_vanish(net: Net) -> None:
