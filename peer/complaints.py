@@ -60,9 +60,9 @@ class ComplaintBook:
         while len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
 
-    def accusers(self, peer_id: PeerId) -> int:
-        """How many peers complain about this one."""
-        return sum(complaint.accused == peer_id for complaint in self._valid())
+    def accusers(self, peer_id: PeerId, *, besides: PeerId | None = None) -> int:
+        """How many peers complain about this one, `besides` somebody: who complains hears it from others again."""
+        return sum(complaint.accused == peer_id and complaint.accuser != besides for complaint in self._valid())
 
     def about(self, digest: str) -> list[bytes]:
         """Complaints about servers of a model to pass on, as they came; empty: of any model."""

@@ -157,7 +157,7 @@ class ModelClient:
         self._nursery = nursery
         self._home = Home(host, checkpoint, model, say)
         self._at_home = False
-        self.trust = Trust(complaints.accusers)
+        self.trust = Trust(partial(complaints.accusers, besides=identity.peer_id))
         """What audits have found."""
         self._identity = identity
         self._complaints = complaints

@@ -102,6 +102,7 @@ async def test_a_liar_is_caught_and_what_follows_is_exact(
     for peer in honest:
         await until(lambda peer=peer: peer.complaints.accusers(liar.peer_id) == 1)  # type: ignore[misc]
         await all_leases_returned(peer)
+    assert client.trust.rate(0.1, liar.peer_id) == 0.1, "one's own complaint is nobody else's"
 
 
 async def test_honest_servers_are_never_blamed(two_stages: tuple[Swarm, Peer], tiny_truth: Truth) -> None:
