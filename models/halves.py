@@ -156,6 +156,8 @@ def halve(weight: Tensor, bias: Tensor | None = None) -> HalfMatrix | None:
 def _fits(weight: Tensor, exponent: int) -> bool:
     """Whether float16 holds 2**exponent times the weights, but for what float32's sums would not notice."""
     for piece in torch.split(weight, _CHECKED_ROWS):
+        if not exponent and torch.equal(piece.half().float(), piece) and bool(piece.isfinite().all()):
+            continue  # as those of a float16 checkpoint, which this tells in a third of the time
         lost = (piece * 2.0**exponent).half().float().mul_(2.0**-exponent).sub_(piece).abs_()
         if not bool((lost.amax(1) <= _NEGLIGIBLE * piece.abs().amax(1)).all()):  # also for what is no number
             return False

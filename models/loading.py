@@ -37,6 +37,8 @@ from petals.models.selftest import check_span, lean_agrees
 
 log = logging.getLogger(__name__)
 
+PIECE_BYTES = 64 << 20
+"""Blocks that are to be halved or quantised are read so many at a time, before that; at least one."""
 _STRANGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 """What model code that was not written for this may raise."""
 
@@ -104,7 +106,7 @@ def _load_quantized(
     progress: Progress | None,
     keep_transposed: bool,
 ) -> tuple[PreTrainedModel, str]:
-    """`load_shortened` on `device`. To quantise or halve, one block at a time: only one is ever there in full."""
+    """`load_shortened` on `device`. To quantise or halve, few blocks at a time: only those are ever there in full."""
     halves = check_quant_type(quant_type) == "none" and _halves(dtype, device)
     if quant_type == "none" and not halves:
         model, path = load_shortened(checkpoint, config, blocks, dtype, progress)
@@ -112,8 +114,10 @@ def _load_quantized(
     doing = f"reading blocks {blocks.start}:{blocks.stop}" if halves else f"quantising to {quant_type}"
     meter = Meter(progress, doing, len(blocks), "blocks")
     layers: list[nn.Module] = []
-    for block in blocks:
-        model, path = load_shortened(checkpoint, config, range(block, block + 1), dtype)
+    # For each piece the library builds the whole model, without memory: for a small one that takes longer than all else.
+    at_once = max(1, PIECE_BYTES // (block_numel(config) * dtype.itemsize))
+    for first in range(blocks.start, blocks.stop, at_once):
+        model, path = load_shortened(checkpoint, config, range(first, min(first + at_once, blocks.stop)), dtype)
         for layer in get_layers(model, path):
             if halves:
                 halve_linears(layer, keep_transposed=keep_transposed)
@@ -252,6 +256,16 @@ def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     known = family_of(config).layers
     if known is not None:
         return known
+    key = (base_class, config.to_json_string())
+    if key not in _paths:
+        _paths[key] = _search_layers(base_class, config)
+    return _paths[key]
+
+
+_paths: dict[tuple[type[PreTrainedModel], str], str] = {}
+
+
+def _search_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> str:
     total = config.num_hidden_layers
     with torch.device("meta"), quiet_library():
         skeleton = base_class(config)
