@@ -114,7 +114,7 @@ def _load_quantized(
     doing = f"reading blocks {blocks.start}:{blocks.stop}" if halves else f"quantising to {quant_type}"
     meter = Meter(progress, doing, len(blocks), "blocks")
     layers: list[nn.Module] = []
-    # For each piece the library builds the whole model, without memory: for a small one that takes longer than all else.
+    # For each piece the library builds the whole model, without memory; of a small one that is most of the time.
     at_once = max(1, PIECE_BYTES // (block_numel(config) * dtype.itemsize))
     for first in range(blocks.start, blocks.stop, at_once):
         model, path = load_shortened(checkpoint, config, range(first, min(first + at_once, blocks.stop)), dtype)
