@@ -39,7 +39,7 @@ LIE_BAN_S = 24 * 3600.0
 FORGIVE_S = 600.0
 """After this long without a new offence a peer's next ban starts from the shortest again."""
 MISSING_REFRESH_S = 0.5
-"""How soon to look again while blocks are missing."""
+"""How soon to look again while blocks are missing, and after reports, which come in crowds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +222,11 @@ class SwarmWatcher:
                 first = False
             changed, self._changed = self._changed, trio.Event()
             changed.set()
+            renewed = trio.current_time()
             with trio.move_on_after(self._update_s):
                 await self._refresh_now.wait()
-                await trio.sleep(MISSING_REFRESH_S)  # reports come in crowds
+                # At once for the first report: a server that only lost a stream is back before the next one is lost.
+                await trio.sleep_until(renewed + MISSING_REFRESH_S)
 
     async def _refresh(self) -> None:
         try:
