@@ -122,7 +122,7 @@ def _load_quantized(
             if halves:
                 halve_linears(layer, keep_transposed=keep_transposed)
             layers.append(quantize_block(layer, quant_type, device))
-        meter.note(len(layers))
+            meter.note(len(layers))
     stack, _, name = path.rpartition(".")
     setattr(model.get_submodule(stack), name, nn.ModuleList(layers))
     nn.Module.to(model, device)
