@@ -1,8 +1,8 @@
 """The directory under churn, a process for each host: what lookups cost, and whom they miss or list dead.
 
-Servers announce signed records as `petals serve` does, and die by SIGKILL; readers look up again and again meanwhile,
-some of them long there, some fresh. Beside them a plain socket echoes every 20 ms: what the machine itself has to
-offer. Processes are forked from one that has imported everything, so that no import is measured.
+Servers announce signed records as `petals peer --serve` does, and die by SIGKILL; readers look up again and again
+meanwhile, some of them long there, some fresh. Beside them a plain socket echoes every 20 ms: what the machine itself
+has to offer. Processes are forked from one that has imported everything, so that no import is measured.
 
 Run: python benchmarks/churn.py [--peers 50] [--readers 4] [--events 30] [--storms 2]
 """
@@ -30,7 +30,8 @@ import trio
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from petals.dht.records import ServerRecord, ServerState, sign_record
+from benchmarks.directory import MODEL, record_of
+from petals.dht.records import ServerState, sign_record
 from petals.peer.host import HostConfig
 from petals.peer.identity import create_identity
 from petals.peer.info import answer_info
@@ -38,9 +39,8 @@ from petals.peer.joining import open_membership
 from petals.peer.server.announcer import Announcer
 from petals.protocols.info import INFO_V1
 from petals.protocols.stream import ByteStream
-from petals.protocols.types import ModelId, PeerId
+from petals.protocols.types import PeerId
 
-MODEL = ModelId("benchmark", "0" * 64)
 LOOPBACK = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
 ANNOUNCE_S = 30.0
 LOOK_PAUSE_S = 0.5
@@ -60,20 +60,7 @@ async def serve(pipe: Connection, addr: str | None) -> NoReturn:
     """A server without blocks. Says who it is as soon as it is there, and again when it has announced itself."""
     identity = create_identity()
     async with open_membership(identity, LOOPBACK, [addr] if addr else []) as (host, directory, nursery):
-
-        def describe() -> ServerRecord:
-            return ServerRecord(
-                model=MODEL,
-                peer_id=host.peer_id,
-                blocks=range(12),
-                state=ServerState.ONLINE,
-                addrs=host.addrs,
-                sequence=1,
-                issued_at=0.0,
-                expires_at=0.0,
-            )
-
-        announcer = Announcer(directory, describe, every_s=ANNOUNCE_S)
+        announcer = Announcer(directory, partial(record_of, host), every_s=ANNOUNCE_S)
 
         async def answer(stream: ByteStream) -> None:
             await answer_info(

@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 import trio.testing
@@ -47,6 +47,20 @@ class Node:
         self.own.start_soon(announcer.run)
 
 
+def record_of(host: Host) -> ServerRecord:
+    """What a server without blocks says of itself; whoever sends it dates it."""
+    return ServerRecord(
+        model=MODEL,
+        peer_id=host.peer_id,
+        blocks=range(12),
+        state=ServerState.ONLINE,
+        addrs=host.addrs,
+        sequence=1,
+        issued_at=0.0,
+        expires_at=0.0,
+    )
+
+
 async def run_node(join: str | None, *, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
     identity = create_identity()
     with trio.CancelScope() as scope:
@@ -59,16 +73,7 @@ async def run_node(join: str | None, *, task_status: trio.TaskStatus[Node] = tri
 
             async with open_directory(host, identity, verify, fetch_direct=fetch) as directory:
                 now = time.time()
-                record = ServerRecord(
-                    model=MODEL,
-                    peer_id=host.peer_id,
-                    blocks=range(12),
-                    state=ServerState.ONLINE,
-                    addrs=host.addrs,
-                    sequence=1,
-                    issued_at=now,
-                    expires_at=now + 3600,
-                )
+                record = replace(record_of(host), issued_at=now, expires_at=now + 3600)
                 signed = [sign_record(record, identity.sign, identity.public_key)]
 
                 async def answer(stream: ByteStream) -> None:

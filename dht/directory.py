@@ -201,7 +201,7 @@ class Directory:
         search = self._searches.get(model.digest)
         if search is None:
             search = self._searches[model.digest] = trio.Event()
-            self._nursery.start_soon(self._meet_newcomers, model, frozenset(before), search)
+            self._nursery.start_soon(self._meet_newcomers, model, search)
         answered: set[PeerId] = set()
 
         async def ask(peer_id: PeerId, addrs: tuple[str, ...]) -> None:
@@ -251,8 +251,8 @@ class Directory:
             if digest == model.digest and self._is_live(record)
         }
 
-    async def _meet_newcomers(self, model: ModelId, known: frozenset[PeerId], done: trio.Event) -> None:
-        """Ask the nodes near the key for servers, and those servers that are not `known` for their records.
+    async def _meet_newcomers(self, model: ModelId, done: trio.Event) -> None:
+        """Ask the nodes near the key for servers, and those of them that are not known by then for their records.
 
         The directory's task and not the reader's: a newcomer in a crowd may take longer than a reader should wait, and
         what has been learned by then is not begun anew with the next lookup."""
@@ -266,7 +266,7 @@ class Directory:
                         await self._fetch(peer_id, providers[peer_id], model)
 
                 async with trio.open_nursery() as nursery:
-                    for peer_id in sorted(providers.keys() - known, key=self._suspects.__contains__):
+                    for peer_id in sorted(providers.keys() - self._live(model), key=self._suspects.__contains__):
                         nursery.start_soon(meet, peer_id)
         finally:
             del self._searches[model.digest]

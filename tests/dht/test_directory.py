@@ -103,6 +103,27 @@ async def test_who_knows_servers_does_not_wait_for_a_newcomer_and_finds_it_later
     assert {r.peer_id for r in await reader.directory.lookup(MODEL)} == {old.peer_id, newcomer.peer_id}
 
 
+async def test_who_is_reported_while_others_are_looked_for_is_asked_by_the_same_search(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, reader = await net.add(), await net.add()
+    await server.announce()
+    assert len(await reader.directory.lookup(MODEL)) == 1
+    goes_on, find = trio.Event(), reader.directory._providers
+
+    async def providers(key: bytes) -> object:
+        await goes_on.wait()
+        return await find(key)
+
+    monkeypatch.setattr(reader.directory, "_providers", providers)
+    assert len(await reader.directory.lookup(MODEL)) == 1  # and the search goes on
+    search = reader.directory._searches[MODEL.digest]
+    reader.directory.forget(MODEL, server.peer_id)  # it lost a stream, and lives
+    goes_on.set()
+    await search.wait()
+    assert list(reader.directory._live(MODEL)) == [server.peer_id]
+
+
 async def test_expired_records_vanish(net: Net) -> None:
     now = [time.time()]
     a, reader = await net.add(), await net.add(direct=False, clock=lambda: now[0])
