@@ -227,7 +227,7 @@ def _neutral(name: str, child: nn.Module) -> nn.Module:
 
 def block_numel(config: PretrainedConfig) -> int:
     """Weights of the largest block, known from the configuration alone."""
-    return max(sum(weight.numel() for weight in layer.parameters()) for layer in _skeletons(config))
+    return max(sum(weight.numel() for weight in layer.parameters()) for layer in skeleton_blocks(config))
 
 
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
@@ -240,15 +240,19 @@ def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         own = module.named_parameters(recurse=False)
         return sum(w.numel() * (2 if narrow and name == "weight" else dtype.itemsize) for name, w in own)
 
-    return max(sum(map(of_module, layer.modules())) for layer in _skeletons(checkpoint.config))
+    return max(sum(map(of_module, layer.modules())) for layer in skeleton_blocks(checkpoint.config))
 
 
-def _skeletons(config: PretrainedConfig) -> nn.ModuleList:
+def skeleton_blocks(config: PretrainedConfig) -> nn.ModuleList:
     """A model's blocks without their weights."""
     base_class = base_class_of(config)
     path = find_layers(base_class, config)
     with torch.device("meta"), quiet_library():
         return get_layers(base_class(config), path)
+
+
+_paths: dict[tuple[type[PreTrainedModel], str], str] = {}
+"""What `find_layers` found, by class and configuration."""
 
 
 def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> str:
@@ -260,9 +264,6 @@ def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     if key not in _paths:
         _paths[key] = _search_layers(base_class, config)
     return _paths[key]
-
-
-_paths: dict[tuple[type[PreTrainedModel], str], str] = {}
 
 
 def _search_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> str:

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from petals.models.adapters import Lora, LowRank, linear_features, refuse_unsupported
-from petals.models.block import get_layers
 from petals.models.errors import StepError
-from petals.models.families import base_class_of
-from petals.models.loading import find_layers, quiet_library
+from petals.models.loading import skeleton_blocks
 
 TuningMode = Literal["ptune", "deep_ptune", "lora"]
 
@@ -110,10 +108,7 @@ def new_factors(settings: LoraSettings, config: PretrainedConfig) -> LoraFactors
     Raises:
         StepError: no block has a layer of one of the names.
     """
-    base_class = base_class_of(config)
-    with torch.device("meta"), quiet_library():
-        skeleton = base_class(config)
-    blocks = get_layers(skeleton, find_layers(base_class, config))
+    blocks = skeleton_blocks(config)
     chosen = settings.blocks or range(len(blocks))
     shapes: dict[tuple[int, str], tuple[int, int]] = {}
     for index in chosen:
