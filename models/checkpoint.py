@@ -12,7 +12,6 @@ import math
 import os
 import re
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from petals.models.disk import cache_directory, write_json
 from petals.models.errors import BlockRangeError, CheckpointError
 from petals.models.licence import find_licence
 from petals.models.progress import Meter
@@ -445,15 +445,6 @@ def sample_hash(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> str:
     return hashed.hexdigest()
 
 
-def cache_directory() -> Path:
-    """Where converted checkpoints live: $PETALS_CACHE, else `petals` in the platform's cache directory."""
-    chosen = os.environ.get("PETALS_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "petals"
-
-
 def _manifest_paths(directory: Path) -> tuple[Path, Path]:
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:32]
     return directory / MANIFEST, cache_directory() / "manifests" / f"{key}.json"
@@ -497,19 +488,6 @@ def _write_manifest(paths: Iterable[Path], shards: dict[str, dict[str, Any]]) ->
         except OSError:
             continue
         return
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Atomically, so that another process sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -32,12 +32,11 @@ from petals.models.checkpoint import (
     SINGLE,
     Checkpoint,
     Progress,
-    cache_directory,
     open_checkpoint,
     write_identity,
 )
+from petals.models.disk import cache_directory
 from petals.models.errors import CheckpointError, SourceUnreachable
-from petals.models.gguf_header import check_gguf
 from petals.models.loading import quiet_library
 from petals.models.progress import counting_seconds
 
@@ -228,6 +227,8 @@ def _is_complete(directory: Path) -> bool:
 
 def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from petals.models.gguf_header import check_gguf
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     room = Path(tempfile.mkdtemp(dir=directory.parent, prefix="converting-"))

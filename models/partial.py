@@ -28,11 +28,10 @@ from petals.models.checkpoint import (
     MANIFEST_VERSION,
     Checkpoint,
     TensorEntry,
-    cache_directory,
     find_blocks,
     sample_hash,
-    write_json,
 )
+from petals.models.disk import cache_directory, write_json
 from petals.models.errors import CheckpointError, DocumentError
 from petals.models.weights import FILES, FIRST_BLOCK, OTHERS, Index, Section, Voucher
 

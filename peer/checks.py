@@ -186,7 +186,7 @@ def _measure_memory() -> tuple[int, int]:
 
 async def disk(subject: Subject, tell: Tell) -> None:
     """Where converted models live: writable, room, speed."""
-    from petals.models.checkpoint import cache_directory
+    from petals.models.disk import cache_directory
 
     directory = cache_directory()
     elsewhere = "choose another directory with PETALS_CACHE=DIR"
