@@ -190,8 +190,8 @@ class BlockSpan:
         if hypo_ids is not None:
             cache.reorder(hypo_ids)
         assert isinstance(cache.view, PreTrainedModel)
-        if mask is None and prompts is None and lora is None and self.can_join(hidden, cache):
-            return self._run_lean([hidden], [cache])[0]
+        if prompts is None and lora is None and self.can_join(hidden, cache, mask):
+            return self._run_lean([hidden], [cache], [mask])[0]
         position = cache.position
         try:
             with self._applying(lora, prompts, cache.blocks):
@@ -200,25 +200,40 @@ class BlockSpan:
             cache.truncate(position)
             raise
 
-    def can_join(self, hidden: Tensor, cache: SpanCache) -> bool:
-        """Whether a step of just these tokens, nothing hidden or added, may be part of `step_together`."""
-        return self._lean is not None and self._lean.takes(hidden.shape[0], hidden.shape[1], cache.position)
+    def can_join(self, hidden: Tensor, cache: SpanCache, attention_mask: Tensor | None = None) -> bool:
+        """Whether a step of just these tokens, none of them padding and nothing added, may be part of `step_together`.
+
+        `attention_mask`: as `step` takes it; how long it is is not looked at.
+        """
+        batch, tokens, _ = hidden.shape
+        if self._lean is None or not self._lean.takes(batch, tokens, cache.position):
+            return False
+        return attention_mask is None or bool(attention_mask[:, -tokens:].all())
 
     @torch.inference_mode()
-    def step_together(self, hidden: Sequence[Tensor], caches: Sequence[SpanCache]) -> list[Tensor]:
+    def step_together(
+        self,
+        hidden: Sequence[Tensor],
+        caches: Sequence[SpanCache],
+        attention_masks: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]:
         """`step` for several sessions in one pass; each must be one that `can_join` allows, and all different.
 
         Raises: StepError, CacheFull, as `step`; nothing has changed then.
         """
-        for rows, cache in zip(hidden, caches, strict=True):
+        masks = []
+        for rows, cache, mask in zip(hidden, caches, attention_masks or [None] * len(caches), strict=True):
             self._check_step(rows, cache)
-        return self._run_lean(hidden, caches)
+            masks.append(self._checked_mask(mask, rows.shape[0], cache.position + rows.shape[1]))
+        return self._run_lean(hidden, caches, masks)
 
-    def _run_lean(self, hidden: Sequence[Tensor], caches: Sequence[SpanCache]) -> list[Tensor]:
+    def _run_lean(
+        self, hidden: Sequence[Tensor], caches: Sequence[SpanCache], masks: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         assert self._lean is not None
         positions = [cache.position for cache in caches]
         try:
-            outputs = self._lean.run([rows.to(device=self.device, dtype=self.dtype) for rows in hidden], caches)
+            outputs = self._lean.run([rows.to(device=self.device, dtype=self.dtype) for rows in hidden], caches, masks)
         except BaseException:  # as in `step`
             for cache, position in zip(caches, positions, strict=True):
                 cache.truncate(position)

@@ -2,9 +2,9 @@
 
 `transformers` builds masks, cache objects and a dozen Python calls per block and token, and multiplies by six small
 matrices where three large ones do. For the families below a step of a few rows runs here instead: fused products
-(products.py), keys and values written where they stay, one attention call per session. Trained prompts, padding,
-adapters and everything else take the library's way; both work on the same caches, so a session changes between them at
-any step.
+(products.py), keys and values written where they stay, one attention call per session. Trained prompts, adapters,
+new tokens that are padding and everything else take the library's way; both work on the same caches, so a session
+changes between them at any step.
 
 Rows of different sessions share every product: that is continuous batching. Only attention, which reads each session's
 own keys and values, is done session by session. The numbers differ from the library's by rounding; a span uses this
@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class Part:
     end: int
     first: int
     rows: int
+    mask: Tensor | None
+    """(batch, end) int64: 0 for tokens that are padding, none of them new; None: there are none."""
 
 
 class _Block(Protocol):
@@ -85,20 +87,28 @@ class Lean:
         """Choose the fastest products now; otherwise when they are first needed."""
         calibrate(self._family.blocks[0].products)
 
-    def run(self, hidden: Sequence[Tensor], caches: Sequence[SpanCache]) -> list[Tensor]:
+    def run(
+        self, hidden: Sequence[Tensor], caches: Sequence[SpanCache], masks: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         """One pass for the new tokens of several sessions, which may use different sub-ranges of the span.
 
         Args:
             hidden: for each session (batch, tokens, hidden_size), dtype and device of the span, at most LEAN_ROWS rows
-                together; caches: room for them was checked.
+                together; caches: room for them was checked; masks: as `Part.mask`.
         Returns: the sessions' outputs, shapes as given. Should it raise, the caches hold unequal numbers of tokens.
         """
         states = [rows.reshape(-1, rows.shape[2]) for rows in hidden]
         with nullcontext() if self._threads is None else self._threads.running(sum(map(len, states))):
-            self._run(states, hidden, caches)
+            self._run(states, hidden, caches, masks)
         return [rows.view(given.shape) for rows, given in zip(states, hidden, strict=True)]
 
-    def _run(self, states: list[Tensor], hidden: Sequence[Tensor], caches: Sequence[SpanCache]) -> None:
+    def _run(
+        self,
+        states: list[Tensor],
+        hidden: Sequence[Tensor],
+        caches: Sequence[SpanCache],
+        masks: Sequence[Tensor | None],
+    ) -> None:
         """`states`, each (rows, hidden_size), become the outputs."""
         positions = [cache.position for cache in caches]
         edges = sorted({edge for cache in caches for edge in (cache.blocks.start, cache.blocks.stop)})
@@ -107,8 +117,9 @@ class Lean:
             parts, first = list[Part](), 0
             for i in here:
                 batch, tokens, _ = hidden[i].shape
-                parts.append(Part(caches[i], batch, tokens, positions[i], positions[i] + tokens, first, batch * tokens))
-                first += batch * tokens
+                end, count = positions[i] + tokens, batch * tokens
+                parts.append(Part(caches[i], batch, tokens, positions[i], end, first, count, masks[i]))
+                first += count
             if parts:
                 out = self._run_range(range(start, stop), [states[i] for i in here], parts)
                 for i, rows in zip(here, out, strict=True):
@@ -159,8 +170,9 @@ def _remember(pair: Tensor, cache: LayerCache, part: Part) -> tuple[Tensor, Tens
     return keys, values
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, part: Part, scale: float) -> Tensor:
-    """Attention of one session's new tokens, queries (rows, heads, head_dim), to all its tokens up to themselves.
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, part: Part, scale: float, hidden: Tensor | None) -> Tensor:
+    """Attention of one session's new tokens, queries (rows, heads, head_dim), to all its tokens up to themselves but
+    those that `hidden`, made by `_hidden`, says.
 
     Returns: (rows, heads * head_dim).
     """
@@ -169,13 +181,14 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, part: Part, scale: fl
     groups = heads // key_heads
     if part.tokens == 1:  # all heads of a group ask the same keys: they stand for the tokens of one question
         asked = queries.view(part.batch, key_heads, groups, size)
-        return F.scaled_dot_product_attention(asked, keys, values, scale=scale).view(part.rows, -1)
+        mixed = F.scaled_dot_product_attention(asked, keys, values, attn_mask=hidden, scale=scale)
+        return mixed.view(part.rows, -1)
     asked = queries.view(part.batch, part.tokens, key_heads, groups, size).permute(0, 2, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(
         asked.reshape(part.batch, key_heads, groups * part.tokens, size),
         keys,
         values,
-        attn_mask=_causal(part, queries).repeat(groups, 1),
+        attn_mask=None if hidden is None else hidden.repeat(1, 1, groups, 1),
         scale=scale,
     )
     mixed = mixed.view(part.batch, key_heads, groups, part.tokens, size).permute(0, 3, 1, 2, 4)
@@ -183,24 +196,37 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, part: Part, scale: fl
 
 
 def _attend_biased(queries: Tensor, keys: Tensor, values: Tensor, part: Part, scale: float, bias: Tensor) -> Tensor:
-    """`_attend` with a bias of the scores, (heads, tokens, end), as many key heads as heads, and BLOOM's roundings."""
+    """`_attend` with a bias of the scores, (heads or batch * heads, tokens, end), as many key heads as heads, and
+    BLOOM's roundings."""
     heads, size = queries.shape[1:]
     asked = queries.view(part.batch, part.tokens, heads, size).transpose(1, 2).reshape(-1, part.tokens, size)
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-    scores = torch.baddbmm(bias.repeat(part.batch, 1, 1) if part.batch > 1 else bias, asked, keys.mT, alpha=scale)
+    if len(bias) < len(asked):
+        bias = bias.repeat(part.batch, 1, 1)
+    scores = torch.baddbmm(bias, asked, keys.mT, alpha=scale)
     mixed = torch.bmm(F.softmax(scores, -1, dtype=torch.float32).to(queries.dtype), values)
     return mixed.view(part.batch, heads, part.tokens, size).transpose(1, 2).reshape(part.rows, -1)
 
 
-def _causal(part: Part, like: Tensor) -> Tensor:
-    """(tokens, end): 0 where a new token may look, -inf where it may not."""
-    mask = torch.full((part.tokens, part.end), float("-inf"), dtype=like.dtype, device=like.device)
-    return mask.triu_(part.position + 1)
+def _hidden(part: Part, like: Tensor) -> Tensor | None:
+    """(1 or batch, 1, tokens, end): 0 where a new token may look, -inf where it may not; None: everywhere."""
+    hidden: Tensor | None = None
+    if part.tokens > 1:
+        later = torch.full((part.tokens, part.end), float("-inf"), dtype=like.dtype, device=like.device)
+        hidden = later.triu_(part.position + 1)[None, None]
+    if part.mask is not None:
+        padding = torch.zeros(part.mask.shape, dtype=like.dtype, device=like.device)
+        padding = padding.masked_fill_(part.mask == 0, float("-inf"))[:, None, None]
+        hidden = padding if hidden is None else hidden + padding
+    return hidden
 
 
 def _positions(parts: Sequence[Part], device: torch.device) -> Tensor:
-    """Of all rows: (rows,) int64."""
-    numbers = [position for part in parts for _ in range(part.batch) for position in range(part.position, part.end)]
+    """Of all rows: (rows,) int64, as `transformers.generate` counts them: padding does not count."""
+    numbers: list[int] = []
+    for part in parts:
+        for padding in [0] * part.batch if part.mask is None else (part.mask == 0).sum(1).tolist():
+            numbers.extend(range(part.position - padding, part.end - padding))
     return torch.tensor(numbers, device=device)
 
 
@@ -221,11 +247,22 @@ class _LlamaLike:
         blocks = [_LlamaBlock.build(layer, samples) for layer in layers]
         return cls(model, stack, [b for b in blocks if b]) if all(blocks) else None
 
-    def around(self, x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """cos and (-first half, second half) of sin, each (rows, 1, head_dim)."""
+    def around(self, x: Tensor, parts: Sequence[Part]) -> _Around:
+        """What all blocks need to know about these rows."""
         cos, sin = self._rotary(x, _positions(parts, x.device)[None])
         sin[..., : sin.shape[-1] // 2].neg_()
-        return cos[0, :, None], sin[0, :, None]
+        return _Around(cos[0, :, None], sin[0, :, None], [_hidden(part, x) for part in parts])
+
+
+class _Around(NamedTuple):
+    """Rotary angles and masks of a pass."""
+
+    cos: Tensor
+    """(rows, 1, head_dim)."""
+    sin: Tensor
+    """(rows, 1, head_dim): minus its first half, and its second."""
+    hidden: Sequence[Tensor | None]
+    """For each session, as `_hidden` makes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,21 +315,20 @@ class _LlamaBlock:
             head_dim=size,
         )
 
-    def __call__(
-        self, x: Tensor, around: tuple[Tensor, Tensor], parts: Sequence[Part], caches: Sequence[LayerCache]
-    ) -> Tensor:
+    def __call__(self, x: Tensor, around: _Around, parts: Sequence[Part], caches: Sequence[LayerCache]) -> Tensor:
         qkv = self.qkv(self.norms[0](x)).view(len(x), -1, self.head_dim)
         asked = qkv.narrow(1, 0, self.heads)
         if self.head_norms is not None:
             keys = qkv.narrow(1, self.heads, self.key_heads)
             asked.copy_(self.head_norms[0](asked))
             keys.copy_(self.head_norms[1](keys))
-        _rotate(qkv.narrow(1, 0, self.heads + self.key_heads), *around)
+        _rotate(qkv.narrow(1, 0, self.heads + self.key_heads), around.cos, around.sin)
         pairs = qkv.narrow(1, self.heads, 2 * self.key_heads).view(len(x), 2, self.key_heads, -1).transpose(0, 1)
         mixed = []
-        for part, cache in zip(parts, caches, strict=True):
+        for part, cache, hidden in zip(parts, caches, around.hidden, strict=True):
             keys, values = _remember(pairs.narrow(1, part.first, part.rows), cache, part)
-            mixed.append(_attend(asked.narrow(0, part.first, part.rows), keys, values, part, self.scaling))
+            queries = asked.narrow(0, part.first, part.rows)
+            mixed.append(_attend(queries, keys, values, part, self.scaling, hidden))
         x = x + self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
         gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
         return x + self.down(self.act(gate) * up)
@@ -335,7 +371,7 @@ class _Bloom:
         return cls(model, [b for b in blocks if b]) if all(blocks) else None
 
     def around(self, x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-        """What is added to the scores of each session's new tokens: (heads, tokens, end)."""
+        """What is added to the scores of each session's new tokens: (heads or batch * heads, tokens, end)."""
         longest = max(part.end for part in parts)
         alibi = self._alibi  # sessions in other threads may replace it meanwhile
         if alibi.shape[-1] < longest or alibi.dtype != x.dtype:
@@ -344,7 +380,12 @@ class _Bloom:
         biases = []
         for part in parts:
             bias = alibi[..., : part.end]
-            biases.append(bias if part.tokens == 1 else bias + _causal(part, x))
+            if part.mask is not None:
+                bias = self._build_alibi(part.mask, self._heads, x.dtype)
+            hidden = _hidden(part, x)
+            if hidden is not None:
+                bias = (bias.view(-1, self._heads, *bias.shape[1:]) + hidden).flatten(0, 1)
+            biases.append(bias)
         return biases
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from petals.models.block import BlockSpan
+from petals.models.cache import SpanCache
 from petals.models.errors import StepError, UnsupportedModel
 
 _TOKENS = 6
@@ -85,7 +86,7 @@ def _check_block(span: BlockSpan, block: int, hidden: Tensor, other: Tensor, tit
 
 def lean_agrees(span: BlockSpan) -> bool:
     """Whether the lean way (lean.py) gives what the library's gives: two sessions of different lengths through all
-    blocks, token by token, several at once, and both together."""
+    blocks, token by token, several at once, both together, and both with padding."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, _TOKENS, span.hidden_size, generator=generator).to(device=span.device, dtype=span.dtype)
     with torch.inference_mode():
@@ -96,17 +97,23 @@ def lean_agrees(span: BlockSpan) -> bool:
 
 
 def _steps(span: BlockSpan, hidden: Tensor) -> Tensor:
-    """Two rows in one session and one in another, (3, tokens, hidden_size), together where the span can."""
+    """Two rows in one session and one in another, (3, tokens, hidden_size), together where the span can; in the last
+    step a token of two of the rows is hidden as if it had been padding."""
     two, one = (span.new_cache(span.blocks, batch, _TOKENS) for batch in (2, 1))
     outputs = [[span.step(hidden[:2, :1], two)], [span.step(hidden[2:, :3], one)]]
     outputs[0].append(span.step(hidden[:2, 1:4], two))
-    pairs = [(hidden[:2, 4:5], two), (hidden[2:, 3:5], one)], [(hidden[:2, 5:], two), (hidden[2:, 5:], one)]
+    padded = torch.ones(3, _TOKENS, dtype=torch.int64)
+    padded[1:, 0] = 0
+    pairs: list[list[tuple[Tensor, SpanCache, Tensor | None]]] = [
+        [(hidden[:2, 4:5], two, None), (hidden[2:, 3:5], one, None)],
+        [(hidden[:2, 5:], two, padded[:2]), (hidden[2:, 5:], one, padded[2:])],
+    ]
     for pair in pairs:
-        rows, caches = zip(*pair, strict=True)
+        rows, caches, masks = zip(*pair, strict=True)
         if all(span.can_join(*step) for step in pair):
-            new = span.step_together(rows, caches)
+            new = span.step_together(rows, caches, masks)
         else:
-            new = [span.step(*step) for step in pair]
+            new = [span.step(hidden, cache, attention_mask=mask) for hidden, cache, mask in pair]
         for output, part in zip(outputs, new, strict=True):
             output.append(part)
     return torch.cat([torch.cat(output, 1) for output in outputs])

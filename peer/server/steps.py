@@ -41,10 +41,9 @@ class StepWork(SharedWork):
 
     @property
     def can_join(self) -> bool:
-        """Whether nothing about it is special."""
-        mask = self._tensors.get("attention_mask")
-        plain = self._adapter is None and "prompts" not in self._tensors and (mask is None or bool(mask.all()))
-        return plain and self._span.can_join(self._hidden, self._cache)
+        """Whether it needs nothing that a shared pass has not."""
+        plain = self._adapter is None and "prompts" not in self._tensors
+        return plain and self._span.can_join(self._hidden, self._cache, self._tensors.get("attention_mask"))
 
     def __call__(self) -> Tensor:
         return self.alone()
@@ -63,7 +62,13 @@ class StepWork(SharedWork):
         span = works[0]._span
         try:
             done = iter(
-                span.step_together([work._hidden for work in fit], [work._cache for work in fit]) if fit else ()
+                span.step_together(
+                    [work._hidden for work in fit],
+                    [work._cache for work in fit],
+                    [work._tensors.get("attention_mask") for work in fit],
+                )
+                if fit
+                else ()
             )
         except Exception:  # whose fault it is shows when each is alone
             return [outcome.capture(work) for work in works]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch.testing import assert_close
 
 from petals.models import lean, products
 from petals.models.block import BlockSpan
+from petals.models.cache import SpanCache
+from petals.models.errors import StepError
 from petals.models.lean import LEAN_ROWS
 from petals.models.loading import load_span
 from tests.models.conftest import Tiny, load_stock
@@ -38,35 +41,64 @@ def test_which_families_have_it(tiny: Tiny) -> None:
 
 
 def play(span: BlockSpan, seed: int, *, together: bool) -> list[Tensor]:
-    """Sessions of different ranges, batches and lengths step in random company; all that they answered."""
+    """Sessions of different ranges, batches, lengths and paddings step in random company; all that they answered."""
     dice = random.Random(seed)
     ranges = [range(BLOCKS), range(1, BLOCKS), range(2), range(1, 3)]
-    sessions = [(span.new_cache(dice.choice(ranges), dice.choice((1, 1, 2, 3)), 24), list[Tensor]()) for _ in range(5)]
+    sessions = [
+        Played(cache := span.new_cache(dice.choice(ranges), dice.choice((1, 1, 2, 3)), 24), padding(dice, cache))
+        for _ in range(5)
+    ]
     for turn in range(12):
         steps = []
-        for index, (cache, answers) in enumerate(sessions):
+        for index, session in enumerate(sessions):
+            cache = session.cache
             if dice.random() < 0.3:
                 continue
             if cache.position > 4 and dice.random() < 0.2:
                 cache.rollback(cache.position - dice.randrange(1, 4))
             tokens = min(dice.choice((1, 1, 1, 2, 5)), cache.max_length - cache.position)
             if tokens:
-                steps.append((0.5 * noise(100 * turn + index, cache.batch_size, tokens, HIDDEN), cache, answers))
+                hidden = 0.5 * noise(100 * turn + index, cache.batch_size, tokens, HIDDEN)
+                steps.append((session, hidden, cache, session.mask_of(tokens)))
         if together:
-            joint = [step for step in steps if span.can_join(step[0], step[1])]
-            outputs = span.step_together([step[0] for step in joint], [step[1] for step in joint])
-            for (_, _, answers), output in zip(joint, outputs, strict=True):
-                answers.append(output)
+            joint = [step for step in steps if span.can_join(*step[1:])]
+            outputs = span.step_together(*([step[part] for step in joint] for part in (1, 2, 3)))
+            for (session, _, _, mask), output in zip(joint, outputs, strict=True):
+                session.note(output, mask)
             steps = [step for step in steps if not any(step is one for one in joint)]
-        for hidden, cache, answers in steps:
-            answers.append(span.step(hidden, cache))
-    return [answer for _, answers in sessions for answer in answers]
+        for session, hidden, cache, mask in steps:
+            session.note(span.step(hidden, cache, attention_mask=mask), mask)
+    return [answer for session in sessions for answer in session.answers]
+
+
+@dataclass
+class Played:
+    """A session, and the tokens at the beginning of each row that are padding; None: it never says anything of them."""
+
+    cache: SpanCache
+    padding: Tensor | None
+    answers: list[Tensor] = field(default_factory=list)
+
+    def mask_of(self, tokens: int) -> Tensor | None:
+        if self.padding is None:
+            return None
+        return (torch.arange(self.cache.position + tokens) >= self.padding[:, None]).long()
+
+    def note(self, output: Tensor, mask: Tensor | None) -> None:
+        self.answers.append(output if mask is None else output[mask[:, -output.shape[1] :].bool()])
+
+
+def padding(dice: random.Random, cache: SpanCache) -> Tensor | None:
+    if dice.random() < 0.4:
+        return None
+    return torch.tensor([dice.randrange(4) for _ in range(cache.batch_size)])
 
 
 def assert_near(ours: list[Tensor], truth: list[Tensor], share: float) -> None:
     """No difference is more than `share` of the largest value."""
     for mine, wanted in zip(ours, truth, strict=True):
-        assert_close(mine, wanted, rtol=0, atol=share * float(wanted.abs().max()))
+        if wanted.numel():  # nothing but padding otherwise
+            assert_close(mine, wanted, rtol=0, atol=share * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -110,6 +142,30 @@ def test_a_large_step_or_one_beyond_the_window_goes_the_librarys_way(make_tiny: 
     mistral.step(noise(0, 1, 4, HIDDEN), cache)
     assert mistral.can_join(noise(0, 1, 1, HIDDEN), cache)
     assert not mistral.can_join(noise(0, 1, 2, HIDDEN), cache)
+
+
+def test_padding_joins_unless_it_is_new(lean_tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    span = lean_tiny.whole
+    cache = span.new_cache(range(BLOCKS), 2, 8)
+    hidden, mask = noise(0, 2, 3, HIDDEN), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert not span.can_join(hidden, cache, mask[:, :3])
+    span.step(hidden, cache, attention_mask=mask[:, :3])
+    assert span.can_join(hidden[:, :1], cache, mask)
+    monkeypatch.setattr(span, "_run", lambda *_: pytest.fail("the library's way"))
+    padded = span.step(hidden[:, :1], cache, attention_mask=mask)
+    cache.rollback(3)
+    whole = span.step(hidden[:, :1], cache)
+    assert not torch.allclose(padded[0], whole[0])
+    assert_close(padded[1], whole[1])
+
+
+def test_a_mask_that_does_not_fit_changes_nothing(llama: Tiny) -> None:
+    span = llama.whole
+    caches = [span.new_cache(range(BLOCKS), 1, 8) for _ in range(2)]
+    hidden = [noise(0, 1, 1, HIDDEN)] * 2
+    with pytest.raises(StepError, match="attention_mask"):
+        span.step_together(hidden, caches, [None, torch.ones(1, 2, dtype=torch.int64)])
+    assert [cache.position for cache in caches] == [0, 0]
 
 
 def test_stacked_weights_take_no_more_memory(llama: Tiny) -> None:

@@ -224,3 +224,27 @@ def test_a_pass_that_breaks_is_done_one_by_one(
     results = StepWork.together([StepWork(llama_span, cache, 0, {"hidden": noise}, None) for cache in caches])
     assert all(isinstance(result, outcome.Value) for result in results)
     assert [cache.position for cache in caches] == [noise.shape[1]] * 2
+
+
+def test_steps_of_padded_batches_go_together_once_their_padding_is_old(llama_span: BlockSpan) -> None:
+    hidden = torch.randn(2, 4, HIDDEN, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    alone = llama_span.new_cache(range(BLOCKS), 2, 8)
+    truth = [llama_span.step(hidden[:, :3], alone, attention_mask=mask[:, :3])]
+    with llama_span.library_path():
+        truth.append(llama_span.step(hidden[:, 3:], alone, attention_mask=mask))
+    caches = [llama_span.new_cache(range(BLOCKS), 2, 8) for _ in range(2)]
+    prompt = {"hidden": hidden[:, :3], "attention_mask": mask[:, :3]}
+    for cache in caches:
+        work = StepWork(llama_span, cache, 0, prompt, None)
+        assert not work.can_join
+        assert torch.equal(work.alone(), truth[0])
+    works = [
+        StepWork(llama_span, caches[0], 3, {"hidden": hidden[:, 3:], "attention_mask": mask}, None),
+        StepWork(llama_span, caches[1], 3, {"hidden": hidden[:, 3:]}, None),
+    ]
+    assert all(work.can_join for work in works)
+    padded, whole = (result.unwrap() for result in StepWork.together(works))
+    assert (padded - truth[1]).abs().max() < 1e-4
+    assert (whole[0] - padded[0]).abs().max() > 1e-2
+    assert (whole[1] - padded[1]).abs().max() < 1e-4
