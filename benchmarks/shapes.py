@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 SHAPES: dict[str, PretrainedConfig | None] = {
     "smollm2": None,
@@ -23,6 +30,14 @@ SHAPES: dict[str, PretrainedConfig | None] = {
     "llama-thin": LlamaConfig(
         hidden_size=1024, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
         head_dim=16, vocab_size=1024, max_position_embeddings=4096,
+    ),
+    "gemma3-270m": Gemma3TextConfig(
+        hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=256, vocab_size=32000, sliding_window=512, max_position_embeddings=4096,
+    ),
+    "mixtral-12x512": MixtralConfig(
+        hidden_size=512, intermediate_size=1792, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2,
+        num_local_experts=8, vocab_size=32000, max_position_embeddings=4096,
     ),
 }  # fmt: skip
 """None: the default model, real weights. The others have the shape of their namesakes and random weights;

@@ -7,7 +7,6 @@ use any sub-range of a span: it runs on a *view*, a shallow copy of the base mod
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from petals.models.adapters import Lora, LoraHook, check_lora, linear_features, linear_layers
-from petals.models.cache import LayerShape, SpanCache, cache_bytes
+from petals.models.cache import LayerShape, NoCache, SpanCache, cache_bytes
 from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 from petals.models.halves import HalfLinear
+from petals.models.joint import Joint
 from petals.models.lean import Lean, lean_path
+from petals.models.views import get_layers, has_stateful_rope, shorten, with_own_rope
 
 
 class BlockSpan:
@@ -50,16 +51,23 @@ class BlockSpan:
         self._takes_lora = False
         self._views: dict[range, PreTrainedModel] = {}
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-        self._stateful_rope = _has_stateful_rope(model)
+        self._stateful_rope = has_stateful_rope(model)
         for index, layer in zip(blocks, self._layers, strict=True):
             layer.register_forward_pre_hook(_PromptHook(self._active, index), with_kwargs=True)
         self._shapes: list[LayerShape] = []
         self._lean: Lean | None = None
+        self._joint: Joint | None = None
 
     @property
     def lean(self) -> bool:
         """Whether steps of few rows go the lean way (lean.py)."""
         return self._lean is not None
+
+    @property
+    def joins(self) -> bool:
+        """Whether steps of different sessions can share a pass: the lean way, or through the library's own layers
+        (joint.py)."""
+        return self._lean is not None or self._joint is not None
 
     @property
     def cache_depends_on_tokens_only(self) -> bool:
@@ -72,6 +80,11 @@ class BlockSpan:
         if not self._stateful_rope:
             self._lean = lean_path(self._model, self._path, self._layers, self.blocks, measured=measured)
 
+    def join_library_layers(self) -> None:
+        """Let sessions share passes through the library's own layers from now on. Before the first session."""
+        if not self._stateful_rope:
+            self._joint = Joint(self._model, self._path, self.blocks, takes_positions=self._takes_positions)
+
     def calibrate(self) -> None:
         """Measure what is chosen by measurement; about a second."""
         if self._lean is not None:
@@ -79,16 +92,17 @@ class BlockSpan:
 
     @contextmanager
     def library_path(self) -> Iterator[None]:
-        """While open, steps go the library's way. For comparison: no other thread may run."""
-        lean, self._lean = self._lean, None
+        """While open, steps go the library's way, each session alone. For comparison: no other thread may run."""
+        faster = self._lean, self._joint
+        self.drop_faster_paths()
         try:
             yield
         finally:
-            self._lean = lean
+            self._lean, self._joint = faster
 
-    def drop_lean_path(self) -> None:
-        """Go the library's way for good."""
-        self._lean = None
+    def drop_faster_paths(self) -> None:
+        """Go the library's way, each session alone, for good."""
+        self._lean = self._joint = None
 
     @property
     def weight_bytes(self) -> int:
@@ -190,8 +204,8 @@ class BlockSpan:
         if hypo_ids is not None:
             cache.reorder(hypo_ids)
         assert isinstance(cache.view, PreTrainedModel)
-        if prompts is None and lora is None and self.can_join(hidden, cache, mask):
-            return self._run_lean([hidden], [cache], [mask])[0]
+        if self._lean is not None and prompts is None and lora is None and self.can_join(hidden, cache, mask):
+            return self._run_together(self._lean, [hidden], [cache], [mask])[0]
         position = cache.position
         try:
             with self._applying(lora, prompts, cache.blocks):
@@ -206,7 +220,8 @@ class BlockSpan:
         `attention_mask`: as `step` takes it; how long it is is not looked at.
         """
         batch, tokens, _ = hidden.shape
-        if self._lean is None or not self._lean.takes(batch, tokens, cache.position):
+        path = self._lean or self._joint
+        if path is None or not path.takes(batch, tokens, cache.position):
             return False
         return attention_mask is None or bool(attention_mask[:, -tokens:].all())
 
@@ -225,15 +240,20 @@ class BlockSpan:
         for rows, cache, mask in zip(hidden, caches, attention_masks or [None] * len(caches), strict=True):
             self._check_step(rows, cache)
             masks.append(self._checked_mask(mask, rows.shape[0], cache.position + rows.shape[1]))
-        return self._run_lean(hidden, caches, masks)
+        path = self._lean or self._joint
+        assert path is not None
+        return self._run_together(path, hidden, caches, masks)
 
-    def _run_lean(
-        self, hidden: Sequence[Tensor], caches: Sequence[SpanCache], masks: Sequence[Tensor | None]
+    def _run_together(
+        self,
+        path: Lean | Joint,
+        hidden: Sequence[Tensor],
+        caches: Sequence[SpanCache],
+        masks: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        assert self._lean is not None
         positions = [cache.position for cache in caches]
         try:
-            outputs = self._lean.run([rows.to(device=self.device, dtype=self.dtype) for rows in hidden], caches, masks)
+            outputs = path.run([rows.to(device=self.device, dtype=self.dtype) for rows in hidden], caches, masks)
         except BaseException:  # as in `step`
             for cache, position in zip(caches, positions, strict=True):
                 cache.truncate(position)
@@ -291,8 +311,8 @@ class BlockSpan:
         self._check_blocks(blocks)
         view = self._views.get(blocks)
         if view is None:
-            view = self._views[blocks] = _shorten(self._model, self._path, self.blocks, blocks)
-        return _with_own_rope(view) if private else view
+            view = self._views[blocks] = shorten(self._model, self._path, self.blocks, blocks)
+        return with_own_rope(view) if private else view
 
     def _shapes_of(self, blocks: range) -> list[LayerShape]:
         self._check_blocks(blocks)
@@ -380,16 +400,11 @@ def _add_prefix(hidden: Tensor, prompt: Tensor) -> Tensor:
     return torch.cat([hidden[:, :prefix] + prompt, hidden[:, prefix:]], dim=1)
 
 
-class _Recorder:
-    """A cache that keeps nothing but the shapes; every block starts from an empty past."""
-
-    is_compileable = False
+class _Recorder(NoCache):
+    """Keeps nothing but the shapes of what it is told."""
 
     def __init__(self) -> None:
         self._shapes: dict[int, LayerShape] = {}
-        self.is_sliding: list[bool] = []
-        self.is_linear: list[bool] = []
-        self.is_dummy: list[bool] = []
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kw: object
@@ -397,91 +412,8 @@ class _Recorder:
         self._shapes[layer_idx] = LayerShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
         return keys, values
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
-
-    def _refuse(self, *args: object, **kwargs: object) -> None:
-        raise UnsupportedModel("its blocks remember more than keys and values; such memory cannot be served yet")
-
-    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state = _refuse
-
     def knows(self, block: int) -> bool:
         return block in self._shapes
 
     def shape_of(self, block: int) -> LayerShape:
         return self._shapes[block]
-
-
-def get_layers(model: nn.Module, path: str) -> nn.ModuleList:
-    """The list of blocks at `path` of a base model."""
-    found = model.get_submodule(path)
-    assert isinstance(found, nn.ModuleList)
-    return found
-
-
-def _shallow(module: nn.Module) -> Any:
-    """A copy that shares parameters and children with `module`, but may be given other children."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
-
-
-def _shorten(model: PreTrainedModel, path: str, have: range, want: range) -> PreTrainedModel:
-    """The base model over `want`, a sub-range of its blocks `have`; weights are shared."""
-    twin = owner = _shallow(model)
-    *parents, name = path.split(".")
-    for parent in parents:
-        child = _shallow(getattr(owner, parent))
-        owner._modules[parent] = child
-        owner = child
-    layers = get_layers(model, path)[want.start - have.start : want.stop - have.start]
-    owner._modules[name] = layers
-    # The stack zips its blocks with per-layer entries of the configuration ("layer_types"), which are still those of
-    # the whole model; the blocks themselves were built from it and keep it.
-    shortened = config_slice(model.config, want)
-    twin.config = shortened
-    if owner is not twin and hasattr(owner, "config"):
-        owner.config = shortened
-    result: PreTrainedModel = twin
-    return result
-
-
-def config_slice(config: PretrainedConfig, blocks: range) -> PretrainedConfig:
-    """A configuration of `len(blocks)` layers: every list with one entry per layer of the whole model is cut."""
-    total = config.num_hidden_layers
-    sliced = copy.deepcopy(config)
-    for key, value in list(vars(sliced).items()):
-        if isinstance(value, (list, tuple)) and len(value) == total and total > 1:
-            setattr(sliced, key, type(value)(value[blocks.start : blocks.stop]))
-    sliced.num_hidden_layers = len(blocks)
-    return sliced
-
-
-def _rotary_modules(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if hasattr(module, "rope_type")]
-
-
-def _has_stateful_rope(model: nn.Module) -> bool:
-    kinds = [module.rope_type for _, module in _rotary_modules(model)]
-    flat = [k for kind in kinds for k in (kind.values() if isinstance(kind, dict) else [kind])]
-    return any("dynamic" in str(kind) or kind == "longrope" for kind in flat)
-
-
-def _with_own_rope(view: PreTrainedModel) -> PreTrainedModel:
-    """A view whose rotary embeddings are its own; the stack's ones, blocks of the families known hold none."""
-    twin: PreTrainedModel = _shallow(view)
-    for name, module in _rotary_modules(view):
-        *parents, leaf = name.split(".")
-        owner: nn.Module = twin
-        for parent in parents:
-            child = _shallow(getattr(owner, parent))
-            owner._modules[parent] = child
-            owner = child
-        owner._modules[leaf] = copy.deepcopy(module)
-    return twin

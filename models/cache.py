@@ -12,13 +12,14 @@ sliding window. A server needs three other things, so the storage here is our ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from petals.models.errors import CacheFull, StepError
+from petals.models.errors import CacheFull, StepError, UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,34 @@ class _BlockCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._own(layer_idx).get_mask_sizes(query_length)
+
+
+class NoCache:
+    """What the library takes for a cache: every block starts from an empty past, and nothing is kept."""
+
+    is_compileable = False
+    is_sliding: Sequence[bool] = ()
+    is_linear: Sequence[bool] = ()
+    is_dummy: Sequence[bool] = ()
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kw: object
+    ) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def _refuse(self, *args: object, **kwargs: object) -> None:
+        raise UnsupportedModel("its blocks remember more than keys and values; such memory cannot be served yet")
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state = _refuse
 
 
 class SpanCache:

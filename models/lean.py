@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,27 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petals.models.cache import LayerCache, SpanCache
+from petals.models.passes import PASS_ROWS, Part, in_parts, positions
 from petals.models.products import DenseProduct, Product, Samples, calibrate, fuse
 from petals.models.threads import ThreadChoices
-
-LEAN_ROWS = 128
-"""Rows (tokens of all sequences together) up to which a pass is taken; above, the library's way is as fast."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One session's share of a pass: `tokens` new tokens in each of `batch` sequences, from `position` to `end`; they
-    are `rows` rows of the pass from `first` on."""
-
-    cache: SpanCache
-    batch: int
-    tokens: int
-    position: int
-    end: int
-    first: int
-    rows: int
-    mask: Tensor | None
-    """(batch, end) int64: 0 for tokens that are padding, none of them new; None: there are none."""
 
 
 class _Block(Protocol):
@@ -81,7 +62,7 @@ class Lean:
 
     def takes(self, batch: int, tokens: int, position: int) -> bool:
         """Whether a step of this shape can go this way."""
-        return batch * tokens <= LEAN_ROWS and position + tokens <= self._family.max_length
+        return batch * tokens <= PASS_ROWS and position + tokens <= self._family.max_length
 
     def calibrate(self) -> None:
         """Choose the fastest products now; otherwise when they are first needed."""
@@ -93,41 +74,17 @@ class Lean:
         """One pass for the new tokens of several sessions, which may use different sub-ranges of the span.
 
         Args:
-            hidden: for each session (batch, tokens, hidden_size), dtype and device of the span, at most LEAN_ROWS rows
+            hidden: for each session (batch, tokens, hidden_size), dtype and device of the span, at most PASS_ROWS rows
                 together; caches: room for them was checked; masks: as `Part.mask`.
         Returns: the sessions' outputs, shapes as given. Should it raise, the caches hold unequal numbers of tokens.
         """
-        states = [rows.reshape(-1, rows.shape[2]) for rows in hidden]
-        with nullcontext() if self._threads is None else self._threads.running(sum(map(len, states))):
-            self._run(states, hidden, caches, masks)
-        return [rows.view(given.shape) for rows, given in zip(states, hidden, strict=True)]
+        rows = sum(session.shape[0] * session.shape[1] for session in hidden)
+        with nullcontext() if self._threads is None else self._threads.running(rows):
+            return in_parts(hidden, caches, masks, self._run_range)
 
-    def _run(
-        self,
-        states: list[Tensor],
-        hidden: Sequence[Tensor],
-        caches: Sequence[SpanCache],
-        masks: Sequence[Tensor | None],
-    ) -> None:
-        """`states`, each (rows, hidden_size), become the outputs."""
-        positions = [cache.position for cache in caches]
-        edges = sorted({edge for cache in caches for edge in (cache.blocks.start, cache.blocks.stop)})
-        for start, stop in pairwise(edges):
-            here = [i for i, cache in enumerate(caches) if start in cache.blocks]
-            parts, first = list[Part](), 0
-            for i in here:
-                batch, tokens, _ = hidden[i].shape
-                end, count = positions[i] + tokens, batch * tokens
-                parts.append(Part(caches[i], batch, tokens, positions[i], end, first, count, masks[i]))
-                first += count
-            if parts:
-                out = self._run_range(range(start, stop), [states[i] for i in here], parts)
-                for i, rows in zip(here, out, strict=True):
-                    states[i] = rows
-
-    def _run_range(self, blocks: range, states: list[Tensor], parts: list[Part]) -> Sequence[Tensor]:
+    def _run_range(self, blocks: range, states: Sequence[Tensor], parts: Sequence[Part]) -> Sequence[Tensor]:
         """Blocks that all the sessions go through."""
-        x = states[0] if len(states) == 1 else torch.cat(states)
+        x = states[0] if len(states) == 1 else torch.cat(tuple(states))
         around = self._family.around(x, parts)
         for block in blocks:
             caches = [part.cache.layer(block) for part in parts]
@@ -221,15 +178,6 @@ def _hidden(part: Part, like: Tensor) -> Tensor | None:
     return hidden
 
 
-def _positions(parts: Sequence[Part], device: torch.device) -> Tensor:
-    """Of all rows: (rows,) int64, as `transformers.generate` counts them: padding does not count."""
-    numbers: list[int] = []
-    for part in parts:
-        for padding in [0] * part.batch if part.mask is None else (part.mask == 0).sum(1).tolist():
-            numbers.extend(range(part.position - padding, part.end - padding))
-    return torch.tensor(numbers, device=device)
-
-
 class _LlamaLike:
     """RMS norm, rotary positions, grouped queries, gated MLP; biases and norms of queries and keys where a family has
     them: Llama, Mistral, Qwen2, Qwen3."""
@@ -249,7 +197,7 @@ class _LlamaLike:
 
     def around(self, x: Tensor, parts: Sequence[Part]) -> _Around:
         """What all blocks need to know about these rows."""
-        cos, sin = self._rotary(x, _positions(parts, x.device)[None])
+        cos, sin = self._rotary(x, positions(parts, x.device)[None])
         sin[..., : sin.shape[-1] // 2].neg_()
         return _Around(cos[0, :, None], sin[0, :, None], [_hidden(part, x) for part in parts])
 

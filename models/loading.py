@@ -26,14 +26,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petals.models.block import BlockSpan, get_layers
+from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint, Progress
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
 from petals.models.halves import HALVED, can_halve, halve_linears
 from petals.models.progress import Meter
 from petals.models.quantize import check_quant_type, quantize_block
-from petals.models.selftest import check_span, lean_agrees
+from petals.models.selftest import agrees, check_span
+from petals.models.views import get_layers
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +87,29 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool, determini
         if self_test:
             check_span(span, title=title, thorough=not family.verified)
         span.find_lean_path(measured=not deterministic)
-        if span.lean and not lean_agrees(span):
-            span.drop_lean_path()
+        if span.lean and not agrees(span):
+            span.drop_faster_paths()
             log.warning("%s: the lean path differs from transformers' own, so that one is used; it is slower", title)
+        if not span.lean and family.verified:
+            _join_if_right(span, title)
     except UnsupportedModel as error:
         raise error if title in str(error) else UnsupportedModel(f"{title} cannot be served: {error}") from None
     except _STRANGE as error:
         said = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModel(f"{title} cannot be served: {type(error).__name__}: {said}") from error
+
+
+def _join_if_right(span: BlockSpan, title: str) -> None:
+    """Let sessions share passes through the library's layers, where that gives what each gets alone; some models do
+    their attention in a way of their own."""
+    try:
+        span.join_library_layers()
+        right = agrees(span)
+    except (*_STRANGE, UnsupportedModel):
+        right = False
+    if not right:
+        span.drop_faster_paths()
+        log.info("%s: sessions do not share passes", title)
 
 
 def _load_quantized(

@@ -84,9 +84,10 @@ def _check_block(span: BlockSpan, block: int, hidden: Tensor, other: Tensor, tit
     _expect(_close(span, behind, ours), title, f"block {block} looks at padding")
 
 
-def lean_agrees(span: BlockSpan) -> bool:
-    """Whether the lean way (lean.py) gives what the library's gives: two sessions of different lengths through all
-    blocks, token by token, several at once, both together, and both with padding."""
+def agrees(span: BlockSpan) -> bool:
+    """Whether the lean way (lean.py), or a pass that sessions share (joint.py), gives what the library's way gives each
+    session alone: two of different lengths through all blocks, token by token, several at once, both together, and
+    both with padding."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, _TOKENS, span.hidden_size, generator=generator).to(device=span.device, dtype=span.dtype)
     with torch.inference_mode():

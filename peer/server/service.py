@@ -19,8 +19,8 @@ from petals.models.adapters import load_lora
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint
 from petals.models.errors import ModelError
-from petals.models.lean import LEAN_ROWS
 from petals.models.loading import load_span
+from petals.models.passes import PASS_ROWS
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
 from petals.peer.identity import signer_of
@@ -186,7 +186,7 @@ class Service:
 
     async def _stay(self, span: BlockSpan, started: Callable[[], None]) -> range:
         """Answer about `span` until another place is clearly better; returns that, once no session is left here."""
-        pass_rows = 0 if self._config.deterministic else LEAN_ROWS
+        pass_rows = 0 if self._config.deterministic else PASS_ROWS
         weigh = self._ledger.weight if self.reciprocal else all_alike
         lane = Lane(self._config.favoured, pass_rows=pass_rows, thread=self._thread, weigh=weigh)
         budget = CacheBudget(

@@ -18,8 +18,8 @@ from petals.models import lean, products
 from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
 from petals.models.errors import StepError
-from petals.models.lean import LEAN_ROWS
 from petals.models.loading import load_span
+from petals.models.passes import PASS_ROWS
 from tests.models.conftest import Tiny, load_stock
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, Case
 
@@ -134,9 +134,9 @@ def test_half_precision_rounds_where_the_library_rounds(lean_tiny: Tiny) -> None
 
 def test_a_large_step_or_one_beyond_the_window_goes_the_librarys_way(make_tiny: MakeTiny, llama: Tiny) -> None:
     span = llama.whole
-    cache = span.new_cache(range(BLOCKS), 2, LEAN_ROWS)
-    assert span.can_join(noise(0, 2, LEAN_ROWS // 2, HIDDEN), cache)
-    assert not span.can_join(noise(0, 2, LEAN_ROWS // 2 + 1, HIDDEN), cache)
+    cache = span.new_cache(range(BLOCKS), 2, PASS_ROWS)
+    assert span.can_join(noise(0, 2, PASS_ROWS // 2, HIDDEN), cache)
+    assert not span.can_join(noise(0, 2, PASS_ROWS // 2 + 1, HIDDEN), cache)
     mistral = make_tiny(next(case for case in CASES if case.id == "mistral")).whole
     cache = mistral.new_cache(range(BLOCKS), 1, 9)
     mistral.step(noise(0, 1, 4, HIDDEN), cache)

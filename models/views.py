@@ -1,0 +1,81 @@
+"""Views of a base model: shallow copies that share its weights, over other blocks or with rotary embeddings apart."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def get_layers(model: nn.Module, path: str) -> nn.ModuleList:
+    """The list of blocks at `path` of a base model."""
+    found = model.get_submodule(path)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def shallow(module: nn.Module) -> Any:
+    """A copy that shares parameters and children with `module`, but may be given other children."""
+    twin = object.__new__(
+        type(module)
+    )  # `copy.copy` refuses parametrized weights, as quantised experts have
+    twin.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
+    return twin
+
+
+def shorten(model: PreTrainedModel, path: str, have: range, want: range) -> PreTrainedModel:
+    """The base model over `want`, a sub-range of its blocks `have`; weights are shared."""
+    twin = owner = shallow(model)
+    *parents, name = path.split(".")
+    for parent in parents:
+        child = shallow(getattr(owner, parent))
+        owner._modules[parent] = child
+        owner = child
+    layers = get_layers(model, path)[want.start - have.start : want.stop - have.start]
+    owner._modules[name] = layers
+    # The stack zips its blocks with per-layer entries of the configuration ("layer_types"), which are still those of
+    # the whole model; the blocks themselves were built from it and keep it.
+    shortened = config_slice(model.config, want)
+    twin.config = shortened
+    if owner is not twin and hasattr(owner, "config"):
+        owner.config = shortened
+    result: PreTrainedModel = twin
+    return result
+
+
+def config_slice(config: PretrainedConfig, blocks: range) -> PretrainedConfig:
+    """A configuration of `len(blocks)` layers: every list with one entry per layer of the whole model is cut."""
+    total = config.num_hidden_layers
+    sliced = copy.deepcopy(config)
+    for key, value in list(vars(sliced).items()):
+        if isinstance(value, (list, tuple)) and len(value) == total and total > 1:
+            setattr(sliced, key, type(value)(value[blocks.start : blocks.stop]))
+    sliced.num_hidden_layers = len(blocks)
+    return sliced
+
+
+def _rotary_modules(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "rope_type")]
+
+
+def has_stateful_rope(model: nn.Module) -> bool:
+    kinds = [module.rope_type for _, module in _rotary_modules(model)]
+    flat = [k for kind in kinds for k in (kind.values() if isinstance(kind, dict) else [kind])]
+    return any("dynamic" in str(kind) or kind == "longrope" for kind in flat)
+
+
+def with_own_rope(view: PreTrainedModel) -> PreTrainedModel:
+    """A view whose rotary embeddings are its own; the stack's ones, blocks of the families known hold none."""
+    twin: PreTrainedModel = shallow(view)
+    for name, module in _rotary_modules(view):
+        *parents, leaf = name.split(".")
+        owner: nn.Module = twin
+        for parent in parents:
+            child = shallow(getattr(owner, parent))
+            owner._modules[parent] = child
+            owner = child
+        owner._modules[leaf] = copy.deepcopy(module)
+    return twin
