@@ -19,9 +19,7 @@ def get_layers(model: nn.Module, path: str) -> nn.ModuleList:
 
 def shallow(module: nn.Module) -> Any:
     """A copy that shares parameters and children with `module`, but may be given other children."""
-    twin = object.__new__(
-        type(module)
-    )  # `copy.copy` refuses parametrized weights, as quantised experts have
+    twin = object.__new__(type(module))  # `copy.copy` refuses parametrized weights, as quantised experts have
     twin.__dict__ = module.__dict__ | {"_modules": dict(module._modules)}
     return twin
 

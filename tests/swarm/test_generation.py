@@ -14,6 +14,7 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM
 
+from petals.models.block import BlockSpan
 from petals.models.causal_lm import load_causal_lm
 from petals.models.loading import load_span
 from petals.models.local import LocalChain
@@ -21,6 +22,7 @@ from petals.peer.client.generation import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks, UserError
+from tests.models.tiny import CASES, VOCABULARY, save_tiny
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 MakeSwarm = Callable[..., Swarm]
@@ -128,6 +130,51 @@ async def test_random_models_generate_the_same_in_every_way(make_swarm: MakeSwar
             torch.testing.assert_close(model(ids).logits, tiny_truth.model(ids).logits, rtol=0, atol=1e-4)
 
     await client.portal.run_sync(compare)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3", "mixtral", "gpt2"])
+async def test_many_at_once_share_passes_and_read_what_each_reads_alone(
+    make_swarm: MakeSwarm, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = save_tiny(next(case for case in CASES if case.id == family), tmp_path)
+    shared: list[tuple[int, bool]] = []
+    step_together = BlockSpan.step_together
+
+    def count(span: BlockSpan, hidden: Any, caches: Any, masks: Any) -> list[torch.Tensor]:
+        shared.append((len(caches), any(mask is not None for mask in masks)))
+        return step_together(span, hidden, caches, masks)
+
+    monkeypatch.setattr(BlockSpan, "step_together", count)
+    swarm = make_swarm(str(tmp_path))
+    await swarm.add(range(3))
+    await swarm.add(range(3, 4))
+    client = await (await swarm.add()).client()
+    await client.ready()
+    dice = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(1, VOCABULARY, (1 + number % 2, 3 + number), generator=dice) for number in range(6)]
+    padding = [
+        torch.arange(ids.shape[1]) >= torch.arange(len(ids))[:, None] for ids in prompts
+    ]  # a token of the second
+
+    def generate(model: Any, number: int) -> torch.Tensor:
+        mask = padding[number].long()
+        ids = prompts[number]
+        out: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
+        return out
+
+    answers: dict[int, torch.Tensor] = {}
+
+    async def ask_for(number: int) -> None:
+        model = load_causal_lm(client.checkpoint, client.chain())
+        answers[number] = await client.portal.run_sync(generate, model, number)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(prompts)):
+            nursery.start_soon(ask_for, number)
+    for number in range(len(prompts)):
+        assert torch.equal(answers[number], generate(reference, number))
+    assert max(sessions for sessions, _ in shared) > 1
+    assert any(padded for sessions, padded in shared if sessions > 1)
 
 
 async def test_the_client_computes_in_the_dtype_of_its_servers(
