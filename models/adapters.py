@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,17 +207,35 @@ def _matches(pattern: str, path: str) -> bool:
         raise CheckpointError(f"{CONFIG}: alpha_pattern {pattern[:40]!r}: {error}") from error
 
 
-class LoraHook:
-    """Adds the running adapter's update to what one linear layer puts out."""
+class Applied(threading.local):
+    """What one thread's run adds to the blocks; hooks look here, since modules are shared by threads."""
 
-    def __init__(self, active: Any, block: int, path: str) -> None:
-        """`active.lora` is the adapter of this thread's run, or None."""
-        self._active = active
+    prompts: dict[int, Tensor] | None = None
+    lora: Lora | None = None
+    shares: Sequence[tuple[int, int, Lora]] = ()
+    """Of a pass that sessions share: (first row, rows, adapter) of those that have one."""
+    rows = 0
+    """Of that pass."""
+
+
+class LoraHook:
+    """Adds the running adapters' updates to what one linear layer puts out."""
+
+    def __init__(self, applied: Applied, block: int, path: str) -> None:
+        self._applied = applied
         self._place = (block, path)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        lora: Lora | None = self._active.lora
-        layer = lora.layers.get(self._place) if lora is not None else None
-        if layer is None:
-            return None
-        return output + layer(args[0]).to(output.dtype)
+        lora = self._applied.lora
+        if lora is not None:
+            layer = lora.layers.get(self._place)
+            return None if layer is None else output + layer(args[0]).to(output.dtype)
+        updated: Tensor | None = None
+        for first, rows, lora in self._applied.shares:
+            layer = lora.layers.get(self._place)
+            if layer is not None:
+                if args[0].shape[-2] != self._applied.rows:
+                    raise StepError(f"the layer {self._place[1]} is not given the rows as they are")
+                updated = output.clone() if updated is None else updated
+                updated.narrow(-2, first, rows).add_(layer(args[0].narrow(-2, first, rows)).to(output.dtype))
+        return updated

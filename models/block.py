@@ -8,7 +8,6 @@ use any sub-range of a span: it runs on a *view*, a shallow copy of the base mod
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from petals.models.adapters import Lora, LoraHook, check_lora, linear_features, linear_layers
+from petals.models.adapters import Applied, Lora, LoraHook, check_lora, linear_features, linear_layers
 from petals.models.cache import LayerShape, NoCache, SpanCache, cache_bytes
 from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 from petals.models.halves import HalfLinear
@@ -45,7 +44,7 @@ class BlockSpan:
         self._path = path
         self._layers = list(get_layers(model, path))
         self.device: torch.device = next(chain(self._layers[0].parameters(), self._layers[0].buffers())).device
-        self._active = _Active()
+        self._applied = Applied()
         self._adapters: dict[str, Lora] = {}
         self._linear_features: dict[int, dict[str, tuple[int, int]]] = {}
         self._takes_lora = False
@@ -53,7 +52,7 @@ class BlockSpan:
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self._stateful_rope = has_stateful_rope(model)
         for index, layer in zip(blocks, self._layers, strict=True):
-            layer.register_forward_pre_hook(_PromptHook(self._active, index), with_kwargs=True)
+            layer.register_forward_pre_hook(_PromptHook(self._applied, index), with_kwargs=True)
         self._shapes: list[LayerShape] = []
         self._lean: Lean | None = None
         self._joint: Joint | None = None
@@ -80,10 +79,13 @@ class BlockSpan:
         if not self._stateful_rope:
             self._lean = lean_path(self._model, self._path, self._layers, self.blocks, measured=measured)
 
-    def join_library_layers(self) -> None:
-        """Let sessions share passes through the library's own layers from now on. Before the first session."""
+    def find_joint_path(self) -> None:
+        """Let sessions share passes through the library's own layers from now on (joint.py): where there is no lean
+        way, and with adapters. Before the first session."""
         if not self._stateful_rope:
-            self._joint = Joint(self._model, self._path, self.blocks, takes_positions=self._takes_positions)
+            self._joint = Joint(
+                self._model, self._path, self.blocks, self._applied, takes_positions=self._takes_positions
+            )
 
     def calibrate(self) -> None:
         """Measure what is chosen by measurement; about a second."""
@@ -91,18 +93,23 @@ class BlockSpan:
             self._lean.calibrate()
 
     @contextmanager
-    def library_path(self) -> Iterator[None]:
-        """While open, steps go the library's way, each session alone. For comparison: no other thread may run."""
+    def library_path(self, *, shared: bool = False) -> Iterator[None]:
+        """While open, steps go through the library's layers; `shared`: in passes that sessions share, if they can, each
+        session alone otherwise. For comparison: no other thread may run."""
         faster = self._lean, self._joint
-        self.drop_faster_paths()
+        self._lean, self._joint = None, self._joint if shared else None
         try:
             yield
         finally:
             self._lean, self._joint = faster
 
-    def drop_faster_paths(self) -> None:
-        """Go the library's way, each session alone, for good."""
-        self._lean = self._joint = None
+    def drop_lean_path(self) -> None:
+        """Go the library's way for good."""
+        self._lean = None
+
+    def drop_joint_path(self) -> None:
+        """Share no passes through the library's layers."""
+        self._joint = None
 
     @property
     def weight_bytes(self) -> int:
@@ -140,7 +147,7 @@ class BlockSpan:
         self._takes_lora = True
         for index, layer in zip(self.blocks, self._layers, strict=True):
             for path, linear in linear_layers(layer).items():
-                linear.register_forward_hook(LoraHook(self._active, index, path))
+                linear.register_forward_hook(LoraHook(self._applied, index, path))
 
     def _find_lora(self, adapter: str | Lora | None) -> Lora | None:
         if isinstance(adapter, Lora):
@@ -205,7 +212,7 @@ class BlockSpan:
             cache.reorder(hypo_ids)
         assert isinstance(cache.view, PreTrainedModel)
         if self._lean is not None and prompts is None and lora is None and self.can_join(hidden, cache, mask):
-            return self._run_together(self._lean, [hidden], [cache], [mask])[0]
+            return self._run_together([hidden], [cache], [mask], [None])[0]
         position = cache.position
         try:
             with self._applying(lora, prompts, cache.blocks):
@@ -214,13 +221,20 @@ class BlockSpan:
             cache.truncate(position)
             raise
 
-    def can_join(self, hidden: Tensor, cache: SpanCache, attention_mask: Tensor | None = None) -> bool:
-        """Whether a step of just these tokens, none of them padding and nothing added, may be part of `step_together`.
+    def can_join(
+        self,
+        hidden: Tensor,
+        cache: SpanCache,
+        attention_mask: Tensor | None = None,
+        adapter: str | Lora | None = None,
+    ) -> bool:
+        """Whether a step of just these tokens, none of them padding and nothing prompted, may be part of
+        `step_together`.
 
         `attention_mask`: as `step` takes it; how long it is is not looked at.
         """
         batch, tokens, _ = hidden.shape
-        path = self._lean or self._joint
+        path = self._joint if adapter is not None else self._lean or self._joint
         if path is None or not path.takes(batch, tokens, cache.position):
             return False
         return attention_mask is None or bool(attention_mask[:, -tokens:].all())
@@ -231,34 +245,46 @@ class BlockSpan:
         hidden: Sequence[Tensor],
         caches: Sequence[SpanCache],
         attention_masks: Sequence[Tensor | None] | None = None,
+        adapters: Sequence[str | Lora | None] | None = None,
     ) -> list[Tensor]:
         """`step` for several sessions in one pass; each must be one that `can_join` allows, and all different.
 
+        Where there is a lean way, those with adapters have a pass of their own.
+
         Raises: StepError, CacheFull, as `step`; nothing has changed then.
         """
-        masks = []
-        for rows, cache, mask in zip(hidden, caches, attention_masks or [None] * len(caches), strict=True):
+        nothing = [None] * len(caches)
+        masks, loras = [], []
+        columns = hidden, caches, attention_masks or nothing, adapters or nothing
+        for rows, cache, mask, adapter in zip(*columns, strict=True):
             self._check_step(rows, cache)
             masks.append(self._checked_mask(mask, rows.shape[0], cache.position + rows.shape[1]))
-        path = self._lean or self._joint
-        assert path is not None
-        return self._run_together(path, hidden, caches, masks)
+            loras.append(self._find_lora(adapter))
+        return self._run_together(hidden, caches, masks, loras)
 
     def _run_together(
         self,
-        path: Lean | Joint,
         hidden: Sequence[Tensor],
         caches: Sequence[SpanCache],
         masks: Sequence[Tensor | None],
+        loras: Sequence[Lora | None],
     ) -> list[Tensor]:
+        inputs = [rows.to(device=self.device, dtype=self.dtype) for rows in hidden]
+        lean = [i for i, lora in enumerate(loras) if self._lean is not None and lora is None]
+        joint = [i for i, lora in enumerate(loras) if self._lean is None or lora is not None]
         positions = [cache.position for cache in caches]
+        outputs: dict[int, Tensor] = {}
         try:
-            outputs = path.run([rows.to(device=self.device, dtype=self.dtype) for rows in hidden], caches, masks)
-        except BaseException:  # as in `step`
+            if self._lean is not None and lean:
+                outputs.update(zip(lean, self._lean.run(*_those(lean, inputs, caches, masks)), strict=True))
+            if joint:
+                assert self._joint is not None
+                outputs.update(zip(joint, self._joint.run(*_those(joint, inputs, caches, masks, loras)), strict=True))
+        except BaseException:  # as in `step`; and the first of two passes may be done
             for cache, position in zip(caches, positions, strict=True):
                 cache.truncate(position)
             raise
-        return [out.to(device=rows.device, dtype=rows.dtype) for out, rows in zip(outputs, hidden, strict=True)]
+        return [outputs[i].to(device=rows.device, dtype=rows.dtype) for i, rows in enumerate(hidden)]
 
     def _check_step(self, hidden: Tensor, cache: SpanCache) -> None:
         self._check_hidden(hidden)
@@ -356,19 +382,16 @@ class BlockSpan:
         """While open, this thread's runs use the adapter and add prompts[i] to the input of blocks[i]."""
         if prompts is not None:
             prompts = prompts.to(device=self.device, dtype=self.dtype)
-            self._active.prompts = dict(zip(blocks, prompts, strict=True))
-        self._active.lora = lora
+            self._applied.prompts = dict(zip(blocks, prompts, strict=True))
+        self._applied.lora = lora
         try:
             yield
         finally:
-            self._active.lora = self._active.prompts = None
+            self._applied.lora = self._applied.prompts = None
 
 
-class _Active(threading.local):
-    """What one thread's run adds to the blocks; hooks look here, since modules are shared by threads."""
-
-    prompts: dict[int, Tensor] | None = None
-    lora: Lora | None = None
+def _those(chosen: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
+    return [[column[i] for i in chosen] for column in columns]
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -379,16 +402,16 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 class _PromptHook:
     """Adds this thread's prompt, if any, to the first positions of one block's input."""
 
-    def __init__(self, active: _Active, block: int) -> None:
-        self._active = active
+    def __init__(self, applied: Applied, block: int) -> None:
+        self._applied = applied
         self._block = block
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._active.prompts is None:
+        if self._applied.prompts is None:
             return None
-        prompt = self._active.prompts[self._block]
+        prompt = self._applied.prompts[self._block]
         if args:
             return (_add_prefix(args[0], prompt), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": _add_prefix(kwargs["hidden_states"], prompt)}

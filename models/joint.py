@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from petals.models.adapters import Applied, Lora
 from petals.models.cache import NoCache, SpanCache
 from petals.models.errors import UnsupportedModel
 from petals.models.passes import PASS_ROWS, Part, in_parts, positions
@@ -40,8 +41,11 @@ NAME = "petals-joint"
 class Joint:
     """Shared passes through the blocks of a span."""
 
-    def __init__(self, model: PreTrainedModel, path: str, blocks: range, *, takes_positions: bool) -> None:
-        """`model`: the base model whose list at `path` holds `blocks`."""
+    def __init__(
+        self, model: PreTrainedModel, path: str, blocks: range, applied: Applied, *, takes_positions: bool
+    ) -> None:
+        """`model`: the base model whose list at `path` holds `blocks`. `applied`: where their hooks look."""
+        self._applied = applied
         self._blocks = blocks
         self._path = path
         self._takes_positions = takes_positions
@@ -54,10 +58,15 @@ class Joint:
         return batch * tokens <= PASS_ROWS
 
     def run(
-        self, hidden: Sequence[Tensor], caches: Sequence[SpanCache], masks: Sequence[Tensor | None]
+        self,
+        hidden: Sequence[Tensor],
+        caches: Sequence[SpanCache],
+        masks: Sequence[Tensor | None],
+        loras: Sequence[Lora | None],
     ) -> list[Tensor]:
-        """As `Lean.run`. Raises UnsupportedModel when the model's blocks do not call our attention."""
-        return in_parts(hidden, caches, masks, self._run_range)
+        """As `Lean.run`, each session with its adapter. Raises UnsupportedModel when the model's blocks do not call our
+        attention."""
+        return in_parts(hidden, caches, masks, loras, self._run_range)
 
     def _run_range(self, blocks: range, states: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
         if blocks not in self._views:
@@ -65,8 +74,13 @@ class Joint:
         rows = torch.cat(tuple(states))[None]
         extra = {"position_ids": positions(parts, rows.device)[None]} if self._takes_positions else {}
         shared = _Pass(parts, self._attention)
-        with _running(shared):
-            output = self._views[blocks](inputs_embeds=rows, past_key_values=NoCache(), use_cache=True, **extra)
+        self._applied.rows = rows.shape[1]
+        self._applied.shares = [(part.first, part.rows, part.lora) for part in parts if part.lora is not None]
+        try:
+            with _running(shared):
+                output = self._views[blocks](inputs_embeds=rows, past_key_values=NoCache(), use_cache=True, **extra)
+        finally:
+            self._applied.shares = ()
         if shared.attended != set(blocks):
             raise UnsupportedModel("its attention is not the library's common one")
         return [output.last_hidden_state[0].narrow(0, part.first, part.rows) for part in parts]

@@ -80,7 +80,7 @@ class Lean:
         """
         rows = sum(session.shape[0] * session.shape[1] for session in hidden)
         with nullcontext() if self._threads is None else self._threads.running(rows):
-            return in_parts(hidden, caches, masks, self._run_range)
+            return in_parts(hidden, caches, masks, [None] * len(caches), self._run_range)
 
     def _run_range(self, blocks: range, states: Sequence[Tensor], parts: Sequence[Part]) -> Sequence[Tensor]:
         """Blocks that all the sessions go through."""

@@ -88,10 +88,10 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool, determini
             check_span(span, title=title, thorough=not family.verified)
         span.find_lean_path(measured=not deterministic)
         if span.lean and not agrees(span):
-            span.drop_faster_paths()
+            span.drop_lean_path()
             log.warning("%s: the lean path differs from transformers' own, so that one is used; it is slower", title)
-        if not span.lean and family.verified:
-            _join_if_right(span, title)
+        if not span.lean:
+            share_layers(span, checkpoint)
     except UnsupportedModel as error:
         raise error if title in str(error) else UnsupportedModel(f"{title} cannot be served: {error}") from None
     except _STRANGE as error:
@@ -99,17 +99,23 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool, determini
         raise UnsupportedModel(f"{title} cannot be served: {type(error).__name__}: {said}") from error
 
 
-def _join_if_right(span: BlockSpan, title: str) -> None:
-    """Let sessions share passes through the library's layers, where that gives what each gets alone; some models do
-    their attention in a way of their own."""
+def share_layers(span: BlockSpan, checkpoint: Checkpoint) -> None:
+    """Let sessions share passes through the library's layers (joint.py), if that gives what each gets alone: for
+    families whose lean way there is none, and for adapters. Some models do their attention in a way of their own.
+
+    Only for families that the tests prove exact: a mask may be of a kind that a few tokens do not show.
+    """
+    family = family_of(checkpoint.config)
+    if not family.verified:
+        return
     try:
-        span.join_library_layers()
-        right = agrees(span)
+        span.find_joint_path()
+        right = agrees(span, joint=True)
     except (*_STRANGE, UnsupportedModel):
         right = False
     if not right:
-        span.drop_faster_paths()
-        log.info("%s: sessions do not share passes", title)
+        span.drop_joint_path()
+        log.info("%s (%s): sessions do not share passes", checkpoint.name, family.title)
 
 
 def _load_quantized(

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from petals.models.adapters import Lora
 from petals.models.cache import SpanCache
 
 PASS_ROWS = 128
@@ -29,18 +30,20 @@ class Part:
     rows: int
     mask: Tensor | None
     """(batch, end) int64: 0 for tokens that are padding, none of them new; None: there are none."""
+    lora: Lora | None
 
 
 def in_parts(
     hidden: Sequence[Tensor],
     caches: Sequence[SpanCache],
     masks: Sequence[Tensor | None],
+    loras: Sequence[Lora | None],
     run: Callable[[range, Sequence[Tensor], Sequence[Part]], Sequence[Tensor]],
 ) -> list[Tensor]:
     """Take several sessions, which may use different ranges of blocks, through all of their blocks.
 
     Args:
-        hidden: for each (batch, tokens, hidden_size); masks: as `Part.mask`.
+        hidden: for each (batch, tokens, hidden_size); masks, loras: as in `Part`.
         run: takes the rows (rows, hidden_size) of sessions through blocks that all of them use.
     Returns: the sessions' outputs, shapes as given.
     """
@@ -53,7 +56,7 @@ def in_parts(
         for i in here:
             batch, tokens, _ = hidden[i].shape
             end, count = begun[i] + tokens, batch * tokens
-            parts.append(Part(caches[i], batch, tokens, begun[i], end, first, count, masks[i]))
+            parts.append(Part(caches[i], batch, tokens, begun[i], end, first, count, masks[i], loras[i]))
             first += count
         if parts:
             outputs = run(range(start, stop), [states[i] for i in here], parts)

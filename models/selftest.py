@@ -11,7 +11,7 @@ block.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,14 +84,15 @@ def _check_block(span: BlockSpan, block: int, hidden: Tensor, other: Tensor, tit
     _expect(_close(span, behind, ours), title, f"block {block} looks at padding")
 
 
-def agrees(span: BlockSpan) -> bool:
-    """Whether the lean way (lean.py), or a pass that sessions share (joint.py), gives what the library's way gives each
-    session alone: two of different lengths through all blocks, token by token, several at once, both together, and
-    both with padding."""
+def agrees(span: BlockSpan, *, joint: bool = False) -> bool:
+    """Whether the lean way (lean.py), or `joint` a pass that sessions share (joint.py), gives what the library's way
+    gives each session alone: two of different lengths through all blocks, token by token, several at once, both
+    together, and both with padding."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, _TOKENS, span.hidden_size, generator=generator).to(device=span.device, dtype=span.dtype)
     with torch.inference_mode():
-        ours = _steps(span, hidden)
+        with span.library_path(shared=True) if joint else nullcontext():
+            ours = _steps(span, hidden)
         with span.library_path():
             theirs = _steps(span, hidden)
     return _close(span, ours, theirs)

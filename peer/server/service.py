@@ -19,7 +19,7 @@ from petals.models.adapters import load_lora
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint
 from petals.models.errors import ModelError
-from petals.models.loading import load_span
+from petals.models.loading import load_span, share_layers
 from petals.models.passes import PASS_ROWS
 from petals.peer.config import ServeConfig
 from petals.peer.host import Handler, Host
@@ -182,6 +182,8 @@ class Service:
         span = await self._thread.run(partial(load, checkpoint, blocks, dtype=dtype, device=str(device)))
         for adapter in config.adapters:
             span.add_adapter(await self._thread.run(partial(load_lora, adapter, span)))
+        if config.adapters and span.lean:  # which has no place for adapters
+            await self._thread.run(partial(share_layers, span, checkpoint))
         return span
 
     async def _stay(self, span: BlockSpan, started: Callable[[], None]) -> range:

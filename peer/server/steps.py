@@ -42,8 +42,9 @@ class StepWork(SharedWork):
     @property
     def can_join(self) -> bool:
         """Whether it needs nothing that a shared pass has not."""
-        plain = self._adapter is None and "prompts" not in self._tensors
-        return plain and self._span.can_join(self._hidden, self._cache, self._tensors.get("attention_mask"))
+        mask = self._tensors.get("attention_mask")
+        plain = "prompts" not in self._tensors
+        return plain and self._span.can_join(self._hidden, self._cache, mask, self._adapter)
 
     def __call__(self) -> Tensor:
         return self.alone()
@@ -66,6 +67,7 @@ class StepWork(SharedWork):
                     [work._hidden for work in fit],
                     [work._cache for work in fit],
                     [work._tensors.get("attention_mask") for work in fit],
+                    [work._adapter for work in fit],
                 )
                 if fit
                 else ()

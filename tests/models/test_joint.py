@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from petals.models import joint
+from petals.models.adapters import Lora, LowRank
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import open_checkpoint
-from petals.models.errors import UnsupportedModel
-from petals.models.loading import load_span
+from petals.models.errors import StepError, UnsupportedModel
+from petals.models.loading import load_span, share_layers
 from petals.models.passes import PASS_ROWS
 from tests.models.conftest import Tiny
 from tests.models.test_lean import LEAN, assert_near, noise, play
@@ -99,6 +100,54 @@ def test_other_threads_run_the_model_as_it_was(make_tiny: MakeTiny) -> None:
     for mine in answers[False]:
         for one, wanted in zip(mine, truth, strict=True):
             assert_close(one, wanted, rtol=0, atol=0)
+
+
+def adapter_of(span: BlockSpan, seed: int) -> Lora:
+    """An update of every linear layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def lively(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    return Lora(
+        f"adapter {seed}",
+        {
+            (block, path): LowRank(lively(2, wide), lively(high, 2), 0.5)
+            for block in span.blocks
+            for path, (wide, high) in span.linear_features(block).items()
+        },
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gpt2", "gemma3", "mixtral"])
+def test_each_session_has_its_own_adapter_or_none(make_tiny: MakeTiny, family: str) -> None:
+    tiny = tiny_of(make_tiny, family)
+    span = load_span(tiny.checkpoint, range(BLOCKS))
+    hosted, own = adapter_of(span, 1), adapter_of(span, 2)
+    span.add_adapter(hosted)
+    if span.lean:
+        assert not span.can_join(noise(0, 1, 1, HIDDEN), span.new_cache(range(BLOCKS), 1, 4), None, hosted.name)
+        share_layers(span, tiny.checkpoint)
+    adapters = [None, hosted.name, own, None, hosted.name]
+    ranges = [range(BLOCKS), range(BLOCKS), range(1, BLOCKS), range(2), range(1, 3)]
+    caches, alone = ([span.new_cache(blocks, 1 + i % 2, 8) for i, blocks in enumerate(ranges)] for _ in range(2))
+    for turn, tokens in enumerate((2, 1, 3)):
+        hidden = [noise(10 * turn + i, cache.batch_size, tokens, HIDDEN) for i, cache in enumerate(caches)]
+        assert all(
+            span.can_join(rows, cache, None, lora) for rows, cache, lora in zip(hidden, caches, adapters, strict=True)
+        )
+        with span.library_path():
+            truth = [span.step(*given, adapter=lora) for *given, lora in zip(hidden, alone, adapters, strict=True)]
+        assert_near(span.step_together(hidden, caches, None, adapters), truth, 1e-4)
+    assert span._applied.shares == ()
+
+
+def test_an_adapter_that_is_not_here_costs_nobody_a_step(make_tiny: MakeTiny) -> None:
+    span = tiny_of(make_tiny, "olmo2").whole
+    caches = [span.new_cache(range(BLOCKS), 1, 4) for _ in range(2)]
+    with pytest.raises(StepError, match="no adapter"):
+        span.step_together([noise(0, 1, 1, HIDDEN)] * 2, caches, None, [None, "nobody's"])
+    assert [cache.position for cache in caches] == [0, 0]
 
 
 def test_weights_are_shared_and_the_configuration_is_not(make_tiny: MakeTiny) -> None:
