@@ -82,10 +82,14 @@ class BlockSpan:
     def find_joint_path(self) -> None:
         """Let sessions share passes through the library's own layers from now on (joint.py): where there is no lean
         way, and with adapters. Before the first session."""
-        if not self._stateful_rope:
-            self._joint = Joint(
-                self._model, self._path, self.blocks, self._applied, takes_positions=self._takes_positions
-            )
+        self._joint = Joint(
+            self._model,
+            self._path,
+            self.blocks,
+            self._applied,
+            takes_positions=self._takes_positions,
+            own_ropes=self._stateful_rope,
+        )
 
     def calibrate(self) -> None:
         """Measure what is chosen by measurement; about a second."""

@@ -32,7 +32,7 @@ from petals.models.adapters import Applied, Lora
 from petals.models.cache import NoCache, SpanCache
 from petals.models.errors import UnsupportedModel
 from petals.models.passes import PASS_ROWS, Part, in_parts, positions
-from petals.models.views import shallow, shorten
+from petals.models.views import shallow, shorten, with_ropes
 
 NAME = "petals-joint"
 """Of our attention, in the library's tables."""
@@ -42,15 +42,24 @@ class Joint:
     """Shared passes through the blocks of a span."""
 
     def __init__(
-        self, model: PreTrainedModel, path: str, blocks: range, applied: Applied, *, takes_positions: bool
+        self,
+        model: PreTrainedModel,
+        path: str,
+        blocks: range,
+        applied: Applied,
+        *,
+        takes_positions: bool,
+        own_ropes: bool,
     ) -> None:
-        """`model`: the base model whose list at `path` holds `blocks`. `applied`: where their hooks look."""
+        """`model`: the base model whose list at `path` holds `blocks`. `applied`: where their hooks look. `own_ropes`:
+        sessions have rotary embeddings of their own, in their caches' views."""
         self._applied = applied
         self._blocks = blocks
         self._path = path
         self._takes_positions = takes_positions
         self._attention: str = model.config._attn_implementation
-        self._twin: PreTrainedModel = _twin(model, {})
+        twin: PreTrainedModel = _twin(model, {})
+        self._twin = with_ropes(twin, lambda name, module: _RopeOfEach(name)) if own_ropes else twin
         self._views: dict[range, PreTrainedModel] = {}
 
     def takes(self, batch: int, tokens: int, position: int) -> bool:
@@ -147,6 +156,26 @@ def _attend(
         mixed.append(output.reshape(1, part.rows, *output.shape[2:]))
     shared.attended.add(module.layer_idx)
     return torch.cat(mixed, 1), None
+
+
+class _RopeOfEach(nn.Module):
+    """Rotary embeddings that change with the length of the text: those of each session for its own rows."""
+
+    def __init__(self, path: str) -> None:
+        """`path` to them in a base model."""
+        super().__init__()
+        self._path = path
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **others: Any) -> tuple[Tensor, ...]:
+        """cos and sin, each (1, rows, head_dim)."""
+        shared = _thread.now
+        assert shared is not None
+        angles = []
+        for part in shared.parts:
+            assert isinstance(part.cache.view, nn.Module)
+            rope = part.cache.view.get_submodule(self._path)
+            angles.append(rope(x, position_ids.narrow(1, part.first, part.rows), *args, **others))
+        return tuple(torch.cat(of_all, 1) for of_all in zip(*angles, strict=True))
 
 
 AttentionInterface.register(NAME, _attend)

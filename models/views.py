@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -67,6 +67,11 @@ def has_stateful_rope(model: nn.Module) -> bool:
 
 def with_own_rope(view: PreTrainedModel) -> PreTrainedModel:
     """A view whose rotary embeddings are its own; the stack's ones, blocks of the families known hold none."""
+    return with_ropes(view, lambda name, module: copy.deepcopy(module))
+
+
+def with_ropes(view: PreTrainedModel, make: Callable[[str, nn.Module], nn.Module]) -> PreTrainedModel:
+    """A view with other rotary embeddings; `make` is told path and module of each."""
     twin: PreTrainedModel = shallow(view)
     for name, module in _rotary_modules(view):
         *parents, leaf = name.split(".")
@@ -75,5 +80,5 @@ def with_own_rope(view: PreTrainedModel) -> PreTrainedModel:
             child = shallow(getattr(owner, parent))
             owner._modules[parent] = child
             owner = child
-        owner._modules[leaf] = copy.deepcopy(module)
+        owner._modules[leaf] = make(name, module)
     return twin

@@ -22,8 +22,8 @@ from tests.models.conftest import Tiny
 from tests.models.test_lean import LEAN, assert_near, noise, play
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, Case, save_tiny
 
-ALONE = {"falcon-new", "falcon-7b", "falcon-rw", "llama-dynamic-rope", "phi3-longrope"}
-"""Falcon does its attention in a way of its own; rotary angles that change with the length belong to one session."""
+ALONE = {"falcon-new", "falcon-7b", "falcon-rw"}
+"""Falcon does its attention in a way of its own."""
 JOINT = {case.id for case in CASES} - LEAN - ALONE
 MakeTiny = Callable[[Case], Tiny]
 
