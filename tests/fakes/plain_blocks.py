@@ -12,7 +12,8 @@ from torch import Tensor
 
 from petals.models.block import BlockSpan
 from petals.models.cache import LayerCache
-from petals.models.lean import Lean, Part, _attend, _remember
+from petals.models.lean import Lean, _attend, _hidden, _remember
+from petals.models.passes import Part
 from petals.models.products import Product
 
 LENGTH = 128
@@ -30,7 +31,8 @@ class _PlainBlock:
         (part,), (cache,) = parts, caches  # nobody shares a pass
         x = torch.addcmul(around, x, self._weight)
         keys, values = _remember(x.view(-1, *self._pair).transpose(0, 1), cache, part)
-        return x.add_(_attend(x.view(-1, self._heads, self._size), keys, values, part, 1.0)).tanh_()
+        queries = x.view(-1, self._heads, self._size)
+        return x.add_(_attend(queries, keys, values, part, 1.0, _hidden(part, x))).tanh_()
 
 
 class _PlainFamily:
