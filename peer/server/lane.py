@@ -352,14 +352,15 @@ def back_by(visitors: Iterable[Visitor], ended_at: float, pass_s: float) -> floa
 
 
 def next_piece(rows: int, mixed_s: float, decode_s: float) -> int:
-    """How many rows of a prompt to put into passes with decode steps, so that these take at most twice their time.
+    """How many rows of a prompt to put into passes with decode steps, so that these take at most twice their time, the
+    slow ones among them, too.
 
     Args:
         rows: how many there were; mixed_s: how long such a pass took; decode_s: one without them.
     """
-    if mixed_s > 1.9 * decode_s:
-        return max(2, rows // 2)
-    return min(64, rows * 2) if mixed_s < 1.25 * decode_s else rows
+    if mixed_s > 1.7 * decode_s:
+        return max(2, rows * 3 // 4)
+    return min(64, rows * 4 // 3 + 1) if mixed_s < 1.35 * decode_s else rows
 
 
 def _smoothed(old: float, new: float) -> float:
