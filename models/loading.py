@@ -101,7 +101,7 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool, determini
 
 def share_layers(span: BlockSpan, checkpoint: Checkpoint) -> None:
     """Let sessions share passes through the library's layers (joint.py), if that gives what each gets alone: for
-    families whose lean way there is none, and for adapters. Some models do their attention in a way of their own.
+    families that have no lean way, and for adapters. Some models do their attention in a way of their own.
 
     Only for families that the tests prove exact: a mask may be of a kind that a few tokens do not show.
     """
