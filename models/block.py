@@ -23,6 +23,7 @@ from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 from petals.models.halves import HalfLinear
 from petals.models.joint import Joint
 from petals.models.lean import Lean, lean_path
+from petals.models.passes import NewTokens
 from petals.models.views import get_layers, has_stateful_rope, shorten, with_own_rope
 
 
@@ -216,7 +217,7 @@ class BlockSpan:
             cache.reorder(hypo_ids)
         assert isinstance(cache.view, PreTrainedModel)
         if self._lean is not None and prompts is None and lora is None and self.can_join(hidden, cache, mask):
-            return self._run_together([hidden], [cache], [mask], [None])[0]
+            return self._run_together([self._new_tokens(hidden, cache, mask)])[0].to(hidden)
         position = cache.position
         try:
             with self._applying(lora, prompts, cache.blocks):
@@ -258,37 +259,33 @@ class BlockSpan:
         Raises: StepError, CacheFull, as `step`; nothing has changed then.
         """
         nothing = [None] * len(caches)
-        masks, loras = [], []
+        sessions = []
         columns = hidden, caches, attention_masks or nothing, adapters or nothing
-        for rows, cache, mask, adapter in zip(*columns, strict=True):
+        for rows, cache, given, adapter in zip(*columns, strict=True):
             self._check_step(rows, cache)
-            masks.append(self._checked_mask(mask, rows.shape[0], cache.position + rows.shape[1]))
-            loras.append(self._find_lora(adapter))
-        return self._run_together(hidden, caches, masks, loras)
+            mask = self._checked_mask(given, rows.shape[0], cache.position + rows.shape[1])
+            sessions.append(self._new_tokens(rows, cache, mask, self._find_lora(adapter)))
+        return [output.to(rows) for output, rows in zip(self._run_together(sessions), hidden, strict=True)]
 
-    def _run_together(
-        self,
-        hidden: Sequence[Tensor],
-        caches: Sequence[SpanCache],
-        masks: Sequence[Tensor | None],
-        loras: Sequence[Lora | None],
-    ) -> list[Tensor]:
-        inputs = [rows.to(device=self.device, dtype=self.dtype) for rows in hidden]
-        lean = [i for i, lora in enumerate(loras) if self._lean is not None and lora is None]
-        joint = [i for i, lora in enumerate(loras) if self._lean is None or lora is not None]
-        positions = [cache.position for cache in caches]
+    def _new_tokens(self, hidden: Tensor, cache: SpanCache, mask: Tensor | None, lora: Lora | None = None) -> NewTokens:
+        return NewTokens(hidden.to(device=self.device, dtype=self.dtype), cache, mask, lora)
+
+    def _run_together(self, sessions: Sequence[NewTokens]) -> list[Tensor]:
+        """The sessions' outputs in the span's dtype, on its device."""
+        lean = [i for i, session in enumerate(sessions) if self._lean is not None and session.lora is None]
+        joint = [i for i, session in enumerate(sessions) if self._lean is None or session.lora is not None]
+        positions = [session.cache.position for session in sessions]
         outputs: dict[int, Tensor] = {}
         try:
-            if self._lean is not None and lean:
-                outputs.update(zip(lean, self._lean.run(*_those(lean, inputs, caches, masks)), strict=True))
-            if joint:
-                assert self._joint is not None
-                outputs.update(zip(joint, self._joint.run(*_those(joint, inputs, caches, masks, loras)), strict=True))
+            for path, chosen in ((self._lean, lean), (self._joint, joint)):
+                if chosen:
+                    assert path is not None
+                    outputs.update(zip(chosen, path.run([sessions[i] for i in chosen]), strict=True))
         except BaseException:  # as in `step`; and the first of two passes may be done
-            for cache, position in zip(caches, positions, strict=True):
-                cache.truncate(position)
+            for session, position in zip(sessions, positions, strict=True):
+                session.cache.truncate(position)
             raise
-        return [outputs[i].to(device=rows.device, dtype=rows.dtype) for i, rows in enumerate(hidden)]
+        return [outputs[i] for i in range(len(sessions))]
 
     def _check_step(self, hidden: Tensor, cache: SpanCache) -> None:
         self._check_hidden(hidden)
@@ -392,10 +389,6 @@ class BlockSpan:
             yield
         finally:
             self._applied.lora = self._applied.prompts = None
-
-
-def _those(chosen: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
-    return [[column[i] for i in chosen] for column in columns]
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from petals.models.adapters import Applied, Lora
-from petals.models.cache import NoCache, SpanCache
+from petals.models.adapters import Applied
+from petals.models.cache import NoCache
 from petals.models.errors import UnsupportedModel
-from petals.models.passes import PASS_ROWS, Part, in_parts, positions
+from petals.models.passes import PASS_ROWS, NewTokens, Part, in_parts, positions
 from petals.models.views import shallow, shorten, with_ropes
 
 NAME = "petals-joint"
@@ -66,16 +66,10 @@ class Joint:
         """Whether a step of this shape may share a pass."""
         return batch * tokens <= PASS_ROWS
 
-    def run(
-        self,
-        hidden: Sequence[Tensor],
-        caches: Sequence[SpanCache],
-        masks: Sequence[Tensor | None],
-        loras: Sequence[Lora | None],
-    ) -> list[Tensor]:
+    def run(self, sessions: Sequence[NewTokens]) -> list[Tensor]:
         """As `Lean.run`, each session with its adapter. Raises UnsupportedModel when the model's blocks do not call our
         attention."""
-        return in_parts(hidden, caches, masks, loras, self._run_range)
+        return in_parts(sessions, self._run_range)
 
     def _run_range(self, blocks: range, states: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
         if blocks not in self._views:

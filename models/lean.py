@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from petals.models.cache import LayerCache, SpanCache
-from petals.models.passes import PASS_ROWS, Part, in_parts, positions
+from petals.models.cache import LayerCache
+from petals.models.passes import PASS_ROWS, NewTokens, Part, in_parts, positions
 from petals.models.products import DenseProduct, Product, Samples, calibrate, fuse
 from petals.models.threads import ThreadChoices
 
@@ -68,19 +68,15 @@ class Lean:
         """Choose the fastest products now; otherwise when they are first needed."""
         calibrate(self._family.blocks[0].products)
 
-    def run(
-        self, hidden: Sequence[Tensor], caches: Sequence[SpanCache], masks: Sequence[Tensor | None]
-    ) -> list[Tensor]:
-        """One pass for the new tokens of several sessions, which may use different sub-ranges of the span.
+    def run(self, sessions: Sequence[NewTokens]) -> list[Tensor]:
+        """One pass for the new tokens of several sessions, at most PASS_ROWS rows together, which may use different
+        sub-ranges of the span. None has an adapter.
 
-        Args:
-            hidden: for each session (batch, tokens, hidden_size), dtype and device of the span, at most PASS_ROWS rows
-                together; caches: room for them was checked; masks: as `Part.mask`.
         Returns: the sessions' outputs, shapes as given. Should it raise, the caches hold unequal numbers of tokens.
         """
-        rows = sum(session.shape[0] * session.shape[1] for session in hidden)
+        rows = sum(session.hidden.shape[0] * session.hidden.shape[1] for session in sessions)
         with nullcontext() if self._threads is None else self._threads.running(rows):
-            return in_parts(hidden, caches, masks, [None] * len(caches), self._run_range)
+            return in_parts(sessions, self._run_range)
 
     def _run_range(self, blocks: range, states: Sequence[Tensor], parts: Sequence[Part]) -> Sequence[Tensor]:
         """Blocks that all the sessions go through."""

@@ -90,7 +90,7 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool, determini
         if span.lean and not agrees(span):
             span.drop_lean_path()
             log.warning("%s: the lean path differs from transformers' own, so that one is used; it is slower", title)
-        if not span.lean:
+        if not span.lean and not deterministic:  # then nobody shares a pass
             share_layers(span, checkpoint)
     except UnsupportedModel as error:
         raise error if title in str(error) else UnsupportedModel(f"{title} cannot be served: {error}") from None

@@ -17,6 +17,18 @@ PASS_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What one session brings to a pass; that its cache has room was checked."""
+
+    hidden: Tensor
+    """(batch, tokens, hidden_size), dtype and device of the span."""
+    cache: SpanCache
+    mask: Tensor | None = None
+    """(batch, position + tokens) int64: 0 for tokens that are padding, none of them new; None: there are none."""
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One session's share of a pass: `tokens` new tokens in each of `batch` sequences, from `position` to `end`; they
     are `rows` rows of the pass from `first` on."""
@@ -29,40 +41,37 @@ class Part:
     first: int
     rows: int
     mask: Tensor | None
-    """(batch, end) int64: 0 for tokens that are padding, none of them new; None: there are none."""
+    """As in `NewTokens`."""
     lora: Lora | None
 
 
 def in_parts(
-    hidden: Sequence[Tensor],
-    caches: Sequence[SpanCache],
-    masks: Sequence[Tensor | None],
-    loras: Sequence[Lora | None],
-    run: Callable[[range, Sequence[Tensor], Sequence[Part]], Sequence[Tensor]],
+    sessions: Sequence[NewTokens], run: Callable[[range, Sequence[Tensor], Sequence[Part]], Sequence[Tensor]]
 ) -> list[Tensor]:
     """Take several sessions, which may use different ranges of blocks, through all of their blocks.
 
     Args:
-        hidden: for each (batch, tokens, hidden_size); masks, loras: as in `Part`.
         run: takes the rows (rows, hidden_size) of sessions through blocks that all of them use.
     Returns: the sessions' outputs, shapes as given.
     """
-    states = [rows.reshape(-1, rows.shape[2]) for rows in hidden]
-    begun = [cache.position for cache in caches]
-    edges = sorted({edge for cache in caches for edge in (cache.blocks.start, cache.blocks.stop)})
+    states = [session.hidden.reshape(-1, session.hidden.shape[2]) for session in sessions]
+    begun = [session.cache.position for session in sessions]
+    ranges = [session.cache.blocks for session in sessions]
+    edges = sorted({edge for blocks in ranges for edge in (blocks.start, blocks.stop)})
     for start, stop in pairwise(edges):
-        here = [i for i, cache in enumerate(caches) if start in cache.blocks]
+        here = [i for i, blocks in enumerate(ranges) if start in blocks]
         parts, first = list[Part](), 0
         for i in here:
-            batch, tokens, _ = hidden[i].shape
+            session = sessions[i]
+            batch, tokens, _ = session.hidden.shape
             end, count = begun[i] + tokens, batch * tokens
-            parts.append(Part(caches[i], batch, tokens, begun[i], end, first, count, masks[i], loras[i]))
+            parts.append(Part(session.cache, batch, tokens, begun[i], end, first, count, session.mask, session.lora))
             first += count
         if parts:
             outputs = run(range(start, stop), [states[i] for i in here], parts)
             for i, rows in zip(here, outputs, strict=True):
                 states[i] = rows
-    return [rows.view(given.shape) for rows, given in zip(states, hidden, strict=True)]
+    return [rows.view(session.hidden.shape) for rows, session in zip(states, sessions, strict=True)]
 
 
 def positions(parts: Sequence[Part], device: torch.device) -> Tensor:

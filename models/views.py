@@ -24,14 +24,19 @@ def shallow(module: nn.Module) -> Any:
     return twin
 
 
-def shorten(model: PreTrainedModel, path: str, have: range, want: range) -> PreTrainedModel:
-    """The base model over `want`, a sub-range of its blocks `have`; weights are shared."""
-    twin = owner = shallow(model)
+def _own_parents(twin: nn.Module, path: str) -> tuple[Any, str]:
+    """Give a shallow copy its own copies of the modules on the way to `path`; the last of them, and the name in it."""
     *parents, name = path.split(".")
     for parent in parents:
-        child = shallow(getattr(owner, parent))
-        owner._modules[parent] = child
-        owner = child
+        twin._modules[parent] = child = shallow(getattr(twin, parent))
+        twin = child
+    return twin, name
+
+
+def shorten(model: PreTrainedModel, path: str, have: range, want: range) -> PreTrainedModel:
+    """The base model over `want`, a sub-range of its blocks `have`; weights are shared."""
+    twin = shallow(model)
+    owner, name = _own_parents(twin, path)
     layers = get_layers(model, path)[want.start - have.start : want.stop - have.start]
     owner._modules[name] = layers
     # The stack zips its blocks with per-layer entries of the configuration ("layer_types"), which are still those of
@@ -74,11 +79,6 @@ def with_ropes(view: PreTrainedModel, make: Callable[[str, nn.Module], nn.Module
     """A view with other rotary embeddings; `make` is told path and module of each."""
     twin: PreTrainedModel = shallow(view)
     for name, module in _rotary_modules(view):
-        *parents, leaf = name.split(".")
-        owner: nn.Module = twin
-        for parent in parents:
-            child = shallow(getattr(owner, parent))
-            owner._modules[parent] = child
-            owner = child
+        owner, leaf = _own_parents(twin, name)
         owner._modules[leaf] = make(name, module)
     return twin

@@ -182,7 +182,7 @@ class Service:
         span = await self._thread.run(partial(load, checkpoint, blocks, dtype=dtype, device=str(device)))
         for adapter in config.adapters:
             span.add_adapter(await self._thread.run(partial(load_lora, adapter, span)))
-        if config.adapters and span.lean:  # which has no place for adapters
+        if config.adapters and span.lean and not config.deterministic:  # the lean way has no place for adapters
             await self._thread.run(partial(share_layers, span, checkpoint))
         return span
 
