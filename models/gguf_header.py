@@ -40,7 +40,8 @@ Stored = Literal["float32", "bfloat16", "float16"]
 def check_gguf(path: Path) -> Stored:
     """Raise CheckpointError unless the header of a GGUF file makes sense.
 
-    Returns: what its matrices are worth being kept in: their own dtype, float16 if they are quantised.
+    Returns: what its matrices are worth being kept in: the dtype of most of their weights, float16 if those are
+        quantised. A router or a few experts' gates in float32 among them change nothing.
     """
     try:
         with path.open("rb") as file:
@@ -72,22 +73,23 @@ class _Header:
         if alignment is None or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment}")
         infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
-        kinds: set[GGMLQuantizationType] = set()
+        kinds: dict[GGMLQuantizationType, int] = {}
         for _ in range(tensors):
             name, kind, info = self._tensor()
             if name in infos:
                 raise ValueError(f"tensor {name} stands there twice")
             infos[name] = info
             if len(info[0]) > 1:
-                kinds.add(kind)
+                kinds[kind] = kinds.get(kind, 0) + math.prod(info[0])
         begin = -(-self._file.tell() // alignment) * alignment
         for name, (_, offset, nbytes) in infos.items():
             if offset % alignment or begin + offset + nbytes > self._total:
                 raise ValueError(f"tensor {name} ends beyond the file")
         _check_model(numbers, {name: sizes for name, (sizes, _, _) in infos.items()})
-        if kinds & {GGMLQuantizationType.F32, GGMLQuantizationType.F64}:
+        usual = max(kinds, key=lambda kind: kinds[kind], default=GGMLQuantizationType.F32)
+        if usual in (GGMLQuantizationType.F32, GGMLQuantizationType.F64):
             return "float32"
-        return "bfloat16" if GGMLQuantizationType.BF16 in kinds else "float16"
+        return "bfloat16" if usual == GGMLQuantizationType.BF16 else "float16"
 
     def _value(self) -> int | None:
         """An integer; of everything else only that it is there."""

@@ -21,9 +21,10 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -235,10 +236,12 @@ def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
     try:
         stored = getattr(torch, check_gguf(path))
         with _gguf_errors(path):
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        model, found = loaded
+        _check_complete(path, model, found["missing_keys"])
         # The library takes a dequantised model for a quantised one and would refuse to save it.
         for attribute, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
             setattr(model, attribute, value)
@@ -262,6 +265,15 @@ def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
                 raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _check_complete(path: Path, model: Any, missing: Iterable[str]) -> None:
+    """The library gives random weights to what a file lacks. Raises CheckpointError."""
+    shared = getattr(model, "all_tied_weights_keys", None) or {}  # a head that is the embeddings is in no file
+    lacking = sorted(set(missing) - set(shared))
+    if lacking:
+        names = ", ".join(lacking[:3])
+        raise CheckpointError(f"{path} lacks tensors of the model: {names} ({len(lacking)} in all); fetch it again")
 
 
 @contextmanager

@@ -4,9 +4,10 @@ On CUDA both are bitsandbytes'. On a CPU bitsandbytes works too, but one row of 
 torch's own weight-only kernel; so int8 is ours there, and nf4, which torch has no kernel for, is theirs.
 
 int8: each output row of a weight matrix is divided by its largest absolute value / 127 and rounded. Up to `_MAX_ROWS`
-rows go through `torch._weight_int8pack_mm`, which wants bfloat16 rows; above that, dequantising once and multiplying in
-the rows' own dtype is faster (measured on AVX2, 2026: break-even near 32 rows). Scales are rounded to bfloat16 before
-the integers are chosen, so that both ways multiply by exactly the same weights.
+rows go through `torch._weight_int8pack_mm`, which wants bfloat16 rows. Above that, dequantising once and multiplying in
+the rows' own dtype is faster (measured on AVX2, 2026: break-even near 32 rows). Matrices whose inner size is no
+multiple of `KERNEL_LANES` are always dequantised. Scales are rounded to bfloat16 before the integers are chosen, so
+that both ways multiply by exactly the same weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from petals.models.errors import UnsupportedModel
 QUANT_TYPES = ("none", "int8", "nf4")
 
 _MAX_ROWS = 32
+KERNEL_LANES = 16
+"""torch's int8 kernel reads this many weights at a time and does not check the end of the row (torch 2.13). With an
+inner size that is no multiple of it, it reads foreign memory or crashes the process."""
 
 _PIECE_ROWS = 8192
 """Of a matrix that are quantised at a time: a head has one for each word, whose floats should not be there thrice."""
@@ -165,7 +169,7 @@ def dequantize_rows(integers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
 
 def int8_product(rows: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
     """rows (rows, in) times the weights (out, in) that `integers` and `scale` stand for, transposed."""
-    if rows.shape[0] <= _MAX_ROWS:
+    if rows.shape[0] <= _MAX_ROWS and integers.shape[1] % KERNEL_LANES == 0 and integers.device.type == "cpu":
         return torch._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), integers, scale).to(rows.dtype)
     return _wide_product(rows, dequantize_rows(integers, scale, torch.float32).t())
 

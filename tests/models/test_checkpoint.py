@@ -272,8 +272,8 @@ def test_directories_that_are_no_models(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "file.txt")
 
 
-def write_gguf(path: Path) -> None:
-    """A Llama of one block, as llama.cpp would write it."""
+def write_gguf(path: Path, lacking: str = "") -> None:
+    """A Llama of one block, as llama.cpp would write it, but for the tensor `lacking`."""
     import numpy as np
     from gguf import GGUFWriter
 
@@ -307,7 +307,8 @@ def write_gguf(path: Path) -> None:
         "blk.0.ffn_down": (32, 48),
     }
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, dtype=np.float32))
+        if name != lacking:
+            writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -339,6 +340,31 @@ def test_a_broken_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(CheckpointError, match="no usable GGUF file"):
         open_checkpoint(tmp_path / "broken.gguf", progress=lambda line: None)
+
+
+@pytest.mark.parametrize("lacking", ["blk.0.ffn_up", "blk.0.attn_norm", "output_norm"])
+def test_a_gguf_file_that_lacks_a_tensor(lacking: str, tmp_path: Path) -> None:
+    """The library fills the gap with random weights."""
+    write_gguf(tmp_path / "holed.gguf", lacking)
+    with pytest.raises(CheckpointError, match=r"holed\.gguf lacks tensors of the model: .*\(1 in all\)"):
+        open_checkpoint(tmp_path / "holed.gguf", progress=lambda line: None)
+
+
+def test_a_few_float32_matrices_do_not_widen_a_gguf_file(tmp_path: Path) -> None:
+    """Routers of experts are float32 in files whose experts are quantised."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    from petals.models.gguf_header import check_gguf
+
+    writer = GGUFWriter(tmp_path / "experts.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((4, 32), np.float32))
+    writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((4, 16, 32), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert check_gguf(tmp_path / "experts.gguf") == "float16"
 
 
 class TestDefaultModel:

@@ -76,6 +76,16 @@ def test_few_rows_and_many_multiply_by_the_same_weights(rows: int, dtype: torch.
     assert_close(out.float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("inner", [1, 7, 24, 40, 100])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_inner_sizes_that_the_kernel_would_read_beyond(rows: int, inner: int) -> None:
+    """torch 2.13 reads foreign memory or ends the process when the inner size is no multiple of 16."""
+    layer = Int8Linear(noise(9, inner), None)
+    hidden = noise(1, rows, inner)
+    expected = nn.functional.linear(hidden, dequantize_rows(layer.weight, layer.scale, torch.float32))
+    assert_close(layer(hidden), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_gradient_is_that_of_the_dequantised_weights(rows: int) -> None:
     layer = Int8Linear(noise(48, 32), None)
