@@ -59,7 +59,7 @@ PRELOADED = ["psutil", "petals.peer.joining", "petals.peer.server.announcer", "p
 async def serve(pipe: Connection, addr: str | None) -> NoReturn:
     """A server without blocks. Says who it is as soon as it is there, and again when it has announced itself."""
     identity = create_identity()
-    async with open_membership(identity, LOOPBACK, [addr] if addr else []) as (host, directory, nursery):
+    async with open_membership(identity, LOOPBACK, [addr] if addr else []) as (host, directory, nursery, _):
         announcer = Announcer(directory, partial(record_of, host), every_s=ANNOUNCE_S)
 
         async def answer(stream: ByteStream) -> None:
@@ -88,7 +88,7 @@ async def read(pipe: Connection, addr: str | None) -> NoReturn:
             await trio.sleep(ECHO_PAUSE_S)
             late_s = max(late_s, time.monotonic() - due)
 
-    async with open_membership(create_identity(), LOOPBACK, [addr] if addr else []) as (_, directory, nursery):
+    async with open_membership(create_identity(), LOOPBACK, [addr] if addr else []) as (_, directory, nursery, _):
         nursery.start_soon(note_late)
         while True:
             late_s, started, cpu, queued = 0.0, time.monotonic(), time.process_time(), queued_s()

@@ -342,6 +342,8 @@ async def run(options: argparse.Namespace) -> None:
         listen=tuple(options.listen),
         announce=tuple(options.announce),
         initial_peers=tuple(options.initial_peers),
+        # Whoever stays open waits as long as it takes; whoever asked one question wants to know now.
+        wait_for_initial_peers=options.generate is None and not options.chat and not options.dry_run,
         nat=nat_config(options),
         lan=lan_config(options),
         swarm_key=options.swarm_key,

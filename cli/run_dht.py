@@ -29,6 +29,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
         transport=options.transport,
         relay=nat_config(options).relay,
         lan=lan_config(options),
+        wait=True,
         progress=lambda line: print(f"petals: {line}", file=sys.stderr, flush=True),
     ) as host:
         if options.json:

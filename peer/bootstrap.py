@@ -36,6 +36,7 @@ async def open_bootstrap(
     transport: Literal["petals", "stock"] = "petals",
     relay: RelayLimits | None = None,
     lan: LanConfig | None = None,
+    wait: bool = False,
     progress: Callable[[str], None] = log.info,
 ) -> AsyncIterator[Host]:
     """Keep the swarm's directory until the context is left.
@@ -43,7 +44,8 @@ async def open_bootstrap(
     Args:
         lan: join peers on the local network.
         relay: be a relay as well, within these limits.
-        progress: told in one line how others reach this peer.
+        wait: for an initial peer when none answers, however long that takes.
+        progress: reports in one line how others reach this peer, and initial peers that are lost or back.
 
     Raises:
         UserError: as `open_peer`.
@@ -51,7 +53,8 @@ async def open_bootstrap(
     own = load_or_create_identity(identity) if identity is not None else create_identity()
     way_in = find_way_in(initial_peers, swarm_key, invitation, now=time.time())
     settings = HostConfig(listen=tuple(listen), swarm_key=way_in.swarm_key, blocked=blocked, transport=transport)
-    async with open_membership(own, settings, way_in.initial_peers, lan) as (host, directory, nursery):
+    membership = open_membership(own, settings, way_in.initial_peers, lan, wait=wait, progress=progress)
+    async with membership as (host, directory, nursery, _):
         if relay is not None:
             ladder = Ladder(host, directory, NatConfig(relay=relay), _nobody_to_tell, progress)
             nursery.start_soon(ladder.run)

@@ -192,6 +192,8 @@ class PeerConfig:
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the listening ones (a router's forwarded port)."""
     initial_peers: tuple[str, ...] = ()
+    wait_for_initial_peers: bool = False
+    """When none of them answers, wait until one does; False: that is an error."""
     nat: NatConfig = field(default_factory=NatConfig)
     lan: LanConfig | None = None
     """Join peers on the local network; None: do not, and do not tell them."""

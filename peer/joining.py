@@ -6,12 +6,14 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
 from petals.dht.directory import Directory, open_directory
 from petals.peer.concurrency import gather
 from petals.peer.config import LanConfig
+from petals.peer.contacts import Contacts, without_itself
 from petals.peer.host import Host, HostConfig, open_host
 from petals.peer.identity import Identity, verify
 from petals.peer.info import fetch_record
@@ -21,23 +23,37 @@ from petals.protocols.errors import PeerUnreachable, SwarmError, UserError
 log = logging.getLogger(__name__)
 
 
-async def join(host: Host, addrs: Sequence[str]) -> None:
+class Membership(NamedTuple):
+    """A node of the swarm."""
+
+    host: Host
+    directory: Directory
+    nursery: trio.Nursery
+    contacts: Contacts
+
+
+async def join(host: Host, addrs: Sequence[str]) -> PeerUnreachable | None:
     """Connect to all of `addrs` at once.
 
+    Returns: the first failure, when nobody answered.
+
     Raises:
-        UserError: an address that is none, or nobody answered; names the address.
+        UserError: an address that is none; names it.
     """
     if not addrs:
-        return
+        return None
     results = await gather([partial(host.connect, addr) for addr in addrs])
     failures = [result for result in results if isinstance(result, SwarmError)]
+    away: list[PeerUnreachable] = []
     for failure in failures:
         if not isinstance(failure, PeerUnreachable):
             raise failure
-    if len(failures) == len(addrs):
-        raise UserError(f"no initial peer answers: {failures[0]}; check the address and that the peer is running")
-    for failure in failures:
+        away.append(failure)
+    if len(away) == len(addrs):
+        return away[0]
+    for failure in away:
         log.warning("%s", failure)
+    return None
 
 
 @asynccontextmanager
@@ -48,11 +64,15 @@ async def open_membership(
     lan: LanConfig | None = None,
     *,
     hear: Callable[[Sequence[bytes]], None] = lambda _: None,
-) -> AsyncIterator[tuple[Host, Directory, trio.Nursery]]:
+    wait: bool = False,
+    progress: Callable[[str], None] = log.info,
+) -> AsyncIterator[Membership]:
     """Be a node of the swarm until the context is left, which also cancels what was started in the nursery.
 
     Args:
         hear: told of complaints that other peers pass on.
+        wait: for an initial peer when none answers, however long that takes.
+        progress: reports such waits, and initial peers that are lost or back, in one line each.
 
     What the body raises comes out as it was raised, not wrapped into the nurseries' groups.
 
@@ -61,7 +81,13 @@ async def open_membership(
     """
     raised: Exception | None = None
     async with open_host(identity.key_pair, settings) as host:
-        await join(host, initial_peers)
+        others = without_itself(host, initial_peers)
+        failure = await join(host, others)
+        if failure is not None:
+            if not wait:
+                raise UserError(f"no initial peer answers: {failure}; check the address and that the peer is running")
+            progress(f"no initial peer answers ({failure}); waiting until one does")
+        contacts = Contacts(host, others, progress)
         fetch_direct = partial(fetch_record, host, hear=hear)
         async with (
             open_directory(host, identity, verify, fetch_direct=fetch_direct) as directory,
@@ -71,7 +97,11 @@ async def open_membership(
                 if lan is not None:
                     key = b"" if settings.swarm_key is None else settings.swarm_key.fingerprint.encode()
                     await _join_neighbours(host, nursery, lan, swarm_tag(lan.swarm, key))
-                yield host, directory, nursery
+                nursery.start_soon(contacts.run)
+                if failure is not None:
+                    await contacts.somebody()
+                    progress("joined the swarm")
+                yield Membership(host, directory, nursery, contacts)
             except Exception as error:  # kept, not handled: raised again below
                 raised = error
             nursery.cancel_scope.cancel()

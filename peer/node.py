@@ -283,12 +283,21 @@ async def open_peer(
     complaints = ComplaintBook(verify, time.time)
     if way_in.initial_peers:
         say(f"joining the swarm through {len(way_in.initial_peers)} of its peers")
-    membership = open_membership(identity, settings, way_in.initial_peers, config.lan, hear=complaints.hear)
-    async with membership as (host, directory, nursery):
+    membership = open_membership(
+        identity,
+        settings,
+        way_in.initial_peers,
+        config.lan,
+        hear=complaints.hear,
+        wait=config.wait_for_initial_peers,
+        progress=say,
+    )
+    async with membership as (host, directory, nursery, contacts):
         if way_in.token is not None:
             host.introduce((INFERENCE_V1, FORWARD_V1, BACKWARD_V1), partial(introduce, host, way_in.token))
         peer = Peer(config, identity, host, directory, nursery, say, complaints, ledger)
         host.set_handler(INFO_V1, partial(answer_info, peer._signed_records, complaints=complaints))
+        contacts.on_return.append(peer._tell)
         accountant = Accountant(host, identity, ledger, peer._served, peer._is_reciprocal, path)
         host.set_handler(RECEIPTS_V1, accountant.answer)
         nursery.start_soon(accountant.run)

@@ -42,7 +42,8 @@ ASK_OF = 3
 WANTED_PLACES = 2
 """Relays: when one goes, the other carries on."""
 AVOID_S = 30.0
-"""A relay that refused or did not answer is left alone for so long."""
+"""The longest pause between two calls on a relay that does not answer; one that refused is left alone ten times as
+long."""
 ROUTER_S = 2.0
 """What giving a port back may take of leaving; else its lease ends by itself."""
 PROVIDE_S = 600.0
@@ -63,6 +64,10 @@ class Reach(StrEnum):
     HIDDEN = "hidden"
 
 
+def _without_relays(addrs: Sequence[str]) -> list[str]:
+    return [addr for addr in addrs if "/p2p-circuit" not in addr]
+
+
 def judge(answers: Sequence[bool]) -> bool | None:
     """Whether others can dial us, as those say who tried; None: nobody tried."""
     return None if not answers else any(answers)
@@ -79,6 +84,8 @@ class _Place:
 class _Known:
     addrs: tuple[str, ...]
     avoid_until: float = 0.0
+    failures: int = 0
+    """In a row."""
 
 
 @dataclass
@@ -116,13 +123,16 @@ class Ladder:
                     await trio.to_thread.run_sync(self._mapping.close, abandon_on_cancel=True)  # type: ignore[call-arg]
 
     async def _climb(self) -> None:
+        before = (self.reach, self.host.addrs)
         while True:
-            before = (self.reach, self.host.addrs)
+            if _without_relays(self.host.addrs) != _without_relays(before[1]):
+                self._ask_at = 0.0  # another network, perhaps: how others reach us is open again
             await self._look()
             if (self.reach, self.host.addrs) != before:
                 self.host.reach = self.reach
                 if self.reach is not before[0] and self.reach in _WORDS:
                     self.progress(_WORDS[self.reach])
+                before = (self.reach, self.host.addrs)
                 self.on_change()
             if self.reach is Reach.LOCAL and self.config.relay is None:
                 return  # that will not change
@@ -153,9 +163,7 @@ class Ladder:
         traversal = self.host.traversal
         helpers = [peer for peer in self.host.connected_peers() if traversal.link(peer) == "direct"]
         helpers = random.sample(helpers, min(ASK_OF, len(helpers)))
-        direct = judge(
-            await self._dial_backs(helpers, [addr for addr in self.host.addrs if "/p2p-circuit" not in addr])
-        )
+        direct = judge(await self._dial_backs(helpers, _without_relays(self.host.addrs)))
         if direct is None:
             return  # nobody to ask: it stays as it was
         if direct:
@@ -243,8 +251,12 @@ class Ladder:
         except SwarmError as error:
             log.info("no place at relay …%s: %s", relay[-6:], error)
             self._drop(relay)
-            known.avoid_until = trio.current_time() + AVOID_S * (10 if isinstance(error, RequestRefused) else 1)
+            # One that restarts is back within seconds; one that is full stays so for minutes.
+            away_s = min(AVOID_S, CHECK_S * 2.0**known.failures)
+            known.failures += 1
+            known.avoid_until = trio.current_time() + (10 * AVOID_S if isinstance(error, RequestRefused) else away_s)
             return
+        known.failures = 0
         self._places[relay] = _Place(trio.current_time() + holds_s / 2)
 
     def _drop(self, relay: PeerId) -> None:

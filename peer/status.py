@@ -118,5 +118,5 @@ async def open_observer(
     """
     way_in = find_way_in(initial_peers, swarm_key, invitation, now=time.time())
     settings = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), swarm_key=way_in.swarm_key)
-    async with open_membership(create_identity(), settings, way_in.initial_peers) as (host, directory, _):
+    async with open_membership(create_identity(), settings, way_in.initial_peers) as (host, directory, _, _):
         yield SwarmObserver(host, directory)

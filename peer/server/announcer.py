@@ -44,6 +44,8 @@ class Announcer:
         self._dice = dice
         self._sequence = int(clock() * 1000)  # a restarted server must not be older than its own past
         self._state = ServerState.JOINING
+        self._pause_s = min(SOON_S, every_s)
+        self._renewed = trio.Event()
 
     @property
     def state(self) -> ServerState:
@@ -67,17 +69,21 @@ class Announcer:
         await self._announce()
 
     async def renew(self) -> None:
-        """Something has changed that others should know now."""
+        """Something has changed that others should know now, or others may have forgotten what they knew."""
         if self._state is not ServerState.OFFLINE:
+            self._pause_s = min(SOON_S, self._every_s)
+            self._renewed.set()
             await self._announce()
 
     async def run(self) -> None:
         """Renew the record until cancelled; soon and often at first. Pauses vary by half, so that servers that came
         together do not all speak at once for ever."""
-        pause_s = min(SOON_S, self._every_s)
         while True:
-            await trio.sleep(pause_s * (0.5 + self._dice()))
-            pause_s = min(2 * pause_s, self._every_s)
+            self._renewed = trio.Event()
+            with trio.move_on_after(self._pause_s * (0.5 + self._dice())):
+                await self._renewed.wait()
+                continue  # said already, and soon again
+            self._pause_s = min(2 * self._pause_s, self._every_s)
             await self._announce()
 
     async def leave(self, within_s: float) -> None:

@@ -46,7 +46,7 @@ async def relay(*initial: str) -> None:
 
 
 async def server(*initial: str, upnp: bool = False) -> None:
-    async with open_membership(create_identity(), HostConfig(listen=LISTEN), initial) as (host, directory, _):
+    async with open_membership(create_identity(), HostConfig(listen=LISTEN), initial) as (host, directory, *_):
         host.set_handler(ECHO, echo)
 
         def changed() -> None:
@@ -57,7 +57,7 @@ async def server(*initial: str, upnp: bool = False) -> None:
 
 
 async def client(initial: str, *addrs: str) -> None:
-    async with open_membership(create_identity(), HostConfig(listen=LISTEN), [initial]) as (host, _, nursery):
+    async with open_membership(create_identity(), HostConfig(listen=LISTEN), [initial]) as (host, _, nursery, _):
         peer_id = await host.connect(addrs[0])
         nursery.start_soon(partial(keep_asking, host, peer_id, addrs))
         link = ""
@@ -70,7 +70,7 @@ async def client(initial: str, *addrs: str) -> None:
 
 async def neighbour(swarm: str) -> None:
     lan = LanConfig(swarm=swarm)
-    async with open_membership(create_identity(), HostConfig(listen=LISTEN), (), lan) as (host, _, _nursery):
+    async with open_membership(create_identity(), HostConfig(listen=LISTEN), (), lan) as (host, *_):
         say(peer_id=host.peer_id)
         known: tuple[str, ...] = ()
         while True:
