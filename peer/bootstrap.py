@@ -58,7 +58,8 @@ async def open_bootstrap(
         if relay is not None:
             ladder = Ladder(host, directory, NatConfig(relay=relay), _nobody_to_tell, progress)
             nursery.start_soon(ladder.run)
-        host.set_handler(INFO_V1, partial(answer_info, lambda digest: [], complaints=ComplaintBook(verify, time.time)))
+        book = ComplaintBook(verify, time.time)
+        host.set_handler(INFO_V1, partial(answer_info, lambda digest: [], complaints=book, charge=host.charge))
         yield host
 
 

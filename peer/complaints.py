@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
+from petals.peer.concurrency import apart
 from petals.protocols.evidence import Complaint, EvidenceError, Verify, open_complaint
 from petals.protocols.types import PeerId
 
@@ -35,17 +36,23 @@ class ComplaintBook:
         self._clock = clock
         self._kept: OrderedDict[tuple[PeerId, PeerId], tuple[Complaint, bytes]] = OrderedDict()
 
-    def hear(self, words: Iterable[bytes]) -> None:
-        """Keep what is believed of what somebody says."""
+    async def hear(self, words: Sequence[bytes]) -> int:
+        """Keep what is believed of what somebody says; returns how many complaints are not believed.
+
+        Each takes up to five signatures to verify, which is done in a thread, for one speaker at a time.
+        """
+        refused = 0
         for data in words:
             if any(data == known for _, known in self._kept.values()):
                 continue  # everybody passes on the same ones
             try:
-                complaint = open_complaint(data, now=self._clock(), verify=self._verify)
+                complaint = await apart(open_complaint, data, now=self._clock(), verify=self._verify)
             except EvidenceError as error:
                 log.info("not believed: %s", error)
+                refused += 1
                 continue
             self._keep(complaint, data)
+        return refused
 
     def _keep(self, complaint: Complaint, data: bytes) -> None:
         key = (complaint.accuser, complaint.accused)

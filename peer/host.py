@@ -35,6 +35,7 @@ from multiaddr.utils import get_network_addrs  # type: ignore[import-untyped]
 
 from petals.peer.concurrency import shielded_for
 from petals.peer.conduct import MISTAKE, Conduct
+from petals.peer.public_key import limit_library
 from petals.peer.transport.addresses import is_loopback, split_peer, tcp_endpoint
 from petals.peer.transport.loopback import loopback_pair
 from petals.peer.transport.multistream import Listener
@@ -147,6 +148,7 @@ async def open_host(key_pair: KeyPair, config: HostConfig | None = None) -> Asyn
     Raises:
         UserError: an address is no TCP multiaddr, or cannot be listened on.
     """
+    limit_library()
     config = config or HostConfig()
     network = Network(
         key_pair,

@@ -15,9 +15,10 @@ import multihash  # type: ignore[import-untyped]
 from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519
 from libp2p.crypto.keys import KeyPair, KeyType
 from libp2p.crypto.rsa import create_new_key_pair as new_rsa
-from libp2p.crypto.serialization import deserialize_private_key, deserialize_public_key
+from libp2p.crypto.serialization import deserialize_private_key
 from libp2p.peer.id import ID
 
+from petals.peer.public_key import parse_public_key
 from petals.protocols.errors import UserError
 from petals.protocols.types import PeerId
 
@@ -65,10 +66,13 @@ def load_identity(path: Path) -> Identity:
         private = deserialize_private_key(data)
         if len(data) > MAX_KEY_FILE_BYTES or private.get_type() not in (KeyType.Ed25519, KeyType.RSA):
             raise ValueError
-        return _identity(KeyPair(private, private.get_public_key()))
+        identity = _identity(KeyPair(private, private.get_public_key()))
+        parse_public_key(identity.public_key)  # else nobody would accept us
+        return identity
     except Exception:  # the library raises whatever its parsers raise, and its messages may quote the key
         raise IdentityError(
-            f"{path} holds no Ed25519 or RSA private key in libp2p's encoding; make one with: petals keygen FILE"
+            f"{path} holds no Ed25519 or RSA (2,048 to 4,096 bits, e = 65537) private key in libp2p's encoding; "
+            "make one with: petals keygen FILE"
         ) from None
 
 
@@ -146,9 +150,9 @@ def decode_identity(private_key: bytes) -> Identity:
 
 
 def signer_of(public_key: bytes, data: bytes, signature: bytes) -> PeerId | None:
-    """Whose `signature` over `data` this is; None: not the one of that key."""
+    """Whose `signature` over `data` this is; None: not the one of that key, or no key of bounded cost."""
     try:
-        key = deserialize_public_key(public_key)
+        key = parse_public_key(public_key)
         return PeerId(ID.from_pubkey(key).to_base58()) if key.verify(data, signature) else None
     except Exception:  # as in `verify`
         return None
@@ -157,7 +161,7 @@ def signer_of(public_key: bytes, data: bytes, signature: bytes) -> PeerId | None
 def verify(peer_id: PeerId, public_key: bytes, data: bytes, signature: bytes) -> bool:
     """Whether `signature` over `data` was made by the peer of that name, whose public key is claimed to be this."""
     try:
-        key = deserialize_public_key(public_key)
+        key = parse_public_key(public_key)
         return ID.from_pubkey(key).to_base58() == peer_id and key.verify(data, signature)
     except Exception:  # garbage makes the library's parsers raise anything; all of it means no
         return False

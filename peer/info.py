@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from google.protobuf.message import DecodeError
 
 from petals import __version__
 from petals.peer.complaints import MAX_TOLD, ComplaintBook
+from petals.peer.conduct import MISTAKE
 from petals.peer.host import Host
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, RemoteProtocolError
@@ -18,18 +19,25 @@ from petals.protocols.types import ModelId, PeerId
 
 MAX_HEARD = 1
 """Complaints with one question."""
+COMPLAINT_COSTS = 4
+"""Streams: reading one takes up to five signatures."""
 INFO_S = 3.0
 """One question and its answer."""
 
 
 async def answer_info(
-    signed_records: Callable[[str], Sequence[bytes]], stream: ByteStream, *, complaints: ComplaintBook | None = None
+    signed_records: Callable[[str], Sequence[bytes]],
+    stream: ByteStream,
+    *,
+    complaints: ComplaintBook | None = None,
+    charge: Callable[[PeerId, int], None] = lambda *_: None,
 ) -> None:
     """Tell who asks what we serve.
 
     Args:
         signed_records: digest -> our records, all for an empty digest.
         complaints: what others have told us is kept there, and passed on.
+        charge: `Host.charge`. A complaint costs its sender streams, one that is not believed those of a mistake.
     """
     messages = MessageStream(stream, max_message_bytes=MAX_REQUEST_BYTES)
     with trio.move_on_after(INFO_S):  # a stranger that says nothing is left alone
@@ -42,7 +50,10 @@ async def answer_info(
             raise RemoteProtocolError("an info request that does not decode", stream.remote_peer) from None
         reply = pb.InfoReply(records=signed_records(request.model_digest), version=__version__)
         if complaints is not None:
-            complaints.hear(request.complaints[:MAX_HEARD])
+            if heard := request.complaints[:MAX_HEARD]:
+                charge(stream.remote_peer, COMPLAINT_COSTS)
+                if await complaints.hear(heard):
+                    charge(stream.remote_peer, MISTAKE)
             reply.complaints.extend(complaints.about(request.model_digest))
         await messages.write_message(reply.SerializeToString())
 
@@ -83,7 +94,7 @@ async def fetch_record(
     model: ModelId,
     *,
     tell: Sequence[bytes] = (),
-    hear: Callable[[Sequence[bytes]], None] = lambda _: None,
+    hear: Callable[[Sequence[bytes]], Awaitable[object]] | None = None,
 ) -> bytes | None:
     """The signed record of `model` at `peer_id`, None if it serves no such model. Raises as `fetch_info`.
 
@@ -91,5 +102,6 @@ async def fetch_record(
         tell: complaints to be passed on. hear: told of those that it passes on.
     """
     reply = await fetch_info(host, peer_id, addrs, model, tell=tell)
-    hear(reply.complaints[:MAX_TOLD])
+    if hear is not None and reply.complaints:
+        await hear(reply.complaints[:MAX_TOLD])
     return reply.records[0] if reply.records else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import NamedTuple
@@ -63,7 +63,7 @@ async def open_membership(
     initial_peers: Sequence[str],
     lan: LanConfig | None = None,
     *,
-    hear: Callable[[Sequence[bytes]], None] = lambda _: None,
+    hear: Callable[[Sequence[bytes]], Awaitable[object]] | None = None,
     wait: bool = False,
     progress: Callable[[str], None] = log.info,
 ) -> AsyncIterator[Membership]:

@@ -104,6 +104,24 @@ class _Reference:
     at: float
 
 
+def open_references(
+    peer_id: PeerId, receipts: Sequence[bytes], *, now: float, verify: Verify
+) -> tuple[list[Work], int]:
+    """What `peer_id` did for others, as receipts that it shows prove; and how many of them are not believed."""
+    works, refused = [], 0
+    for data in receipts:
+        try:
+            work = open_receipt(data, now=now, verify=verify)
+            if work.server != peer_id:
+                raise ReceiptError("receipt: somebody else's")
+        except ReceiptError as error:
+            log.info("a reference of …%s is dropped: %s", peer_id[-6:], error)
+            refused += 1
+        else:
+            works.append(work)
+    return works, refused
+
+
 class Ledger:
     """All accounts of one peer.
 
@@ -206,24 +224,22 @@ class Ledger:
             total += share * said.amount * 0.5 ** (max(0.0, now - said.at) / HALF_LIFE_S)
         return total
 
-    def hear(self, peer_id: PeerId, receipts: Sequence[bytes], verify: Verify) -> None:
-        """`peer_id` shows what it did for others. It takes the place of all that it showed before.
-
-        A receipt of somebody who gave us nothing is not even verified: it weighs nothing.
-        """
-        heard: dict[PeerId, _Reference] = {}
-        now = self.now()
+    def worth_reading(self, receipts: Sequence[bytes]) -> list[bytes]:
+        """Those of somebody who gave us something: others weigh nothing, and are not even verified."""
+        worth = []
         for data in receipts[:MAX_REFERENCES]:
             try:
-                if self.balance(client_of(data[:MAX_RECEIPT_BYTES])) <= 0:
-                    continue
-                work = open_receipt(data, now=now, verify=verify)
-                if work.server != peer_id:
-                    raise ReceiptError("receipt: somebody else's")
-            except ReceiptError as error:
-                log.info("a reference of …%s is dropped: %s", peer_id[-6:], error)
+                if self.balance(client_of(data[:MAX_RECEIPT_BYTES])) > 0:
+                    worth.append(data)
+            except ReceiptError:
                 self.rejected += 1
-                continue
+        return worth
+
+    def hear(self, peer_id: PeerId, works: Sequence[Work]) -> None:
+        """`peer_id` shows what it did for others (`open_references`): in place of all that it showed before."""
+        heard: dict[PeerId, _Reference] = {}
+        now = self.now()
+        for work in works:
             age_s = max(0.0, now - work.ended_at)
             heard[work.client] = _Reference(work.recent_block_tokens * 0.5 ** (age_s / HALF_LIFE_S), now)
         self._forget_references(peer_id)

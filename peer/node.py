@@ -296,7 +296,7 @@ async def open_peer(
         if way_in.token is not None:
             host.introduce((INFERENCE_V1, FORWARD_V1, BACKWARD_V1), partial(introduce, host, way_in.token))
         peer = Peer(config, identity, host, directory, nursery, say, complaints, ledger)
-        host.set_handler(INFO_V1, partial(answer_info, peer._signed_records, complaints=complaints))
+        host.set_handler(INFO_V1, partial(answer_info, peer._signed_records, complaints=complaints, charge=host.charge))
         contacts.on_return.append(peer._tell)
         accountant = Accountant(host, identity, ledger, peer._served, peer._is_reciprocal, path)
         host.set_handler(RECEIPTS_V1, accountant.answer)

@@ -16,10 +16,11 @@ from pathlib import Path
 import trio
 from google.protobuf.message import DecodeError
 
-from petals.peer.concurrency import gather
+from petals.peer.concurrency import apart, gather
+from petals.peer.conduct import MISTAKE
 from petals.peer.host import Host
 from petals.peer.identity import Identity, verify
-from petals.peer.ledger import MAX_PEERS, Ledger, write_ledger
+from petals.peer.ledger import MAX_PEERS, Ledger, open_references, write_ledger
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import RemoteProtocolError, SwarmError
 from petals.protocols.receipts import (
@@ -126,6 +127,8 @@ class Accountant:
                     await messages.reset()
                     raise
             except SwarmError as error:
+                if isinstance(error, ReceiptError):
+                    self._host.charge(peer_id, MISTAKE)
                 log.info("no receipt from …%s: %s", peer_id[-6:], error)
                 return
             del self._not_before[peer_id]
@@ -141,7 +144,7 @@ class Accountant:
             reply = await self._exchange(messages, work, curious)
             if curious:
                 curious = False
-                self._hear(work.client, reply)
+                await self._hear(work.client, reply)
             if reply.signature:
                 self._keep(work, reply)
                 return
@@ -175,11 +178,15 @@ class Accountant:
         except DecodeError:
             raise RemoteProtocolError("a reply that does not decode", work.client) from None
 
-    def _hear(self, peer_id: PeerId, reply: pb.ReceiptReply) -> None:
+    async def _hear(self, peer_id: PeerId, reply: pb.ReceiptReply) -> None:
         if len(self._heard_at) >= MAX_PEERS:
             self._heard_at.clear()
         self._heard_at[peer_id] = trio.current_time()
-        self.ledger.hear(peer_id, reply.references, verify)
+        worth = self.ledger.worth_reading(reply.references)
+        works, refused = await apart(open_references, peer_id, worth, now=self.ledger.now(), verify=verify)
+        self.ledger.rejected += refused
+        self._host.charge(peer_id, refused * MISTAKE)
+        self.ledger.hear(peer_id, works)
 
     def _keep(self, work: Work, reply: pb.ReceiptReply) -> None:
         encoded, identity = work.encode(), self._identity
@@ -212,7 +219,12 @@ class Accountant:
                     request = pb.ReceiptRequest.FromString(data)
                 except DecodeError:
                     raise RemoteProtocolError("a request that does not decode", stream.remote_peer) from None
-                await messages.write_message(self._reply(stream.remote_peer, request).SerializeToString())
+                try:
+                    reply = self._reply(stream.remote_peer, request)
+                except ReceiptError:
+                    self._host.charge(stream.remote_peer, MISTAKE)
+                    raise
+                await messages.write_message(reply.SerializeToString())
 
     def _reply(self, server: PeerId, request: pb.ReceiptRequest) -> pb.ReceiptReply:
         try:

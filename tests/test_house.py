@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"models"},
     "protocols": {"protocols"},
 }
-LIBP2P_LIVES_IN = ("peer/host.py", "peer/identity.py", "peer/transport/", "dht/directory.py")
+LIBP2P_LIVES_IN = ("peer/host.py", "peer/identity.py", "peer/public_key.py", "peer/transport/", "dht/directory.py")
 TRIO_LIVES_IN = (
     "peer/",
     "gateway/",

@@ -331,7 +331,7 @@ class ModelClient:
             expires_at=now + COMPLAINT_S,
         )
         data = sign_complaint(complaint, self._identity.sign, self._identity.public_key)
-        self._complaints.hear([data])
+        self._nursery.start_soon(self._complaints.hear, [data])
         offers = [offer for offer in self.watcher.view.offers if offer.record.peer_id != answer.peer_id]
         for offer in sorted(offers, key=lambda _: self._random())[:TOLD]:
             self._nursery.start_soon(self._tell, offer.record, data)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import trio
 from google.protobuf.message import DecodeError
 
+from petals.peer.conduct import MISTAKE
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.admit import MAX_MESSAGE_BYTES, Invitation, Verify, objection, open_invitation, proof_text
 from petals.protocols.errors import ProtocolViolation, RemoteProtocolError, SwarmError
@@ -40,6 +41,7 @@ class Admission:
         allowed: who may without being invited; None together with `invited_by`: nobody else; None alone: everybody.
         invited_by: whose invitations count besides our own; None: there are none.
         clock: seconds since 1970.
+        charge: `Host.charge`: who shows what does not hold pays as for a mistake.
     """
 
     def __init__(
@@ -51,13 +53,14 @@ class Admission:
         invited_by: frozenset[PeerId] | None = None,
         verify: Verify,
         clock: Callable[[], float],
+        charge: Callable[[PeerId, int], None] = lambda *_: None,
     ) -> None:
         self._own = own
         self.is_open = allowed is None and invited_by is None
         self._allowed = (allowed or frozenset()) | {own}
         self._trusted = (invited_by or frozenset()) | {own}
         self._model_digest = model_digest
-        self._verify, self._clock = verify, clock
+        self._verify, self._clock, self._charge = verify, clock, charge
         self._until: dict[PeerId, float] = {}
         self._bound: dict[tuple[PeerId, bytes], tuple[float, list[PeerId]]] = {}
         """(issuer, nonce) -> its expiry, and whom it has let in."""
@@ -116,8 +119,10 @@ class Admission:
             try:
                 reply.until = int(self.admit(stream.remote_peer, request))
             except ProtocolViolation as error:
+                self._charge(stream.remote_peer, MISTAKE)
                 reply.error.CopyFrom(pb.Error(code=pb.MALFORMED, message=str(error)))
             except NotAdmitted as error:
+                self._charge(stream.remote_peer, MISTAKE)
                 log.info("…%s is not admitted: %s", stream.remote_peer[-6:], error)
                 reply.error.CopyFrom(pb.Error(code=pb.FORBIDDEN, message=str(error)))
             await messages.write_message(reply.SerializeToString())

@@ -112,6 +112,7 @@ class Service:
             invited_by=config.invited_by,
             verify=signer_of,
             clock=time.time,
+            charge=host.charge,
         )
         self.model = model
         self.server: Server | None = None

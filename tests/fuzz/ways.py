@@ -220,7 +220,7 @@ def evidence(data: bytes) -> None:
             complaint = open_complaint(data, now=NOW, verify=check)
             assert complaint.expires_at > NOW
         book = ComplaintBook(check, lambda: NOW)
-        book.hear([data, data])
+        the_loop().run(partial(book.hear, [data, data]))
         assert len(book.about(DIGEST)) <= 1
 
 

@@ -21,6 +21,7 @@ from petals.peer.ledger import (
     MOST,
     Ledger,
     ledger_path,
+    open_references,
     read_ledger,
     weight,
     write_ledger,
@@ -243,12 +244,19 @@ def people() -> list[Identity]:
     return [create_identity() for _ in range(6)]
 
 
+def hear(ledger: Ledger, peer_id: PeerId, receipts: list[bytes]) -> None:
+    """As peer/receipts.py does, without the thread."""
+    works, refused = open_references(peer_id, ledger.worth_reading(receipts), now=ledger.now(), verify=verify)
+    ledger.rejected += refused
+    ledger.hear(peer_id, works)
+
+
 def test_strangers_words_weigh_nothing(people: list[Identity]) -> None:
     liar, *sybils = people
     clock = Clock()
     ledger = Ledger(ME, clock)
     ledger.gave(sybils[0].peer_id, 10**6)  # one that we served, and owe nothing
-    ledger.hear(liar.peer_id, [signed(liar, sybil, 10**12, clock()) for sybil in sybils], verify)
+    hear(ledger, liar.peer_id, [signed(liar, sybil, 10**12, clock()) for sybil in sybils])
     assert ledger.weight(liar.peer_id) == 1
     assert ledger.rejected == 0, "they are not even looked at"
 
@@ -258,13 +266,13 @@ def test_the_word_of_who_served_us_weighs_as_much_as_it_gave(people: list[Identi
     clock = Clock()
     ledger = Ledger(ME, clock)
     ledger.took(referee.peer_id, 100_000)
-    ledger.hear(helper.peer_id, [signed(helper, referee, 40_000, clock())], verify)
+    hear(ledger, helper.peer_id, [signed(helper, referee, 40_000, clock())])
     assert ledger.vouched(helper.peer_id) == 40_000
     assert 1 < ledger.weight(helper.peer_id) == weight(10_000, 0)
-    ledger.hear(helper.peer_id, [signed(helper, referee, 40_000, clock())], verify)
+    hear(ledger, helper.peer_id, [signed(helper, referee, 40_000, clock())])
     assert ledger.vouched(helper.peer_id) == 40_000, "a receipt shown again counts once"
     for other in others:  # the referee signs for all of its friends: together they have what it gave
-        ledger.hear(other.peer_id, [signed(other, referee, 10**12, clock())], verify)
+        hear(ledger, other.peer_id, [signed(other, referee, 10**12, clock())])
     everybody = [helper, *others]
     assert sum(ledger.vouched(each.peer_id) for each in everybody) == pytest.approx(100_000, rel=1e-6)
     ledger.gave(referee.peer_id, 100_000)
@@ -291,7 +299,7 @@ def test_a_receipt_that_is_wrong_is_dropped_and_counted(people: list[Identity], 
     helper, referee = people[:2]
     ledger = Ledger(ME, Clock())
     ledger.took(referee.peer_id, 100_000)
-    ledger.hear(helper.peer_id, [signed(helper, referee, 5, ledger.now(), **changes)], verify)
+    hear(ledger, helper.peer_id, [signed(helper, referee, 5, ledger.now(), **changes)])
     assert (ledger.rejected, ledger.vouched(helper.peer_id)) == (1, 0)
 
 
@@ -304,11 +312,11 @@ def test_a_receipt_with_any_bit_turned_is_not_believed(people: list[Identity]) -
     for _ in range(60):
         turned = bytearray(receipt)
         turned[dice.randrange(len(turned))] ^= 1 << dice.randrange(8)
-        ledger.hear(helper.peer_id, [bytes(turned)], verify)
+        hear(ledger, helper.peer_id, [bytes(turned)])
         assert ledger.vouched(helper.peer_id) == 0
-    ledger.hear(helper.peer_id, [receipt], verify)
+    hear(ledger, helper.peer_id, [receipt])
     assert ledger.vouched(helper.peer_id) == 5
-    ledger.hear(people[3].peer_id, [receipt], verify)
+    hear(ledger, people[3].peer_id, [receipt])
     assert ledger.vouched(people[3].peer_id) == 0, "somebody else's"
 
 
