@@ -117,7 +117,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     network = parser.add_argument_group("network")
     network.add_argument("--initial_peers", metavar="ADDR", nargs="+", default=[], help="peers of the swarm to join")
-    network.add_argument("--new_swarm", action="store_true", help="say that this peer starts a swarm of its own")
+    network.add_argument(
+        "--new_swarm",
+        action="store_true",
+        help="start a swarm of its own: join nobody, and do not be found on the local network",
+    )
     network.add_argument(
         "--listen",
         metavar="ADDR",
@@ -254,7 +258,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "no weights are read")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="results as JSON on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
-    parser.set_defaults(run=run, synchronous=False)
+    parser.set_defaults(run=run, synchronous=False, serve_settings={})
 
 
 def nat_config(options: argparse.Namespace) -> NatConfig:
@@ -269,12 +273,12 @@ def lan_config(options: argparse.Namespace) -> LanConfig | None:
     """What the flags say about the local network. A peer that listens on this machine only leaves it alone."""
     from petals.peer.config import LanConfig
 
-    if options.no_mdns or options.transport == "stock" or _stays_here(options):
+    if options.no_mdns or options.new_swarm or options.transport == "stock" or _stays_here(options):
         return None
     serves = options.bootstrap or options.serve is not None or options.num_blocks is not None
     joins = bool(options.initial_peers) or options.invitation is not None
     # Who was told where to go, or what to hold, need not wait for others to decide.
-    knows = joins or options.new_swarm or options.bootstrap or bool(options.serve)
+    knows = joins or options.bootstrap or bool(options.serve)
     return LanConfig(
         swarm=options.swarm,
         search_s=0.0 if knows else LanConfig().search_s,
@@ -331,6 +335,7 @@ async def run(options: argparse.Namespace) -> None:
             mean_balance_check_period=options.mean_balance_check_period,
             share_weights=options.share_weights,
             max_share_bytes_s=options.max_share_mb_s * 1e6,
+            **options.serve_settings,
         )
     config = PeerConfig(
         model=options.model,
@@ -395,6 +400,8 @@ async def _dry_run(options: argparse.Namespace, config: PeerConfig) -> None:
 def _check(options: argparse.Namespace) -> None:
     if options.new_swarm and (options.initial_peers or options.invitation):
         raise UserError("--new_swarm starts a swarm, --initial_peers and --invitation join one: give one of them")
+    if options.new_swarm and options.swarm:
+        raise UserError("--new_swarm joins nobody, --swarm names a swarm of the local network: give one of them")
     serves = options.serve is not None or options.num_blocks is not None
     if options.serve and options.num_blocks is not None:
         raise UserError("--serve says which blocks, --num_blocks lets the peer choose: give one of them")

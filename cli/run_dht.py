@@ -8,7 +8,7 @@ import sys
 
 from petals.cli.imports import importing
 from petals.cli.main import main
-from petals.cli.run_server import translate_flags
+from petals.cli.run_server import translated
 
 
 async def keep_directory(options: argparse.Namespace) -> None:
@@ -42,4 +42,4 @@ async def keep_directory(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(["peer", "--bootstrap", *translate_flags(sys.argv[1:])])
+    main(["peer", "--bootstrap", *translated(sys.argv[1:]).peer_words()])

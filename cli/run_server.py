@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
-from petals.cli.main import main, underscored
-
-SPELLINGS = {
-    "--block_indices": "--serve",
-    "--host_maddrs": "--listen",
-    "--identity_path": "--identity",
-    "--announce_maddrs": "--announce",
-}
+from petals.cli.main import complain, main
+from petals.cli.old_flags import NewCommand, new_command
+from petals.protocols.errors import UserError
 
 
-def translate_flags(argv: Sequence[str]) -> list[str]:
-    """Petals' flags as ours, values unchanged."""
-    words: list[str] = []
-    for word in map(underscored, argv):
-        flag, equals, value = word.partition("=")
-        words.append(SPELLINGS.get(flag, flag) + equals + value)
-    return words
+def run_server(argv: Sequence[str]) -> None:
+    """Run `petals peer --serve` for an old command line; ends the process with its exit code."""
+    command = translated(argv)
+    if command.measure_only:
+        main(["bench", *command.bench_words()])
+    # A server that is not told which blocks, nor how many, holds what fits.
+    main(["peer", *command.peer_words()], {"serve": range(0), "serve_settings": command.serve})
+
+
+def translated(argv: Sequence[str]) -> NewCommand:
+    """The command in our spelling, its notes printed and its environment set; exits where a flag is refused."""
+    try:
+        command = new_command(argv)
+    except UserError as error:
+        sys.exit(complain(error))
+    for note in command.notes:
+        print(f"petals: {note}", file=sys.stderr)
+    os.environ.update(command.environment)
+    return command
 
 
 if __name__ == "__main__":
-    # A server that is not told which blocks, nor how many, holds what fits.
-    main(["peer", *translate_flags(sys.argv[1:])], {"serve": range(0)})
+    run_server(sys.argv[1:])

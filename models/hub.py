@@ -52,6 +52,8 @@ DEFAULT_LICENCE = "Apache-2.0"
 _CONVERSION = 2
 """Raise it when the conversion writes something else, so that old results are made anew."""
 
+_CONVERTED = "-petals"
+"""Ends the hub names of checkpoints that were converted for Petals 1: the name without it is the original."""
 _PIP_S = 1800.0
 """How long the 93 MB download of the default model may take."""
 
@@ -80,6 +82,9 @@ def open_model(
         raise CheckpointError(f"{name} is a file, but neither a directory with a model nor a .gguf file")
     if _looks_like_path(name):
         raise CheckpointError(f"there is no directory {name}")
+    if name.endswith(_CONVERTED):
+        name = name.removesuffix(_CONVERTED)
+        progress(f"reading {name}: a copy converted for Petals is not needed")
     return _open_hub(name, revision, token, progress)
 
 

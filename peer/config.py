@@ -56,6 +56,8 @@ class ServeConfig:
     """Directories of LoRA adapters (PEFT's format, safetensors) to host; a request names one by its directory."""
     cache_bytes: int = 1 << 30
     """KV-cache budget over all sessions."""
+    cache_tokens: int | None = None
+    """The same budget as room for so many tokens on each block that is served, in place of `cache_bytes`."""
     max_peer_share: float = 1.0
     """The most of the cache one remote peer may hold."""
     max_wait_s: float = 60.0
@@ -122,6 +124,8 @@ class ServeConfig:
             raise UserError("mean_balance_check_period must be positive")
         if not 0 < self.max_peer_share <= 1:
             raise UserError("max_peer_share must be above 0 and at most 1 (all of the cache)")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise UserError("cache_tokens must be at least 1")
         if self.max_sessions_per_peer < 1:
             raise UserError("max_peer_sessions must be at least 1")
         for rate in (self.max_peer_tokens_s, self.max_peer_bytes_s):

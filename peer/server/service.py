@@ -192,8 +192,9 @@ class Service:
         pass_rows = 0 if self._config.deterministic else PASS_ROWS
         weigh = self._ledger.weight if self.reciprocal else all_alike
         lane = Lane(self._config.favoured, pass_rows=pass_rows, thread=self._thread, weigh=weigh)
+        tokens = self._config.cache_tokens
         budget = CacheBudget(
-            self._config.cache_bytes,
+            self._config.cache_bytes if tokens is None else tokens * span.cache_bytes(span.blocks, 1, 1),
             max_share=self._config.max_peer_share,
             leasable_bytes=partial(leasable_bytes, device_of(self._config)),
         )

@@ -92,11 +92,42 @@ def test_the_old_spellings_and_a_fixed_address(tiny_model: str) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     maddr = f"/ip4/127.0.0.1/tcp/{port}"
-    words = [tiny_model, "--block_indices", "0:2", "--identity", "identities/local-1.key", "--host_maddrs", maddr]
+    words = [tiny_model, "--block_indices", "0:2", "--identity", "tests/test.id", "--host_maddrs", maddr]
     with serving(*words, "--new_swarm", module="petals.cli.run_server") as server:
         assert server["addrs"] == [f"{maddr}/p2p/12D3KooWHtURmmUjrRwSiMY8FcjtDevyhTTAQAMRfBKuz8ErYeAT"]
         assert server["blocks"] == [0, 2]
         assert server["digest"] == open_checkpoint(tiny_model).digest
+
+
+def test_the_server_lines_of_petals_own_checks_start(tiny_model: str) -> None:
+    """A directory and four servers: one that moves, one that stays, one in chunks, one on two devices."""
+    with ExitStack() as stack:
+        words = ["--identity_path", "tests/test.id", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
+        directory = stack.enter_context(serving(*words, module="petals.cli.run_dht"))
+        common = [tiny_model, "--device", "cpu", "--torch_dtype", "float32", "--initial_peers", *directory["addrs"]]
+        lines = [
+            "--adapters --num_blocks 2 --throughput 1 --mean_balance_check_period 10",
+            "--adapters --block_indices 0:2 --throughput 1",
+            "--adapters --num_blocks 3 --throughput auto --attn_cache_tokens 2048 --max_chunk_size_bytes 1024",
+            "--tensor_parallel_devices cpu cpu --block_indices 0:2 --throughput auto",
+        ]
+        servers = [
+            stack.enter_context(serving(*common, *line.split(), module="petals.cli.run_server")) for line in lines
+        ]
+        held = [range(*server["blocks"]) for server in servers]
+        assert [len(blocks) for blocks in held] == [2, 2, 3, 2]
+        assert held[1] == held[3] == range(2)
+        told = run("status", "--initial_peers", *directory["addrs"], "--json")
+        assert told.returncode == 0, told.stderr
+        for server in servers:
+            assert server["peer_id"] in told.stdout
+
+
+def test_a_flag_that_is_refused_is_one_line(tiny_model: str) -> None:
+    command = [sys.executable, "-m", "petals.cli.run_server", tiny_model, "--use_ipfs"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--initial_peers" in done.stderr
 
 
 def test_a_server_without_a_range_holds_what_fits(tiny_model: str) -> None:
