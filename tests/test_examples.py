@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.surroundings import NO_NETWORK
 from tests.test_readme import commands, serving
 
 ROOT = Path(__file__).parents[1]
@@ -56,3 +58,26 @@ def test_an_example_runs(path: Path, addrs: str, tmp_path: Path) -> None:
     scores = json.loads((tmp_path / f"{path.stem}.json").read_text())["scores"]
     assert len(scores) >= 2
     assert all(0 <= score < 20 for score in scores.values())
+
+
+def test_a_download_that_is_broken_is_fetched_again(tmp_path: Path) -> None:
+    """And what the package index has otherwise is refused."""
+    probe = (
+        "import sys; from pathlib import Path\n"
+        "from common import DIALOGUES, _package, dialogues\n"
+        "path = _package(*DIALOGUES)\n"
+        "path.write_bytes(path.read_bytes()[:1000])\n"
+        "assert dialogues('greetings')\n"
+        "left = [each.name for each in path.parent.iterdir()]\n"
+        "assert left == [path.name], left\n"
+        "path.unlink()\n"
+        "_package(*DIALOGUES[:2], 64 * '0')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT / "examples", env=os.environ | {"PETALS_CACHE": str(tmp_path)},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    if re.search("NameResolution|NewConnection|ConnectTimeout", done.stderr):
+        pytest.skip(f"{NO_NETWORK}: pip fetches no dialogues")
+    assert done.returncode == 1
+    assert "than this example was written for" in done.stderr.splitlines()[-1]

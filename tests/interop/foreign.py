@@ -1,7 +1,9 @@
 """Foreign libp2p peers for the tests: fetched once into a cache outside the repository, pinned by hash, then driven.
 
-The cache is $PETALS_INTEROP_CACHE, or ~/.cache/petals-interop. What is missing (Node, npm, another platform than
-x86-64 Linux for go's daemon, a network on the first run) skips the tests; with PETALS_INTEROP=required it fails them.
+The cache is $PETALS_INTEROP_CACHE, or a folder of the tests' own (tests/surroundings.py). What is missing (Node, npm,
+another platform than x86-64 Linux for go's daemon, a network on the first run) skips the tests; with
+PETALS_INTEROP=required it fails them. Each is installed whole or not at all, by one process while others wait, and
+again when files of it are gone.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -25,17 +28,22 @@ import trio
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
+from petals.models.disk import make_whole
 from petals.protocols.framing import encode_frame, encode_varint
+from tests.surroundings import CACHE, NO_NETWORK
 
 HERE = Path(__file__).parent
 ECHO, RESET, PING = "/test/echo/1", "/test/reset/1", "/ipfs/ping/1.0.0"
 MIB = 1 << 20
 
 
+COMPLETE = "complete.json"
+"""Lists the files of an installation, with their sizes."""
+
+
 def cache() -> Path:
-    folder = Path(os.environ.get("PETALS_INTEROP_CACHE") or Path.home() / ".cache" / "petals-interop")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    chosen = os.environ.get("PETALS_INTEROP_CACHE")
+    return Path(chosen) if chosen else CACHE / "interop"
 
 
 def missing(what: str) -> NoReturn:
@@ -47,48 +55,71 @@ def missing(what: str) -> NoReturn:
 def fetch(command: list[str], cwd: Path) -> None:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
-        missing(f"{command[0]} failed: {done.stderr[-500:]}")
+        missing(f"{NO_NETWORK}: {command[0]} brings nothing: {done.stderr.strip()[-300:]}")
+
+
+def install(goal: Path, make: Callable[[Path], None]) -> Path:
+    """`goal`, filled by `make` unless it is there with all files that it had."""
+
+    def made(room: Path) -> None:
+        make(room)
+        (room / COMPLETE).write_text(json.dumps(sizes(room)))
+
+    make_whole(goal, is_installed, made)
+    return goal
+
+
+def is_installed(goal: Path) -> bool:
+    try:
+        return sizes(goal) == (json.loads((goal / COMPLETE).read_bytes()) or None)
+    except (OSError, ValueError):
+        return False
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """All files in a folder and below it, but the list itself."""
+    found = ((file.relative_to(folder).as_posix(), file.lstat().st_size) for file in folder.rglob("*") if is_file(file))
+    return {name: size for name, size in sorted(found) if name != COMPLETE}
+
+
+def is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def install_js() -> Path:
     """js-libp2p from npm, exactly as package-lock.json says (versions and hashes), no install scripts run."""
     if shutil.which("npm") is None or shutil.which("node") is None:
         missing("js-libp2p needs Node 20 or later, and npm")
-    lock = HERE / "js" / "package-lock.json"
-    folder = cache() / ("js-" + hashlib.sha256(lock.read_bytes()).hexdigest()[:16])
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(HERE / "js" / name, folder)
-        fetch(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], folder)
-        (folder / "complete").touch()
-    for name in ("peer.mjs", "inference.mjs"):
-        shutil.copy(HERE / "js" / name, folder)
-    return folder / "peer.mjs"
+    sources = [HERE / "js" / name for name in ("package.json", "package-lock.json", "peer.mjs", "inference.mjs")]
+    sign = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+
+    def make(room: Path) -> None:
+        for source in sources:
+            shutil.copy(source, room)
+        fetch(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], room)
+
+    return install(cache() / f"js-{sign.hexdigest()[:16]}", make) / "peer.mjs"
 
 
 def install_go() -> Path:
     """go-libp2p's daemon out of the hivemind wheel; nothing else of the wheel is used or run."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         missing("the wheel carries go-libp2p's daemon for x86-64 Linux only")
-    wanted = (HERE / "p2pd.txt").read_bytes()
-    daemon = cache() / ("p2pd-" + hashlib.sha256(wanted).hexdigest()[:16])
-    if not daemon.exists():
-        folder = cache() / "wheel"
-        fetch(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
-             "-d", str(folder), "-r", str(HERE / "p2pd.txt")],
-            HERE,
-        )  # fmt: skip
-        (wheel,) = folder.glob("hivemind-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            partial = daemon.with_suffix(".part")
-            partial.write_bytes(archive.read("hivemind/hivemind_cli/p2pd"))
-        partial.chmod(0o755)
-        partial.rename(daemon)
-        shutil.rmtree(folder)
-    return daemon
+    wanted = HERE / "p2pd.txt"
+
+    def make(room: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            fetch(
+                [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
+                 "-d", folder, "-r", str(wanted)],
+                HERE,
+            )  # fmt: skip
+            (wheel,) = Path(folder).glob("hivemind-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                (room / "p2pd").write_bytes(archive.read("hivemind/hivemind_cli/p2pd"))
+        (room / "p2pd").chmod(0o755)
+
+    return install(cache() / f"go-{hashlib.sha256(wanted.read_bytes()).hexdigest()[:16]}", make) / "p2pd"
 
 
 class JsPeer:

@@ -327,13 +327,61 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(said) == 2, "the same content is converted once"
     assert second.digest == first.digest
 
-    # another process finished between our look and our rename: its result stands, and nothing is left of ours
-    complete = hub._is_complete
-    looks = iter([False])
-    monkeypatch.setattr(hub, "_is_complete", lambda directory: next(looks, True) and complete(directory))
-    third = open_checkpoint(tmp_path / "small.gguf", progress=said.append)
-    assert third.digest == first.digest
-    assert [path.name for path in first.directory.parent.iterdir()] == [first.directory.name]
+
+def cut_weights(directory: Path) -> None:
+    """As after a power cut: the file has its name, and not all of its bytes."""
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def forget_sizes(directory: Path) -> None:
+    """As conversions were before sizes were written down."""
+    said = json.loads((directory / MANIFEST).read_text())
+    del said["files"]
+    (directory / MANIFEST).write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["with sizes", "without"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_weights,
+        lambda directory: (directory / "model.safetensors").unlink(),
+        lambda directory: (directory / "tokenizer.json").write_bytes(b""),
+        lambda directory: (directory / "config.json").unlink(),
+        lambda directory: (directory / MANIFEST).write_bytes(b"{"),
+        lambda directory: (directory / MANIFEST).write_text('{"version": 1, "files": 7}'),
+        lambda directory: [file.unlink() for file in directory.iterdir()],
+        lambda directory: shutil.rmtree(directory) or directory.write_text("a file"),
+    ],
+    ids=["cut short", "no weights", "empty file", "no configuration", "cut sizes", "odd sizes", "empty", "a file"],
+)
+def test_a_conversion_that_is_not_whole_is_made_again(
+    tmp_path: Path, damage: Callable[[Path], object], old: bool
+) -> None:
+    write_gguf(tmp_path / "small.gguf")
+    said: list[str] = []
+    directory = open_checkpoint(tmp_path / "small.gguf", progress=said.append).directory
+    if old:
+        forget_sizes(directory)
+        open_checkpoint(tmp_path / "small.gguf", progress=said.append)
+        assert len(said) == 2, "it is whole all the same"
+    said.clear()
+    damage(directory)
+    again = open_checkpoint(tmp_path / "small.gguf", progress=said.append)
+    assert said[0].endswith("is not complete: making it again")
+    assert load_span(again, range(1)).blocks == range(1)
+    assert again.tokenizer().get_vocab()["ab"] == 2
+    assert {path.name for path in directory.parent.iterdir()} == {directory.name, f"{directory.name}.lock"}
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "small.gguf")
+    (tmp_path / "full").touch()
+    monkeypatch.setenv("PETALS_CACHE", str(tmp_path / "full"))
+    with pytest.raises(CheckpointError, match="cannot write to") as caught:
+        open_checkpoint(tmp_path / "small.gguf", progress=lambda line: None)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_gguf_file(tmp_path: Path) -> None:

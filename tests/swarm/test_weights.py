@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from petals.models.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from petals.models.checkpoint import INDEX, MANIFEST, Checkpoint, open_checkpoint
 from petals.models.weights import FIRST_BLOCK, SharedWeights, seal
 from petals.peer.client.generation import GenerationOptions
 from petals.peer.client.weights import SwarmWeights
@@ -187,6 +188,40 @@ async def test_what_was_verified_is_not_fetched_again(
     once_more = await weights_of(asker, model)
     await once_more.fetch_blocks(range(4))
     assert not once_more.received
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: (place / "block-00001.safetensors").write_bytes(b""),
+        lambda place: os.truncate(place / "others.safetensors", (place / "others.safetensors").stat().st_size - 1),
+        lambda place: (place / "config.json").write_bytes(b"{"),
+        lambda place: (place / INDEX).write_bytes(b""),
+        lambda place: (place / MANIFEST).write_bytes(b"[]"),
+    ],
+    ids=["empty block", "short head", "configuration", "index", "description"],
+)
+async def test_what_a_crash_left_in_pieces_is_fetched_again(
+    make_swarm: MakeSwarm, model: Path, new_machine: Callable[[str], Path], damage: Callable[[Path], object]
+) -> None:
+    swarm = make_swarm(model)
+    await swarm.add(range(4))
+    asker = await swarm.add()
+    cache = new_machine("asker")
+
+    async def fetched() -> Checkpoint:
+        weights = await weights_of(asker, model)
+        checkpoint = await weights.open()
+        await weights.fetch_blocks(range(4))
+        await weights.fetch_others()
+        return checkpoint
+
+    (place,) = (await fetched()).directory.parent.iterdir()
+    assert place.is_relative_to(cache)
+    damage(place)
+    checkpoint = await fetched()
+    same_tensors(checkpoint, model, range(4))
+    assert set(checkpoint.read(checkpoint.other_tensor_names())) == set(checkpoint.other_tensor_names())
 
 
 async def test_a_licence_that_is_not_known_to_allow_it(
