@@ -7,7 +7,6 @@ use any sub-range of a span: it runs on a *view*, a shallow copy of the base mod
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -23,6 +22,7 @@ from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 from petals.models.halves import HalfLinear
 from petals.models.joint import Joint
 from petals.models.lean import Lean, lean_path
+from petals.models.library_contract import cache_name, takes
 from petals.models.passes import NewTokens
 from petals.models.views import get_layers, has_stateful_rope, shorten, with_own_rope
 
@@ -50,7 +50,8 @@ class BlockSpan:
         self._linear_features: dict[int, dict[str, tuple[int, int]]] = {}
         self._takes_lora = False
         self._views: dict[range, PreTrainedModel] = {}
-        self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+        self._takes_positions = takes(type(model).forward, "position_ids")
+        self._cache_name = cache_name(type(model).forward)
         self._stateful_rope = has_stateful_rope(model)
         for index, layer in zip(blocks, self._layers, strict=True):
             layer.register_forward_pre_hook(_PromptHook(self._applied, index), with_kwargs=True)
@@ -325,7 +326,7 @@ class BlockSpan:
             extra["attention_mask"] = mask
             if self._takes_positions:
                 extra["position_ids"] = position_ids(mask)[:, -hidden.shape[1] :]
-        output = view(inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None, **extra)
+        output = view(inputs_embeds=inputs, use_cache=cache is not None, **{self._cache_name: cache}, **extra)
         last: Tensor = output.last_hidden_state
         return last.to(device=hidden.device, dtype=hidden.dtype)
 

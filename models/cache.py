@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,8 +81,11 @@ class LayerCache(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         return -1
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        # transformers before 5.8 passes the positions of the queries
+        return self.length + (query_length if isinstance(query_length, int) else len(query_length)), 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for buffer in (self.keys, self.values):
@@ -117,7 +121,7 @@ class _BlockCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self._own(layer_idx).length
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         return self._own(layer_idx).get_mask_sizes(query_length)
 
 
@@ -140,8 +144,8 @@ class NoCache:
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        return (query_length if isinstance(query_length, int) else len(query_length)), 0
 
     def _refuse(self, *args: object, **kwargs: object) -> None:
         raise UnsupportedModel("its blocks remember more than keys and values; such memory cannot be served yet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from petals.models.chain import BlockChain
 from petals.models.checkpoint import Checkpoint
 from petals.models.distributed import DistributedMixin, load_model
 from petals.models.errors import StepError
-from petals.models.generation import ChainCache, InferenceSession, active_session
+from petals.models.generation import InferenceSession, active_session
+from petals.models.library_contract import DEFAULT_CACHE_NAME, pop_cache
+
+DEFAULT_NEW_TOKENS = 20
+"""What `transformers.generate` adds to a text when nothing says how long it may get (its documentation)."""
 
 
 class GenerationMixin(DistributedMixin):
@@ -27,20 +32,22 @@ class GenerationMixin(DistributedMixin):
         """
         session = session or active_session.get()
         inputs = kwargs.pop("input_ids", inputs)
+        given = pop_cache(kwargs)
+        if session is None and given is not None:
+            return super().generate(inputs, *args, **{DEFAULT_CACHE_NAME: given}, **kwargs)  # type: ignore[misc]
         if session is None:
-            caches: list[ChainCache] = []
+            cache = self._new_cache(self._room(inputs, kwargs))
             try:
-                return super().generate(inputs, *args, _petals_caches=caches, **kwargs)  # type: ignore[misc]
+                return super().generate(inputs, *args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)  # type: ignore[misc]
             finally:
-                for cache in caches:
-                    cache.close()
+                cache.close()
         known = session.output_ids
         if inputs is None and known is None:
             raise StepError("a session that is empty needs inputs to start from")
         full = torch.cat([part for part in (known, inputs) if part is not None], dim=1)
         if "max_length" not in kwargs and "max_new_tokens" not in kwargs:
             kwargs["max_length"] = session.max_length
-        result = super().generate(full, *args, past_key_values=session.cache, **kwargs)  # type: ignore[misc]
+        result = super().generate(full, *args, **{DEFAULT_CACHE_NAME: session.cache}, **kwargs)  # type: ignore[misc]
         sequences = result if isinstance(result, Tensor) else result.sequences
         session.output_ids = sequences
         fresh = sequences[:, 0 if known is None else known.shape[1] :]
@@ -49,25 +56,22 @@ class GenerationMixin(DistributedMixin):
         result.sequences = fresh
         return result
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        caches: list[ChainCache] = model_kwargs.pop("_petals_caches", [])
-        if model_kwargs.get("past_key_values") is None:
-            cache = self._new_cache(max_cache_length + 1)
-            caches.append(cache)
-            model_kwargs["past_key_values"] = cache
-        model_kwargs["past_key_values"]._is_user_defined = True
+    def _room(self, inputs: Tensor | None, arguments: Mapping[str, Any]) -> int:
+        """Tokens per row that `generate` with these arguments may write at most, and one more for a draft's bonus."""
+        settings = arguments.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        embeds = arguments.get("inputs_embeds")
+        length = max((part.shape[1] for part in (inputs, embeds) if part is not None), default=1)
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        super()._validate_model_kwargs(  # type: ignore[misc]
-            {name: value for name, value in model_kwargs.items() if name != "_petals_caches"}
-        )
+        def setting(name: str) -> int | None:
+            asked = arguments.get(name)
+            return getattr(settings, name, None) if asked is None else asked
+
+        new, longest = setting("max_new_tokens"), setting("max_length")
+        if new is not None:
+            return length + new + 1
+        if longest is not None and arguments.get("max_length") is not None:
+            return longest + 1
+        return max(longest or 0, length + DEFAULT_NEW_TOKENS) + 1
 
 
 def load_causal_lm(checkpoint: Checkpoint, chain: BlockChain, **settings: Any) -> Any:

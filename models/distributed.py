@@ -19,9 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -32,6 +31,7 @@ from petals.models.checkpoint import Checkpoint
 from petals.models.errors import CheckpointError, StepError, UnsupportedModel
 from petals.models.families import base_class_of
 from petals.models.generation import ChainCache, InferenceSession, active_session
+from petals.models.library_contract import DEFAULT_CACHE_NAME, cache_name, pop_cache
 from petals.models.loading import find_layers, quiet_library
 from petals.models.products import FewRowsLinear
 from petals.models.quantize import quantize_head
@@ -42,9 +42,8 @@ from petals.models.tuning import Tuning, add_tuning, get_prompt, lora_of, prompt
 Head = Literal["base", "causal_lm", "sequence_classification"]
 HeadQuant = Literal["none", "int8"]
 _HEADS: dict[Head, Any] = {
-    "base": AutoModel,
-    "causal_lm": AutoModelForCausalLM,
-    "sequence_classification": AutoModelForSequenceClassification,
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "sequence_classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
 _NEW_HEAD = "score."
 """A classifier's own layer: may be missing from a checkpoint, is trained at home."""
@@ -171,7 +170,7 @@ def _head_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
     if head == "base":
         return base_class_of(config)
     try:
-        found: Any = _HEADS[head]._model_mapping[type(config)]
+        found: Any = _HEADS[head][type(config)]
     except KeyError:
         raise UnsupportedModel(f"transformers has no {head.replace('_', ' ')} for {config.model_type!r}") from None
     return found[0] if isinstance(found, (tuple, list)) else found  # type: ignore[no-any-return]
@@ -232,15 +231,18 @@ class _Around:
         self._blocks = blocks
         self._forward = stack.forward
         self._names = tuple(inspect.signature(stack.forward).parameters)
+        self._cache_name = cache_name(type(stack).forward)
         functools.update_wrapper(self, stack.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
-        cache = kwargs.get("past_key_values")
+        cache = pop_cache(kwargs)
         if cache is not None and not isinstance(cache, ChainCache):
-            raise StepError("past_key_values of a distributed model come from its own sessions")
+            raise StepError(f"{DEFAULT_CACHE_NAME} of a distributed model come from its own sessions")
         if cache is None:
             kwargs["use_cache"] = False
+        else:
+            kwargs[self._cache_name] = cache
         outputs = self._take_recorder(kwargs)
         fresh = cache is None or not cache.held
         prefix = prompt_length(self._base)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
 from petals.models.errors import UnsupportedModel
 
@@ -77,7 +77,7 @@ def base_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     if known is not None:
         return known
     try:
-        found = AutoModel._model_mapping[type(config)]
+        found = MODEL_MAPPING[type(config)]
     except KeyError:
         raise UnsupportedModel(
             f"transformers has no model for {config.model_type!r}; register its class (docs/custom-model.md)"

@@ -14,12 +14,64 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from petals.models.adapters import Lora
 from petals.models.blockwise import BlockwiseSession
 from petals.models.chain import BlockChain, ChainSession
 from petals.models.errors import StepError
+from petals.models.library_contract import CROP_KEEPS, cache_name
+
+
+class _ChainLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """The one layer that the library sees: it stands for the caches of all blocks of the chain.
+
+    A `Cache` asks its layers whatever it is asked itself. One without layers is taken for a recurrent one by
+    transformers 5.24 (symptom: the whole text is sent again with every step), so there is exactly one.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, cache: ChainCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._chain_cache = cache
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the servers reserve the room."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise StepError("a block ran at the client with the swarm's cache; its keys and values are at the servers")
+
+    def get_seq_length(self) -> int:
+        return self._chain_cache.get_seq_length()
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        # transformers before 5.8 passes the positions of the queries
+        count = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() + count, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._chain_cache.reorder_cache(beam_idx)
+
+    def crop(self, count: int) -> None:
+        self._chain_cache.crop(count)
+
+    def reset(self) -> None:
+        self._chain_cache.keep(0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise StepError("the rows of a session cannot be multiplied; open it with the larger batch")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise StepError("rows of a session cannot be dropped; open another one")
 
 
 class ChainCache(Cache):
@@ -31,10 +83,8 @@ class ChainCache(Cache):
         lora: low-rank updates trained at home, as they are when the session opens.
     """
 
-    is_compileable = False
-
     def __init__(self, chain: BlockChain, max_length: int, *, prefix: int = 0, lora: Lora | None = None) -> None:
-        super().__init__(layers=[])
+        super().__init__(layers=[_ChainLayer(self)])
         self.session: ChainSession | None = None
         self._chain = chain
         self._max_length = max_length
@@ -60,25 +110,27 @@ class ChainCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.held if self._counts_prefix else max(0, self.held - self._prefix)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on from old row beam_idx[i]; sent with the next step."""
         beam_idx = beam_idx.long()  # the library's beam search counts in int32
         self._hypo_ids = beam_idx if self._hypo_ids is None else self._hypo_ids[beam_idx]
 
-    def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` tokens; a negative number drops that many."""
+    def crop(self, count: int) -> None:
+        """The library's roll-back: a negative number drops that many tokens; one that is not negative means what it
+        means to the installed version (library_contract.py)."""
+        if count < 0:
+            self.keep(self.get_seq_length() + count)
+        elif CROP_KEEPS:
+            self.keep(min(count, self.get_seq_length()))
+        elif count > 0:
+            raise StepError(f"crop({count}): pass the negative number of tokens to drop")
+
+    def keep(self, tokens: int) -> None:
+        """Roll back to the first `tokens` tokens of the text; 0 forgets a trained prompt, too."""
+        if self.session is not None and not 0 <= tokens <= self.get_seq_length():
+            raise StepError(f"cannot keep {tokens} of {self.get_seq_length()} tokens")
         if self.session is not None:
-            kept = max_length if max_length >= 0 else self.get_seq_length() + max_length
-            self.session.position = kept + self._prefix if kept else 0
+            self.session.position = tokens + self._prefix if tokens else 0
 
     def step(
         self,
@@ -137,7 +189,7 @@ def first_block_inputs(model: Any, input_ids: Tensor) -> Tensor:
     """What enters the first block for these tokens, (batch, tokens, hidden_size)."""
     cache = _Inputs()
     with torch.no_grad():
-        model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=input_ids, use_cache=True, **{cache_name(type(model.base_model).forward): cache})
     assert cache.hidden is not None
     return cache.hidden
 
@@ -169,7 +221,7 @@ class InferenceSession:
     def position(self, value: int) -> None:
         if not 0 <= value <= self.position:
             raise StepError(f"position {value} is not within the {self.position} tokens of this session")
-        self.cache.crop(value)
+        self.cache.keep(value)
         if self.output_ids is not None:
             self.output_ids = self.output_ids[:, :value] if value else None
 

@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from petals.models.adapters import Applied
 from petals.models.cache import NoCache
 from petals.models.errors import UnsupportedModel
+from petals.models.library_contract import cache_name
 from petals.models.passes import PASS_ROWS, NewTokens, Part, in_parts, positions
 from petals.models.views import shallow, shorten, with_ropes
 
@@ -57,6 +58,7 @@ class Joint:
         self._blocks = blocks
         self._path = path
         self._takes_positions = takes_positions
+        self._cache_name = cache_name(type(model).forward)
         self._attention: str = model.config._attn_implementation
         twin: PreTrainedModel = _twin(model, {})
         self._twin = with_ropes(twin, lambda name, module: _RopeOfEach(name)) if own_ropes else twin
@@ -75,13 +77,15 @@ class Joint:
         if blocks not in self._views:
             self._views[blocks] = shorten(self._twin, self._path, self._blocks, blocks)
         rows = torch.cat(tuple(states))[None]
-        extra = {"position_ids": positions(parts, rows.device)[None]} if self._takes_positions else {}
+        extra: dict[str, Any] = {self._cache_name: NoCache()}
+        if self._takes_positions:
+            extra["position_ids"] = positions(parts, rows.device)[None]
         shared = _Pass(parts, self._attention)
         self._applied.rows = rows.shape[1]
         self._applied.shares = [(part.first, part.rows, part.lora) for part in parts if part.lora is not None]
         try:
             with _running(shared):
-                output = self._views[blocks](inputs_embeds=rows, past_key_values=NoCache(), use_cache=True, **extra)
+                output = self._views[blocks](inputs_embeds=rows, use_cache=True, **extra)
         finally:
             self._applied.shares = ()
         if shared.attended != set(blocks):

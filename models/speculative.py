@@ -8,7 +8,6 @@ on in step: as many tokens are kept as all unfinished rows agree on, since their
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +18,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from petals.models.block import position_ids
 from petals.models.causal_lm import GenerationMixin
+from petals.models.decoding import next_logits
 from petals.models.errors import StepError
+from petals.models.generation import ChainCache
+from petals.models.library_contract import cache_name, pop_cache, takes
 
 FIRST_DRAFT = 4
 LONGEST_DRAFT = 16
@@ -72,7 +74,8 @@ class _Drafter:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._cache = DynamicCache()
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._takes_positions = takes(type(model).forward, "position_ids")
+        self._cache_name = cache_name(type(model).forward)
 
     def draft(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """`length` tokens after `ids` (batch, tokens): (batch, length)."""
@@ -83,7 +86,11 @@ class _Drafter:
             known = self._cache.get_seq_length()
             positions = {"position_ids": position_ids(mask)[:, known:]} if self._takes_positions else {}
             output: Any = self._model(
-                input_ids=ids[:, known:], attention_mask=mask, past_key_values=self._cache, use_cache=True, **positions
+                input_ids=ids[:, known:],
+                attention_mask=mask,
+                use_cache=True,
+                **{self._cache_name: self._cache},
+                **positions,
             )
             ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], dim=1)
             mask = _longer(mask, 1)
@@ -111,20 +118,20 @@ class _Loop:
         """Stands for the library's decoding loop."""
         if generation_config.do_sample or generation_config.num_beams != 1:
             raise StepError("speculative decoding is greedy: leave do_sample and num_beams out")
-        cache = model_kwargs["past_key_values"]
+        cache: ChainCache = pop_cache(model_kwargs)
         mask = model_kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        pad = generation_config._pad_token_tensor
+        pad = _padding(generation_config)
         self._say(input_ids)
         while bool(unfinished.any()):
             draft_length = min(self._length, generation_config.max_length - input_ids.shape[1] - 1)
             drafts = self._drafter.draft(input_ids, mask, draft_length)
-            chosen = self._check(model, input_ids, mask, drafts, logits_processor, model_kwargs)
+            chosen = self._check(model, cache, input_ids, mask, drafts, logits_processor)
             kept = _agreed(drafts, chosen, unfinished)
             self._adapt(draft_length, kept)
             for token in chosen[:, : kept + 1].unbind(1):
-                token = torch.where(unfinished, token, token if pad is None else pad)
+                token = torch.where(unfinished, token, token if pad is None else torch.full_like(token, pad))
                 input_ids = torch.cat([input_ids, token[:, None]], dim=1)
                 mask = _longer(mask, 1)
                 self.report.tokens += 1
@@ -132,7 +139,7 @@ class _Loop:
                 self._say(token)
                 if not bool(unfinished.any()):
                     break
-            cache.crop(input_ids.shape[1] - 1)
+            cache.keep(input_ids.shape[1] - 1)
         if self._streamer is not None:
             self._streamer.end()
         if generation_config.return_dict_in_generate:
@@ -140,19 +147,12 @@ class _Loop:
         return input_ids
 
     def _check(
-        self, model: Any, ids: Tensor, mask: Tensor, drafts: Tensor, logits_processor: Any, model_kwargs: dict[str, Any]
+        self, model: Any, cache: ChainCache, ids: Tensor, mask: Tensor, drafts: Tensor, logits_processor: Any
     ) -> Tensor:
         """The large model's own choice at every drafted position and one more: (batch, drafts + 1)."""
         length = drafts.shape[1]
         together = torch.cat([ids, drafts], dim=1)
-        arguments = model_kwargs | {"attention_mask": _longer(mask, length), "logits_to_keep": length + 1}
-        if "position_ids" in arguments:
-            arguments["position_ids"] = position_ids(arguments["attention_mask"])
-        known = arguments["past_key_values"].get_seq_length()
-        inputs = model.prepare_inputs_for_generation(
-            together, next_sequence_length=together.shape[1] - known, is_first_iteration=not known, **arguments
-        )
-        logits = model(**inputs, return_dict=True).logits[:, -(length + 1) :].float()
+        logits = next_logits(model, cache, together, _longer(mask, length), last=length + 1)
         start = ids.shape[1]
         scores = [logits_processor(together[:, : start + index], logits[:, index]) for index in range(length + 1)]
         return torch.stack(scores, dim=1).argmax(-1)
@@ -168,6 +168,14 @@ class _Loop:
     def _say(self, tokens: Tensor) -> None:
         if self._streamer is not None:
             self._streamer.put(tokens.cpu())
+
+
+def _padding(config: Any) -> int | None:
+    """What stands behind the end of a row that is finished: as the library chooses it."""
+    ends = config.eos_token_id
+    first = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
+    padding: int | None = first if config.pad_token_id is None else config.pad_token_id
+    return padding
 
 
 def _agreed(drafts: Tensor, chosen: Tensor, unfinished: Tensor) -> int:

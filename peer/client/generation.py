@@ -1,7 +1,8 @@
-"""Text from the swarm, token by token: `transformers`' own generation in a thread, an async iterator in front."""
+"""Text from the swarm, token by token: the decode loop in a worker thread, an async iterator in front."""
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,17 +15,17 @@ import torch
 import trio
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from petals.models.checkpoint import Checkpoint
+from petals.models.decoding import Draw, criteria_of, decode, greedy, processors_of
 from petals.models.generation import ChainCache, InferenceSession, first_block_inputs
 from petals.peer.client.chain import RemoteChain, RemoteChainSession
 from petals.peer.client.model_client import ClientOptions, ModelClient, Prefix
 from petals.peer.client.routing import RouteChoice
-from petals.peer.client.sampling import ChanceRecorder, Chances, Enough, Penalties, SeededDice
+from petals.peer.client.sampling import ChanceRecorder, Chances, Enough, Penalties
 from petals.peer.client.session import HopTrace
 from petals.peer.client.text import Decoder, StopStrings
-from petals.peer.client.twins import Streamer
 from petals.protocols.errors import UserError
 from petals.protocols.prefixes import PREFIX_TOKENS, prefix_names
 
@@ -100,13 +101,14 @@ class GenerationOptions:
     def samples(self) -> bool:
         return any(each is not None for each in (self.temperature, self.top_k, self.top_p, self.seed))
 
-    def as_arguments(self) -> dict[str, Any]:
-        """For `transformers.generate`; how many tokens is the caller's to add."""
-        arguments: dict[str, Any] = {"do_sample": self.samples}
-        if self.samples:  # else the library warns about settings that have no effect
-            asked = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-            arguments |= {name: value for name, value in asked.items() if value is not None}
-        return arguments
+    def applied_to(self, config: GenerationConfig) -> GenerationConfig:
+        """A model's own settings with what was asked for on top."""
+        config = copy.deepcopy(config)
+        config.do_sample = self.samples
+        for name in ("temperature", "top_k", "top_p"):
+            if getattr(self, name) is not None:
+                setattr(config, name, getattr(self, name))
+        return config
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,10 +310,11 @@ class _Work:
         self._options = options
         self._session = session
         self._ends = _end_tokens(model, tokenizer, prompt)
+        self._config = options.applied_to(model.generation_config)
+        self._tokenizer = tokenizer
         self._decoder = Decoder(tokenizer)
         self._stop = StopStrings(options.stop)
         self._enough = Enough()
-        self._dice = None if options.seed is None else SeededDice(options.seed)
         self._recorder = ChanceRecorder(options.logprobs, tokenizer) if options.logprobs is not None else None
         self._stream = weakref.ref(stream)
         self._send = stream._send
@@ -325,28 +328,28 @@ class _Work:
     def run(self, portal: Any) -> None:
         """In the worker thread."""
 
-        def on_token(tokens: Tensor) -> None:
-            token = int(tokens.reshape(-1)[-1])
+        def on_token(token: int) -> None:
             portal.run(self._deliver, token, None if self._recorder is None else self._recorder.of(token))
 
         prompt = torch.tensor([self._prompt_ids])
-        streamer = Streamer(on_token)
-        settings = self._options.as_arguments()
-        if self._ends:
-            settings["eos_token_id"] = self._ends
-        if self._dice is not None:
-            settings["custom_generate"] = self._dice.loop(streamer)
+        length = prompt.shape[1]
         if self._reused is not None:
             self._session.cache.session = self._begin_with_kept(self._reused, prompt)
-        self._model.generate(
+        config, ends = self._config, self._ends
+        processors = processors_of(
+            config, prompt_length=length, max_length=length + self._new_tokens, ends=ends, more=self._processors()
+        )
+        if self._recorder is not None:  # first, so that it sees what the model said
+            processors.insert(0, self._recorder)
+        decode(
+            self._model,
+            self._session.cache,
             prompt,
-            attention_mask=torch.ones_like(prompt),
-            session=self._session,
-            streamer=streamer,
-            logits_processor=LogitsProcessorList(self._processors()),
-            stopping_criteria=StoppingCriteriaList([self._enough] if self._options.stop else []),
             max_new_tokens=self._new_tokens,
-            **settings,
+            processors=processors,
+            criteria=criteria_of(config, ends=ends, tokenizer=self._tokenizer, more=[self._enough]),
+            choose=Draw(self._options.seed) if self._options.samples else greedy,
+            on_token=on_token,
         )
 
     def _begin_with_kept(self, chain: RemoteChain, prompt: Tensor) -> RemoteChainSession:
@@ -359,12 +362,10 @@ class _Work:
         return session
 
     def _processors(self) -> list[LogitsProcessor]:
-        """In this order: the recorder sees what the model said."""
         presence, frequency = self._options.presence_penalty, self._options.frequency_penalty
-        penalties = None
-        if presence or frequency:
-            penalties = Penalties(len(self._prompt_ids), presence=presence, frequency=frequency)
-        return [each for each in (self._recorder, penalties) if each is not None]
+        if not (presence or frequency):
+            return []
+        return [Penalties(len(self._prompt_ids), presence=presence, frequency=frequency)]
 
     async def _deliver(self, token: int, chances: Chances | None) -> None:
         now = time.perf_counter()

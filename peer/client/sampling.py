@@ -1,14 +1,12 @@
-"""What steps into `transformers`' sampling: penalties as OpenAI defines them, probabilities, dice of one's own."""
+"""Logits processors and stopping criteria of ours: penalties as OpenAI defines them, probabilities, stop strings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +65,6 @@ class Penalties(LogitsProcessor):
         generated = input_ids[:, self._prompt_length :]
         counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)
-
-
-class SeededDice(LogitsProcessor):
-    """Gives one generation dice of its own.
-
-    The library draws from torch's global generator, which all threads of a process share. So the last of the logits
-    processors draws, as the library would, and leaves it one token to choose from.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._generator: torch.Generator | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._generator is None:
-            self._generator = torch.Generator(scores.device).manual_seed(self._seed)
-        drawn = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1, generator=self._generator)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-    def loop(self, streamer: Any) -> Callable[..., Any]:
-        """What `generate` takes as `custom_generate`: the library's own loop, with us behind temperature, top_k and
-        top_p, which it appends to any processors it is given. It forgets the streamer then (transformers 5.23)."""
-
-        def sample(model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **rest: Any) -> Any:
-            processors = LogitsProcessorList([*logits_processor, self])
-            return model._sample(input_ids, processors, streamer=streamer, **{"synced_gpus": False} | rest)
-
-        return sample
 
 
 class Enough(StoppingCriteria):

@@ -13,6 +13,7 @@ from petals.models.block import position_ids
 from petals.models.causal_lm import load_causal_lm
 from petals.models.distributed import load_model
 from petals.models.errors import StepError
+from petals.models.library_contract import DEFAULT_CACHE_NAME
 from petals.models.local import LocalChain
 from petals.models.tuning import Tuning
 from tests.models.conftest import Tiny
@@ -163,7 +164,7 @@ def test_what_cannot_be_asked(llama: Tiny) -> None:
     with model.inference_session(max_length=20) as session:
         model.generate(some_ids(1), max_new_tokens=2)
         with pytest.raises(StepError, match="began without output_hidden_states"):
-            model(some_ids(1)[:, :1], past_key_values=session.cache, output_hidden_states=True)
+            model(some_ids(1)[:, :1], output_hidden_states=True, **{DEFAULT_CACHE_NAME: session.cache})
     with pytest.raises(StepError, match='open the model with tuning_mode="ptune"'):
         model.get_prompt(1)
     with pytest.raises(StepError, match="unknown argument 'num_lables'"):

@@ -14,6 +14,7 @@ from petals.models import families
 from petals.models.checkpoint import open_checkpoint
 from petals.models.errors import UnsupportedModel
 from petals.models.families import Family, register_family
+from petals.models.library_contract import DEFAULT_CACHE_NAME, pop_cache
 from petals.models.loading import load_span
 from tests.models.tiny import BLOCKS, HIDDEN, enliven
 
@@ -47,11 +48,12 @@ class ScalesAfter(LlamaModel):
 
 
 class ForgetsTheCache(LlamaModel):
-    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            super().forward(*args, past_key_values=past_key_values, **kwargs)
-            past_key_values, kwargs["use_cache"] = None, False
-        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cache = pop_cache(kwargs)
+        if cache is not None and cache.get_seq_length() > 0:
+            super().forward(*args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)
+            cache, kwargs["use_cache"] = None, False
+        return super().forward(*args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)
 
 
 class IgnoresPadding(LlamaModel):

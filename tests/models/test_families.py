@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from petals.models.library_contract import DEFAULT_CACHE_NAME
 from petals.models.local import LocalChain
 from tests.models.conftest import Tiny
 from tests.models.tiny import VOCABULARY
@@ -26,7 +27,7 @@ def test_prefill_single_and_several_token_steps(tiny: Tiny) -> None:
     with LocalChain(tiny.parts).open_session(batch_size=2, max_length=12) as session:
         assert_close(session.step(inputs[0]), inputs[-1], **TOLERANCE)
         for begin, end in ((5, 6), (6, 7), (7, 10), (10, 12)):
-            inputs, result = tiny.reference.run(ids[:, begin:end], past_key_values=result.past_key_values)
+            inputs, result = tiny.reference.run(ids[:, begin:end], cache=getattr(result, DEFAULT_CACHE_NAME))
             assert_close(session.step(inputs[0]), inputs[-1], **TOLERANCE)
         assert session.position == 12
 
@@ -50,9 +51,9 @@ def test_left_padded_batch(tiny: Tiny) -> None:
     def reference(begin: int, end: int, past: object) -> tuple[list[Tensor], object]:
         extra = {"position_ids": positions[:, begin:end]} if takes_positions else {}
         inputs, result = tiny.reference.run(
-            ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=past, use_cache=True, **extra
+            ids[:, begin:end], attention_mask=mask[:, :end], cache=past, use_cache=True, **extra
         )
-        return inputs, result.past_key_values
+        return inputs, getattr(result, DEFAULT_CACHE_NAME)
 
     inputs, past = reference(0, 7, None)
     with LocalChain(tiny.parts).open_session(batch_size=2, max_length=12) as session:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from petals.models.library_contract import DEFAULT_CACHE_NAME, pop_cache
+
 VOCABULARY = 199
 HIDDEN = 32
 BLOCKS = 4
@@ -292,8 +294,10 @@ class Reference:
         """The input of every block and, last, the output of the last one; and the library's own output."""
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
-        if kwargs.get("past_key_values") is None:
+        past = pop_cache(kwargs)
+        if past is None:
             self.fresh()
+        kwargs[DEFAULT_CACHE_NAME] = past
 
         def before(module: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
             inputs.append(args[0] if args else kw["hidden_states"])
@@ -314,8 +318,8 @@ class Reference:
         """As `run`, but through the library's own cache, cut at these tokens."""
         past, steps = None, []
         for begin, end in pairwise([0, *cuts, ids.shape[1]]):
-            tensors, result = self.run(ids[:, begin:end], past_key_values=past, use_cache=True, **kwargs)
-            past = result.past_key_values
+            tensors, result = self.run(ids[:, begin:end], cache=past, use_cache=True, **kwargs)
+            past = getattr(result, DEFAULT_CACHE_NAME)
             steps.append(tensors)
         return [torch.cat(list(parts), 1) for parts in zip(*steps, strict=True)]
 
