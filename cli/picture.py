@@ -42,12 +42,27 @@ def picture(told: Told, *, width: int | None = None, plot_height: int = 1, brigh
     ourselves = told.get("peer_id")
     parts = [] if ourselves is None else [f"as peer {short(ourselves)} sees it"]
     parts += [describe(model, ourselves=ourselves, width=width, bright=bright) for model in told.get("models", ())]
+    parts += [f"warning: {line}" for line in warnings(told)]
     if "history" in told:
         serves = any(peer["peer_id"] == told["peer_id"] for model in told["models"] for peer in model["peers"])
         parts.append(throughput(told["history"], serves=serves, width=width, height=plot_height))
     if "contribution" in told:
         parts.append(balance(told["contribution"]))
     return "\n\n".join(parts)
+
+
+def warnings(told: Told) -> list[str]:
+    """What people should hear of: what the asked peer says, and which servers' keys are used twice."""
+    peers = [peer for model in told.get("models", ()) for peer in model["peers"]]
+    doubles = {clean(peer["peer_id"]) for peer in peers if peer.get("key_elsewhere")}
+    return [
+        *("".join(char for char in str(line)[:500] if char.isprintable()) for line in told.get("warnings", ())),
+        *(
+            f"two processes announce with the key of peer {short(peer_id)}, and only one of them is seen: give each "
+            "its own --identity"
+            for peer_id in sorted(doubles)
+        ),
+    ]
 
 
 def describe(model: Told, *, ourselves: str | None = None, width: int | None = None, bright: bool = False) -> str:

@@ -137,7 +137,8 @@ async def _open(options: argparse.Namespace) -> AsyncIterator[Look]:
     ) as observer:
 
         async def observe() -> dict[str, Any]:
-            return {"models": [as_json(model) for model in await observer.look()], **await account()}
+            models = [as_json(model) for model in await observer.look()]
+            return {"models": models, "warnings": observer.warnings(), **await account()}
 
         yield observe
 

@@ -40,7 +40,6 @@ from libp2p.kad_dht.provider_store import ProviderRecord, ProviderStore
 from libp2p.kad_dht.value_store import ValueStore
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
-from libp2p.peer.peerstore import env_to_send_in_RPC
 from libp2p.records.pubkey import PublicKeyValidator
 from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
@@ -48,6 +47,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.dht.keys import NAMESPACE, is_record_key, record_key, swarm_key
 from petals.dht.records import RecordError, ServerRecord, ServerState, Verify, open_record, peek, sign_record
+from petals.dht.troubles import Namesake, Refusals
 from petals.dht.walk import walk
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, SwarmError
 from petals.protocols.stream import ByteStream, MessageStream
@@ -167,6 +167,10 @@ class Directory:
         self.dropped_records: Counter[str] = Counter()
         """Records that were not believed so far, by why: what servers said of themselves, and what others wanted us to
         keep."""
+        self.refusals = Refusals(clock)
+        """The same, for people."""
+        self.namesake = Namesake(secrets.token_bytes(8), clock)
+        """Another process with our key."""
         self.asked = 0
         """Questions sent to other nodes, so far."""
 
@@ -219,6 +223,34 @@ class Directory:
         if own is not None and self._is_live(own):
             found[own.peer_id] = own
         return tuple(found[peer_id] for peer_id in sorted(found))
+
+    def warnings(self) -> list[str]:
+        """What people should hear of, in sentences."""
+        return [*self.refusals.sentences(), *self.namesake.sentences()]
+
+    async def look_for_namesake(self, model: ModelId) -> list[str]:
+        """Whether a server of `model` has our own key, which makes it invisible to us; bounded by `WALK_S`.
+
+        Returns: a sentence, or none. Raises nothing.
+        """
+        if model.digest in self._own:
+            return self.namesake.sentences()
+        found: list[ServerRecord] = []
+        key = record_key(model, self._host.peer_id).encode()
+
+        def note(_: PeerId, reply: Message) -> None:
+            record = self._own_record(reply, key)
+            if record is not None and self._is_live(record):
+                found.append(record)
+
+        await self._walk(key, Message(type=Message.MessageType.GET_VALUE, key=key), note, want=READ_FROM)
+        if not found:
+            return []
+        blocks = max(found, key=lambda record: record.sequence).blocks
+        return [
+            f"a server with this peer's own key announced blocks {blocks.start}:{blocks.stop} within the last minutes, "
+            "and a peer does not ask itself; give each process its own --identity"
+        ]
 
     async def provide(self, key: str) -> None:
         """Be listed under a content key for an hour; bounded by `STORE_S`."""
@@ -308,8 +340,10 @@ class Directory:
                 raise RecordError("a record of another peer", "peer")
         except RecordError as error:
             self.dropped_records[error.reason] += 1
+            self.refusals.note(peer_id, error, fresh=self._fetch_direct is not None)
             log.info("dropped what …%s says: %s", peer_id[-6:], error)
             return None
+        self.refusals.forgive(peer_id)
         return record
 
     async def _words(self, peer_id: PeerId, addrs: tuple[str, ...], model: ModelId) -> list[bytes]:
@@ -354,8 +388,23 @@ class Directory:
     async def _store(self, key: bytes, data: bytes) -> None:
         record = Record(key=key, value=data)
         self._dht.value_store.put_record(key, record)
-        nearest = await self._walk(key, Message(type=Message.MessageType.GET_VALUE, key=key), want=STORE_AT)
+
+        def note(_: PeerId, reply: Message) -> None:
+            if (kept := self._own_record(reply, key)) is not None:
+                self.namesake.note(kept)
+
+        nearest = await self._walk(key, Message(type=Message.MessageType.GET_VALUE, key=key), note, want=STORE_AT)
         await self._tell(nearest, Message(type=Message.MessageType.PUT_VALUE, key=key, record=record))
+
+    def _own_record(self, reply: Message, key: bytes) -> ServerRecord | None:
+        """What a node keeps under a key of ours, if it is signed with our key and holds still."""
+        if not reply.HasField("record") or reply.record.key != key:
+            return None
+        try:
+            record = open_record(reply.record.value, now=self._clock(), verify=self._verify)
+        except RecordError:
+            return None
+        return record if record.peer_id == self._host.peer_id else None
 
     async def _provide(self, key: bytes) -> None:
         me = self._dht.local_peer_id
@@ -404,8 +453,9 @@ class Directory:
 
     async def _ask(self, peer_id: PeerId, request: Message) -> Message | None:
         """One question to one node; None: no answer that makes sense, within `RPC_S`."""
+        # No `senderRecord`: a node of the library (0.8.1) that has seen a newer one of ours - of another process with our
+        # key, or of ourselves before our clock was set back - answers nothing any more. Identify has told it where we are.
         self.asked += 1
-        request.senderRecord = env_to_send_in_RPC(self._host.libp2p)[0]
         try:
             with trio.move_on_after(RPC_S):
                 reply = await self._exchange(peer_id, request)

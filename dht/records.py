@@ -26,6 +26,7 @@ MAX_ADDRS = 16
 MAX_ADAPTERS = 64
 MAX_ROUND_TRIPS = 64
 MAX_TEXT = 200
+MAX_INSTANCE_BYTES = 16
 MAX_LIFETIME_S = 3600.0
 MAX_CLOCK_SKEW_S = 60.0
 """How far another peer's clock may be ahead of ours."""
@@ -39,10 +40,12 @@ class RecordError(SwarmError):
 
     Attributes:
         reason: in one word, to count by: malformed, signature, time, peer or digest.
+        ahead_s: of "time": the record's date minus ours, in seconds.
     """
 
-    def __init__(self, message: str, reason: str = "malformed") -> None:
+    def __init__(self, message: str, reason: str = "malformed", ahead_s: float | None = None) -> None:
         self.reason = reason
+        self.ahead_s = ahead_s
         super().__init__(message)
 
 
@@ -90,6 +93,10 @@ class ServerRecord:
     """How others reach it (peer/reachability.py)."""
     round_trips_s: Mapping[PeerId, float] = field(default_factory=dict)
     """Round trips to other peers, in seconds; at most 64."""
+    instance: bytes = b""
+    """Random, one per process; at most 16 bytes. Two at a time under one key are two processes (troubles.py)."""
+    key_elsewhere: bool = False
+    """Whether the server has seen another process announce with its key."""
     sequence: int
     """Counts up; of two records of a peer and model the higher one holds."""
     issued_at: float
@@ -115,6 +122,7 @@ class ServerRecord:
             "round_trips_s": {str(peer): seconds for peer, seconds in self.round_trips_s.items()},
             "relayed": self.using_relay,
             "reachability": self.reachability,
+            "key_elsewhere": self.key_elsewhere,
         }
 
 
@@ -144,6 +152,8 @@ def sign_record(record: ServerRecord, sign: Callable[[bytes], bytes], public_key
         issued_at=record.issued_at,
         expires_at=record.expires_at,
         num_blocks=record.num_blocks,
+        instance=record.instance,
+        key_elsewhere=record.key_elsewhere,
     ).SerializeToString()
     return pb.SignedRecord(public_key=public_key, record=payload, signature=sign(DOMAIN + payload)).SerializeToString()
 
@@ -195,6 +205,8 @@ def open_record(data: bytes, *, now: float, verify: Verify, expected_model: Mode
         issued_at=fields.issued_at,
         expires_at=fields.expires_at,
         num_blocks=fields.num_blocks,
+        instance=fields.instance,
+        key_elsewhere=fields.key_elsewhere,
     )
 
 
@@ -233,9 +245,12 @@ def dated(data: bytes) -> float:
 
 def _check_time(fields: pb.ServerRecord, now: float) -> None:
     _check(math.isfinite(fields.issued_at) and math.isfinite(fields.expires_at), "time that is no number", "time")
-    _check(fields.issued_at <= now + MAX_CLOCK_SKEW_S, "dated in the future: one of the two clocks is wrong", "time")
+    ahead_s = fields.issued_at - now
+    if ahead_s > MAX_CLOCK_SKEW_S:
+        raise RecordError(f"server record: dated {ahead_s:.0f} s in the future", "time", ahead_s)
     _check(fields.expires_at <= fields.issued_at + MAX_LIFETIME_S, "lives too long", "time")
-    _check(now < fields.expires_at, "expired", "time")
+    if now >= fields.expires_at:
+        raise RecordError("server record: expired", "time", ahead_s)
 
 
 def _check_limits(fields: pb.ServerRecord) -> None:
@@ -255,6 +270,7 @@ def _check_limits(fields: pb.ServerRecord) -> None:
         fields.reachability,
     )
     _check(all(len(text) <= MAX_TEXT for text in texts), "text too long")
+    _check(len(fields.instance) <= MAX_INSTANCE_BYTES, "instance too long")
     _check(len(fields.round_trips_s) <= MAX_ROUND_TRIPS, "too many round trips")
     numbers = (fields.inference_rps, fields.forward_rps, fields.queue_s, *fields.round_trips_s.values())
     _check(all(math.isfinite(number) and number >= 0 for number in numbers), "a measure that is no measure")

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ServerRecord(_message.Message):
-    __slots__ = ("model_name", "model_digest", "peer_id", "start_block", "end_block", "state", "addrs", "version", "public_name", "dtype", "quant_type", "adapters", "inference_rps", "forward_rps", "queue_s", "cache_tokens_left", "using_relay", "round_trips_s", "sequence", "issued_at", "expires_at", "num_blocks", "reachability")
+    __slots__ = ("model_name", "model_digest", "peer_id", "start_block", "end_block", "state", "addrs", "version", "public_name", "dtype", "quant_type", "adapters", "inference_rps", "forward_rps", "queue_s", "cache_tokens_left", "using_relay", "round_trips_s", "sequence", "issued_at", "expires_at", "num_blocks", "reachability", "instance", "key_elsewhere")
     class RoundTripsSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,8 @@ class ServerRecord(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REACHABILITY_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    KEY_ELSEWHERE_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     model_digest: str
     peer_id: str
@@ -61,7 +63,9 @@ class ServerRecord(_message.Message):
     expires_at: float
     num_blocks: int
     reachability: str
-    def __init__(self, model_name: _Optional[str] = ..., model_digest: _Optional[str] = ..., peer_id: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., state: _Optional[int] = ..., addrs: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., public_name: _Optional[str] = ..., dtype: _Optional[str] = ..., quant_type: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ..., inference_rps: _Optional[float] = ..., forward_rps: _Optional[float] = ..., queue_s: _Optional[float] = ..., cache_tokens_left: _Optional[int] = ..., using_relay: _Optional[bool] = ..., round_trips_s: _Optional[_Mapping[str, float]] = ..., sequence: _Optional[int] = ..., issued_at: _Optional[float] = ..., expires_at: _Optional[float] = ..., num_blocks: _Optional[int] = ..., reachability: _Optional[str] = ...) -> None: ...
+    instance: bytes
+    key_elsewhere: bool
+    def __init__(self, model_name: _Optional[str] = ..., model_digest: _Optional[str] = ..., peer_id: _Optional[str] = ..., start_block: _Optional[int] = ..., end_block: _Optional[int] = ..., state: _Optional[int] = ..., addrs: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., public_name: _Optional[str] = ..., dtype: _Optional[str] = ..., quant_type: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ..., inference_rps: _Optional[float] = ..., forward_rps: _Optional[float] = ..., queue_s: _Optional[float] = ..., cache_tokens_left: _Optional[int] = ..., using_relay: _Optional[bool] = ..., round_trips_s: _Optional[_Mapping[str, float]] = ..., sequence: _Optional[int] = ..., issued_at: _Optional[float] = ..., expires_at: _Optional[float] = ..., num_blocks: _Optional[int] = ..., reachability: _Optional[str] = ..., instance: _Optional[bytes] = ..., key_elsewhere: _Optional[bool] = ...) -> None: ...
 
 class SignedRecord(_message.Message):
     __slots__ = ("public_key", "record", "signature")

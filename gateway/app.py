@@ -125,6 +125,7 @@ class Gateway:
             "models": described,
             "history": self.history.as_json(),
             "contribution": self._peer.ledger.describe(),
+            "warnings": self._peer.warnings(),
         }
         return JSONResponse(whole, headers=NO_STORE)
 

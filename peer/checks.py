@@ -30,6 +30,7 @@ from petals.protocols.types import ModelId, PeerId
 if TYPE_CHECKING:
     from petals.dht.directory import Directory
     from petals.peer.host import Host
+    from petals.protocols import messages_pb2 as pb
 
 DISTRIBUTION = "petals-libp2p"
 LEAST_MEMORY_BYTES = 1.5e9
@@ -39,8 +40,6 @@ LEAST_DISK_BYTES = 1e9
 DISK_SAMPLE_BYTES = 64 << 20
 SLOW_MEMORY_GB = 3.0
 """Below this even a small model crawls."""
-MAX_SKEW_S = 30.0
-"""Records dated more than a minute ahead are refused; half of it is a problem."""
 ANY_MODEL = ModelId("", "")
 
 
@@ -324,8 +323,7 @@ async def _initial_peer(host: Host, addr: str, tell: Tell) -> PeerId | None:
         text += f", here it is {__version__}"
         advice = "other versions work together as far as protocols/SPEC.md says; update the older one in doubt"
         tell(Finding("initial peer", "note", text, advice, {**figures, "version": reply.version}))
-    if reply.records:
-        _clock(name, reply.records[0], asked_at, answered_at, tell)
+    _clock(name, reply, asked_at, answered_at, tell)
     return peer_id
 
 
@@ -337,33 +335,35 @@ def _advice_for(reason: str) -> str:
     return "check the address, that machine's firewall, and that the peer is running"
 
 
-def _clock(name: str, record: bytes, asked_at: float, answered_at: float, tell: Tell) -> None:
-    """The record was dated between question and answer, by the peer's clock."""
-    from petals.dht.records import dated
+def _clock(name: str, reply: pb.InfoReply, asked_at: float, answered_at: float, tell: Tell) -> None:
+    """The reply was dated between question and answer, by the peer's clock."""
+    from petals.peer.clocks import MAX_SKEW_S, skew_of
 
-    exact_s = (answered_at - asked_at) / 2
-    ahead_s = dated(record) - (asked_at + exact_s)
-    figures = {"ahead_s": ahead_s, "exact_s": exact_s}
-    how = "ahead of" if ahead_s > 0 else "behind"
-    text = f"the clock of {name} is {abs(ahead_s):.2f} s {how} ours, give or take {exact_s:.2f} s"
-    if abs(ahead_s) > MAX_SKEW_S + exact_s:
+    skew = skew_of(reply, asked_at, answered_at)
+    if skew is None:
+        return
+    figures = {"ahead_s": skew.ahead_s, "exact_s": skew.exact_s}
+    how = "ahead of" if skew.ahead_s > 0 else "behind"
+    text = f"the clock of {name} is {abs(skew.ahead_s):.2f} s {how} ours, give or take {skew.exact_s:.2f} s"
+    if abs(skew.ahead_s) > MAX_SKEW_S + skew.exact_s:
         advice = "let both clocks follow NTP (timedatectl set-ntp true): records from the future are refused"
         tell(Finding("clock", "problem", text, advice, figures))
     else:
         tell(Finding("clock", "ok", text, figures=figures))
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, most: int = 100) -> str:
     """A stranger's words for somebody's terminal."""
-    return "".join(char for char in text if char.isprintable())[:100]
+    return "".join(char for char in text if char.isprintable())[:most]
 
 
 async def models(member: Member, tell: Tell) -> None:
     """Whether somebody could ask: each model of the swarm."""
     from petals.peer.status import SwarmObserver
 
+    observer = SwarmObserver(member.host, member.directory)
     try:
-        found = await SwarmObserver(member.host, member.directory).look()
+        found = await observer.look()
     except UserError as error:
         tell(Finding("model", "note", str(error), "start a server: petals peer MODEL --serve --initial_peers ..."))
         return
@@ -377,6 +377,14 @@ async def models(member: Member, tell: Tell) -> None:
         text = f"{printable(status.model.name)} is {state}: {why}"
         figures = {"model": status.model.name, "health": state}
         tell(Finding("model", kind, text, "" if kind == "ok" else advice, figures))
+        for record in status.records:
+            if record.key_elsewhere:
+                text = (
+                    f"two processes announce with the key of peer …{record.peer_id[-6:]}, and only one of them is seen"
+                )
+                tell(Finding("keys", "problem", text, "give each process its own --identity"))
+    for warning in observer.warnings():
+        tell(Finding("records", "problem", printable(warning, most=500)))
 
 
 async def reachable(member: Member, tell: Tell) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
@@ -48,7 +49,8 @@ async def answer_info(
             request = pb.InfoRequest.FromString(data)
         except DecodeError:
             raise RemoteProtocolError("an info request that does not decode", stream.remote_peer) from None
-        reply = pb.InfoReply(records=signed_records(request.model_digest), version=__version__)
+        records = signed_records(request.model_digest)
+        reply = pb.InfoReply(records=records, version=__version__, unix_time=time.time())
         if complaints is not None:
             if heard := request.complaints[:MAX_HEARD]:
                 charge(stream.remote_peer, COMPLAINT_COSTS)

@@ -20,6 +20,7 @@ from petals.peer.client.generation import GenerationOptions, Prompt, TokenStream
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.view import SwarmWatcher
 from petals.peer.client.weights import SwarmWeights, find_model
+from petals.peer.clocks import ClockWatch
 from petals.peer.complaints import ComplaintBook
 from petals.peer.config import PeerConfig, ServeConfig
 from petals.peer.host import Host, HostConfig
@@ -68,6 +69,7 @@ class Peer:
         self.asking = ClientOptions()
         """What generations want of the swarm that say nothing else."""
         self.ledger = ledger
+        self.clocks = ClockWatch(host, progress)
         self._service: Service | None = None
         self._climbing = False
         self._identity = identity
@@ -94,6 +96,10 @@ class Peer:
     def addrs(self) -> tuple[str, ...]:
         """Full multiaddrs another peer may pass as `initial_peers`."""
         return self.host.addrs
+
+    def warnings(self) -> list[str]:
+        """What people should hear of, in sentences: refused records, a key that is used twice, a wrong clock."""
+        return [*self.clocks.sentences(), *self.directory.warnings()]
 
     async def checkpoint(
         self, model: str | None = None, *, revision: str | None = None, token: str | None = None
@@ -301,6 +307,7 @@ async def open_peer(
         accountant = Accountant(host, identity, ledger, peer._served, peer._is_reciprocal, path)
         host.set_handler(RECEIPTS_V1, accountant.answer)
         nursery.start_soon(accountant.run)
+        nursery.start_soon(peer.clocks.run)
         if config.nat.relay is not None:
             peer.climb()
         if config.serve is not None:

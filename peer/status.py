@@ -73,7 +73,9 @@ class SwarmObserver:
             await self._directory.refresh()  # the initial peers may only keep the directory: meet those they know
             await self._find_models()
         if not self._models:
-            raise UserError("nobody there serves a model; give --initial_peers the address of a peer that does")
+            known = self.warnings()
+            advice = ". ".join(known) if known else "give --initial_peers the address of a peer that does"
+            raise UserError(f"nobody there serves a model; {advice}")
         found = []
         for model in sorted(self._models.values(), key=lambda model: model.name):
             records = await self._directory.lookup(model)
@@ -82,13 +84,19 @@ class SwarmObserver:
             found.append(ModelStatus(model, tuple(by_place), links))
         return found
 
+    def warnings(self) -> list[str]:
+        """What people should hear of, in sentences: records that were refused while looking."""
+        return self._directory.warnings()
+
     async def _find_models(self) -> None:
-        calls = [partial(fetch_record, self._host, peer, (), ANY_MODEL) for peer in self._host.connected_peers()]
-        for data in await gather(calls):
+        peers = self._host.connected_peers()
+        calls = [partial(fetch_record, self._host, peer, (), ANY_MODEL) for peer in peers]
+        for peer, data in zip(peers, await gather(calls), strict=True):
             if isinstance(data, bytes):
                 try:
                     record = open_record(data, now=time.time(), verify=verify)
-                except RecordError:
+                except RecordError as error:
+                    self._directory.refusals.note(peer, error, fresh=True)
                     continue
                 self._models[record.model.digest] = record.model
 

@@ -285,14 +285,16 @@ class InfoRequest(_message.Message):
     def __init__(self, model_digest: _Optional[str] = ..., complaints: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("records", "version", "complaints")
+    __slots__ = ("records", "version", "unix_time", "complaints")
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNIX_TIME_FIELD_NUMBER: _ClassVar[int]
     COMPLAINTS_FIELD_NUMBER: _ClassVar[int]
     records: _containers.RepeatedScalarFieldContainer[bytes]
     version: str
+    unix_time: float
     complaints: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, records: _Optional[_Iterable[bytes]] = ..., version: _Optional[str] = ..., complaints: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, records: _Optional[_Iterable[bytes]] = ..., version: _Optional[str] = ..., unix_time: _Optional[float] = ..., complaints: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class SignedAnswer(_message.Message):
     __slots__ = ("peer_id", "public_key", "signature", "session_id", "step_id", "model_digest", "start_block", "end_block", "adapter", "dtype", "quant_type", "inputs", "output")

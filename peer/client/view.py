@@ -185,11 +185,13 @@ class SwarmWatcher:
             left = deadline - trio.current_time()
             if left <= 0:
                 waited = trio.current_time() - started
+                known = [*self._directory.refusals.sentences(), *await self._directory.look_for_namesake(self.model)]
+                advice = "Start a peer that serves them, with the same model, and join it to this swarm."
                 raise MissingBlocks(
                     missing,
                     f"no peer of the swarm holds {describe_blocks(missing)} of {self.model.name} "
                     f"(checkpoint {self.model.digest[:12]}); waited {waited:.0f} s. "
-                    "Start a peer that serves them, with the same model, and join it to this swarm.",
+                    + (". ".join(sentence[:1].upper() + sentence[1:] for sentence in known) + "." if known else advice),
                 )
             await self.changed(min(left, 5.0))
 

@@ -141,6 +141,7 @@ class Service:
         """Serve `blocks`, and others later if the configuration leaves the choice to us. Started: streams are answered,
         and only then the swarm is told ONLINE."""
         self._blocks = blocks
+        self._directory.namesake.say = self._progress
         if not self.admission.is_open:
             self._host.set_handler(ADMIT_V1, self.admission.answer)
         async with self._thread.running():
@@ -310,6 +311,8 @@ class Service:
             using_relay=self._host.reach == Reach.RELAYED,
             reachability=self._host.reach,
             round_trips_s=self._neighbours.round_trips_s,
+            instance=self._directory.namesake.instance,
+            key_elsewhere=self._directory.namesake.found is not None,
             sequence=0,
             issued_at=0.0,
             expires_at=0.0,

@@ -50,7 +50,8 @@ class Node:
         return self.host.peer_id
 
     async def announce(self, **changes: Any) -> ServerRecord:
-        record = make_record(self.peer_id, addrs=self.host.addrs, **changes)
+        instance = self.directory.namesake.instance
+        record = make_record(self.peer_id, **{"addrs": self.host.addrs, "instance": instance, **changes})
         self.served[:] = [record]
         await self.directory.announce(record)
         return record
@@ -66,9 +67,11 @@ class Net:
     scopes: dict[str, trio.CancelScope] = field(default_factory=dict)
     gone: dict[str, trio.Event] = field(default_factory=dict)
 
-    async def add(self, *, direct: bool = True, clock: Callable[[], float] = time.time) -> Node:
+    async def add(
+        self, *, direct: bool = True, clock: Callable[[], float] = time.time, identity: Identity | None = None
+    ) -> Node:
         """A node joined to the first one."""
-        node: Node = await self.nursery.start(self._run, direct, clock)
+        node: Node = await self.nursery.start(self._run, direct, clock, identity or create_identity())
         self.nodes.append(node)
         return node
 
@@ -78,8 +81,14 @@ class Net:
         await self.gone[node.peer_id].wait()
         self.nodes.remove(node)
 
-    async def _run(self, direct: bool, clock: Callable[[], float], *, task_status: trio.TaskStatus[Node]) -> None:
-        identity = create_identity()
+    async def _run(
+        self,
+        direct: bool,
+        clock: Callable[[], float],
+        identity: Identity,
+        *,
+        task_status: trio.TaskStatus[Node],
+    ) -> None:
         with trio.CancelScope() as scope:
             async with open_host(identity.key_pair, HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))) as host:
                 if self.nodes:

@@ -14,14 +14,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trio
 
 from petals.cli.doctor import describe
 from petals.cli.main import parse
+from petals.cli.picture import picture
+from petals.cli.status import as_json
 from petals.peer import checks
 from petals.peer.bootstrap import open_bootstrap
 from petals.peer.checks import Finding, Subject, examine
 from petals.peer.host import HostConfig, open_host
 from petals.peer.identity import create_identity
+from petals.peer.status import open_observer
 from tests.cli.test_commands import ENVIRONMENT, PETALS, ROOT
 from tests.swarm.conftest import Swarm, Truth
 
@@ -74,9 +78,9 @@ async def test_each_initial_peer_is_looked_at(
         assert reason in text
     assert all(finding.advice for finding in peers if finding.state == "problem")
     assert "check the peer ID" in wrong[0].advice
-    (clock,) = [finding for finding in findings if finding.check == "clock"]
-    assert clock.state == "ok"
-    assert abs(clock.figures["ahead_s"]) <= clock.figures["exact_s"]
+    clocks = [finding for finding in findings if finding.check == "clock"]
+    assert [clock.state for clock in clocks] == ["ok", "ok"]  # of the server, and of who only keeps the directory
+    assert all(abs(clock.figures["ahead_s"]) <= clock.figures["exact_s"] for clock in clocks)
     (model,) = [finding for finding in findings if finding.check == "model"]
     assert (model.state, model.figures["health"]) == ("problem", "broken")
     assert "--serve 3:4" in model.advice
@@ -87,6 +91,31 @@ async def test_each_initial_peer_is_looked_at(
     assert clock.figures["ahead_s"] == pytest.approx(100, abs=1)
     assert re.search(r"is (99\.9|100\.)", clock.text)
     assert "ahead of ours" in clock.text
+
+
+@pytest.mark.usefixtures("only_the_swarm")
+async def test_a_key_on_two_machines_is_reported_by_both_and_by_whoever_looks(
+    make_swarm: Callable[[str | None], Swarm], tiny_truth: Truth, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    swarm = make_swarm(str(tiny_truth.directory))
+    first = await swarm.add()
+    create_identity(tmp_path / "my.key")
+    servers = [
+        await swarm.add(blocks, identity=tmp_path / "my.key", also={"initial_peers": first.addrs}, announce_s=1.0)
+        for blocks in (range(2), range(2, 4))
+    ]
+    with trio.fail_after(60):
+        while not all(each.warnings() for each in servers):  # noqa: ASYNC110  # a poll of the state waited for
+            await trio.sleep(0.05)
+    assert "uses this peer's key and holds blocks 2:4" in servers[0].warnings()[0]
+    assert "uses this peer's key and holds blocks 0:2" in servers[1].warnings()[0]
+    (keys,) = await found("keys", Subject(listen=LOOPBACK, initial_peers=first.addrs))
+    assert keys.state == "problem"
+    assert keys.advice == "give each process its own --identity"
+    async with open_observer(first.addrs) as observer:
+        told = {"models": [as_json(model) for model in await observer.look()], "warnings": observer.warnings()}
+    assert f"two processes announce with the key of peer …{servers[0].peer_id[-6:]}" in picture(told)
+    nursery.cancel_scope.cancel()
 
 
 async def test_versions_out_of_range_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
