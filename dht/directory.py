@@ -453,8 +453,8 @@ class Directory:
 
     async def _ask(self, peer_id: PeerId, request: Message) -> Message | None:
         """One question to one node; None: no answer that makes sense, within `RPC_S`."""
-        # No `senderRecord`: a node of the library (0.8.1) that has seen a newer one of ours - of another process with our
-        # key, or of ourselves before our clock was set back - answers nothing any more. Identify has told it where we are.
+        # No `senderRecord`: a node of the library (0.8.1) that has seen a newer one of ours - of another process with
+        # our key, or of ourselves before our clock was set back - answers nothing any more. Identify says where we are.
         self.asked += 1
         try:
             with trio.move_on_after(RPC_S):
