@@ -101,7 +101,7 @@ async def test_a_server_that_starts_before_its_bootstrap_says_so_and_waits(key: 
 async def until_said(said: list[str], words: str) -> str:
     """A poll: some of it is said in threads."""
     with trio.fail_after(60):
-        while not (found := [line for line in said if words in line]):
+        while not (found := [line for line in said if words in line]):  # noqa: ASYNC110
             await trio.sleep(0.01)
     return found[0]
 
