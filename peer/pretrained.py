@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import os
 import threading
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,59 +21,19 @@ import trio
 from transformers import PretrainedConfig
 
 from petals.models.causal_lm import GenerationMixin
-from petals.models.checkpoint import open_checkpoint
+from petals.models.chain import BlockChain
+from petals.models.checkpoint import Checkpoint, open_checkpoint
 from petals.models.distributed import DistributedMixin, Head
+from petals.models.errors import BlockRangeError
+from petals.models.remote_sequential import RemoteSequential as Blocks
 from petals.models.speculative import SpeculativeMixin
-from petals.models.tuning import LoraSettings, Tuning, TuningMode
-from petals.peer.client.model_client import ClientOptions
-from petals.peer.config import PeerConfig, Timeouts
+from petals.models.tuning import LoraSettings, Tuning
+from petals.peer.client_config import FIELDS, ClientConfig, drop_harmless
+from petals.peer.config import PeerConfig
 from petals.peer.node import Peer
 from petals.peer.sync import SyncPeer
 from petals.protocols.errors import UserError
 from petals.protocols.tensors import FLOATS_BY_NAME
-
-INITIAL_PEERS = "PETALS_INITIAL_PEERS"
-"""Environment variable: multiaddrs separated by spaces or commas, for programs that name none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientConfig(ClientOptions):
-    """All that `from_pretrained` may be told about the swarm, under Petals' names."""
-
-    initial_peers: tuple[str, ...] = ()
-    """Multiaddrs of peers to join the swarm through; empty: those of $PETALS_INITIAL_PEERS."""
-    swarm_key: Path | str | None = None
-    """The key file of a private swarm."""
-    invitation: str | None = field(default=None, repr=False)
-    """A token of `petals invite`; `initial_peers` may be in it."""
-    identity: Path | str | None = None
-    """The key file that gives this peer its name, made on first use; None: another name each time. Invitations and
-    lists are about names."""
-    connect_timeout: float = 5.0
-    """Seconds for one dial."""
-    update_period: float = 15.0
-    """Seconds between looks at who serves what."""
-
-    def peer_config(self) -> PeerConfig:
-        """The peer that joins this swarm.
-
-        Raises:
-            UserError: nobody is named to join through.
-        """
-        peers = self.initial_peers or tuple(os.environ.get(INITIAL_PEERS, "").replace(",", " ").split())
-        if not peers and self.invitation is None:
-            raise UserError(
-                f"which swarm? give initial_peers=[...] (a server prints its address when it starts), peer=..., or "
-                f"set {INITIAL_PEERS}"
-            )
-        return PeerConfig(
-            initial_peers=peers,
-            swarm_key=None if self.swarm_key is None else Path(self.swarm_key),
-            invitation=self.invitation,
-            identity=None if self.identity is None else Path(self.identity),
-            timeouts=Timeouts(connect_s=self.connect_timeout),
-            update_s=self.update_period,
-        )
 
 
 class _SharedPeers:
@@ -135,7 +95,10 @@ class AutoDistributedModel(metaclass=_HeadType):
         Args:
             model_name_or_path: hub name, local directory or .gguf file; None: the default model.
             peer: one that is open already (`petals.connect`, `open_peer`), instead of `initial_peers`. An `open_peer`
-                one is used from a worker thread; in its own trio thread await `afrom_pretrained`.
+                one is used from a worker thread; in its own trio thread await `afrom_pretrained`. Petals' name of it,
+                `dht`, is taken, too.
+            config: what `AutoDistributedConfig.from_pretrained` gave, with its settings of the swarm, or a
+                configuration of `transformers`; entries that differ from the checkpoint's are changed.
             tuning_mode: "ptune", "deep_ptune", "lora" or None; pre_seq_len: length of the trained prompt.
             lora_config: a `LoraSettings` or a `peft.LoraConfig`, for tuning_mode="lora".
             dtype, torch_dtype: of embeddings, head and what travels; "auto" or None: what the servers compute in.
@@ -146,27 +109,24 @@ class AutoDistributedModel(metaclass=_HeadType):
         Raises:
             MissingBlocks: names the blocks nobody holds. UserError, ModelError: an argument that cannot be.
         """
-        request = _Request.of(kwargs)
-        if isinstance(peer, Peer):
-            return peer.portal.run(partial(cls._open, peer, model_name_or_path, request))
-        opened = peer or _shared.open(request.client.peer_config())
-        return opened.peer.portal.run(partial(cls._open, opened.peer, model_name_or_path, request))
+        request = _Request.of(model_name_or_path, kwargs)
+        opened = _opened(peer or request.peer, request.client)
+        return opened.portal.run(partial(cls._open, opened, request))
 
     @classmethod
     async def afrom_pretrained(
         cls, model_name_or_path: str | os.PathLike[str] | None = None, *, peer: Peer, **kwargs: Any
     ) -> Any:
         """`from_pretrained` for trio programs."""
-        return await cls._open(peer, model_name_or_path, _Request.of(kwargs))
+        return await cls._open(peer, _Request.of(model_name_or_path, kwargs))
 
     @classmethod
-    async def _open(cls, peer: Peer, name: str | os.PathLike[str] | None, request: _Request) -> Any:
-        named = None if name is None else os.fspath(name)
-        checkpoint = await peer.checkpoint(named, revision=request.revision, token=request.token)
+    async def _open(cls, peer: Peer, request: _Request) -> Any:
+        checkpoint = await peer.checkpoint(request.name, revision=request.revision, token=request.token)
         model_type = checkpoint.config.model_type
         if cls.model_type not in (None, model_type):
             raise UserError(
-                f"{named or 'the default model'} is a {model_type}, not a {cls.model_type}: open it with "
+                f"{request.name or 'the default model'} is a {model_type}, not a {cls.model_type}: open it with "
                 f"{cls.__mro__[1].__name__}"
             )
         client = await peer.client_for(checkpoint)
@@ -179,6 +139,7 @@ class AutoDistributedModel(metaclass=_HeadType):
                 tuning=request.tuning,
                 dtype=request.dtype,
                 mixins=cls.mixins,
+                **_changed(request.config, checkpoint),
                 **request.settings,
             )
         )
@@ -197,10 +158,10 @@ class AutoDistributedSpeculativeModel(AutoDistributedModelForCausalLM):
     mixins = (SpeculativeMixin,)
 
     @classmethod
-    async def _open(cls, peer: Peer, name: str | os.PathLike[str] | None, request: _Request) -> Any:
+    async def _open(cls, peer: Peer, request: _Request) -> Any:
         if request.small_model is None:
             raise UserError("speculative decoding needs small_model=..., a local model with the same vocabulary")
-        model = await super()._open(peer, name, request)
+        model = await super()._open(peer, request)
         model.use_drafts_of(request.small_model)
         return model
 
@@ -223,56 +184,163 @@ class AutoDistributedConfig:
         *,
         revision: str | None = None,
         token: str | None = None,
+        **settings: Any,
     ) -> PretrainedConfig:
-        """Raises CheckpointError for a name that leads nowhere, UserError for another family than the class is of."""
-        config = open_checkpoint(model_name_or_path, revision=revision, token=token).config
+        """The configuration, for `from_pretrained(config=)` and `RemoteSequential(config)`.
+
+        Args:
+            settings: fields of `ClientConfig` (`initial_peers`, `active_adapter`, ...), which become attributes, and
+                entries of the configuration to change.
+        Raises:
+            CheckpointError: a name that leads nowhere. UserError: another family than the class is of, an argument that
+                cannot be.
+        """
+        drop_harmless(settings)
+        said = {name: settings.pop(name) for name in list(settings) if name in FIELDS}
+        ClientConfig(**said)  # raises for what cannot be
+        config = copy.deepcopy(open_checkpoint(model_name_or_path, revision=revision, token=token).config)
         if cls.model_type not in (None, config.model_type):
             raise UserError(f"{model_name_or_path} is a {config.model_type}, not a {cls.model_type}")
+        if unknown := [name for name in settings if not hasattr(config, name)]:
+            raise UserError(f"unknown argument {unknown[0]!r}: {type(config).__name__} has no such entry")
+        for name, value in (said | settings).items():
+            setattr(config, name, value)
+        source = {"name": model_name_or_path, "revision": revision, "token": token}
+        object.__setattr__(config, _SOURCE, source)
         return config
+
+
+_SOURCE = "_petals_source"
+"""Attribute of a configuration: which model it is of."""
+
+
+class _AnyBlocks(type):
+    """`isinstance(model.transformer.h, RemoteSequential)`: the blocks of every model are."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Blocks)
+
+
+class RemoteSequential(Blocks, metaclass=_AnyBlocks):
+    """Consecutive blocks of a model in a swarm, without the model around: `RemoteSequential(config)(hidden)`."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig | BlockChain | None = None,
+        *,
+        dht: SyncPeer | Peer | None = None,
+        peer: SyncPeer | Peer | None = None,
+        start_block: int | None = None,
+        end_block: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """
+        Args:
+            config: what `AutoDistributedConfig.from_pretrained` gave.
+            dht, peer: an open peer; None: one that joins the configuration's `initial_peers`.
+            start_block, end_block: half-open; None: from the first, to the last.
+            settings: fields of `ClientConfig`, before the configuration's.
+        Raises:
+            MissingBlocks, UserError: as `AutoDistributedModel.from_pretrained`; BlockRangeError.
+        """
+        super().__init__()
+        if config is None or not isinstance(config, PretrainedConfig):
+            if config is not None:
+                self.connect(config)
+            return
+        request = _Request.of(None, {"config": config, **settings})
+        opened = _opened(peer or dht, request.client)
+        chain = opened.portal.run(_whole_chain, opened, request)
+        blocks = range(start_block or 0, len(chain.blocks) if end_block is None else end_block)
+        if not 0 <= blocks.start < blocks.stop <= len(chain.blocks):
+            raise BlockRangeError(f"blocks {blocks.start}:{blocks.stop} are not within 0:{len(chain.blocks)}")
+        self.connect(chain.slice(blocks))
+
+
+async def _whole_chain(peer: Peer, request: _Request) -> BlockChain:
+    checkpoint = await peer.checkpoint(request.name, revision=request.revision, token=request.token)
+    client = await peer.client_for(checkpoint)
+    await client.ready(request.client)
+    return client.chain(request.client)
+
+
+def _opened(peer: SyncPeer | Peer | None, client: ClientConfig) -> Peer:
+    if isinstance(peer, Peer):
+        return peer
+    return (peer or _shared.open(client.peer_config())).peer
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     """The keyword arguments of `from_pretrained`, sorted."""
 
+    name: str | None
     client: ClientConfig
     tuning: Tuning
     dtype: torch.dtype | None
     revision: str | None
     token: str | None
     small_model: Any
+    peer: SyncPeer | Peer | None
+    config: PretrainedConfig | None
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, kwargs: dict[str, Any]) -> _Request:
+    def of(cls, name: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> _Request:
         rest = dict(kwargs)
+        drop_harmless(rest)
+        config = rest.pop("config", None)
+        source = getattr(config, _SOURCE, None) or {}
         client = rest.pop("client_config", None) or ClientConfig()
-        known = {field.name for field in fields(ClientConfig)}
-        said = {name: _frozen(name, rest.pop(name)) for name in list(rest) if name in known}
-        tuning, dtype = _tuning(rest), _dtype(rest)
-        revision, token, small_model = (rest.pop(name, None) for name in ("revision", "token", "small_model"))
-        return cls(replace(client, **said), tuning, dtype, revision, token, small_model, rest)
+        kept = {} if config is None else {name: value for name, value in vars(config).items() if name in FIELDS}
+        said = kept | {name: rest.pop(name) for name in list(rest) if name in FIELDS}
+        client = replace(client, **said)
+        lora = rest.pop("lora_config", None)
+        tuning, dtype = _tuning(client, lora), _dtype(rest)
+        if "use_auth_token" in rest:
+            rest["token"] = rest.pop("use_auth_token")
+        revision, token = (rest.pop(name, None) or source.get(name) for name in ("revision", "token"))
+        named = source.get("name", getattr(config, "_name_or_path", None) or None) if name is None else name
+        return cls(
+            None if named is None else os.fspath(named),
+            client,
+            tuning,
+            dtype,
+            revision,
+            token if isinstance(token, str) else None,  # True: the saved one, which is used anyway
+            rest.pop("small_model", None),
+            rest.pop("dht", None),
+            config,
+            rest,
+        )
 
 
-def _frozen(name: str, value: Any) -> Any:
-    """What people pass for a collection, as the field has it."""
-    if name == "initial_peers":
-        return (value,) if isinstance(value, str) else tuple(str(each) for each in value)
-    if name == "local_blocks":
-        return (value,) if isinstance(value, range) else tuple(value or ())
-    if name in ("allowed_servers", "blocked_servers") and isinstance(value, Collection) and not isinstance(value, str):
-        return frozenset(str(each) for each in value)
-    if name == "blocked_servers" and value is None:
-        return frozenset()
-    return bool(value) if name == "show_route" else value
+def _changed(config: PretrainedConfig | None, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Entries of a configuration that differ from the checkpoint's.
+
+    Raises:
+        UserError: it is of another family.
+    """
+    if config is None:
+        return {}
+    if config.model_type != checkpoint.config.model_type:
+        raise UserError(
+            f"config is of a {config.model_type}, but {checkpoint.name} is a {checkpoint.config.model_type}"
+        )
+    ours = vars(checkpoint.config)
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not name.startswith("_") and name not in FIELDS and (name not in ours or ours[name] != value)
+    }
 
 
-def _tuning(rest: dict[str, Any]) -> Tuning:
-    mode: TuningMode | None = rest.pop("tuning_mode", None)
-    lora = rest.pop("lora_config", None) or LoraSettings()
+def _tuning(client: ClientConfig, lora: Any) -> Tuning:
+    lora = lora or LoraSettings()
     if not isinstance(lora, LoraSettings):
         lora = LoraSettings.of_peft(lora)
-    return Tuning(mode=mode, pre_seq_len=rest.pop("pre_seq_len", 16), lora=lora)
+    mode: Any = client.tuning_mode  # checked by Tuning
+    return Tuning(mode=mode, pre_seq_len=16 if client.pre_seq_len is None else client.pre_seq_len, lora=lora)
 
 
 def _dtype(rest: dict[str, Any]) -> torch.dtype | None:

@@ -26,11 +26,13 @@ _HOMES: dict[str, str] = {
     "connect": "petals.peer.sync",
     "SyncPeer": "petals.peer.sync",
     "GenerationOptions": "petals.peer.client.generation",
-    "RemoteSequential": "petals.models.remote_sequential",
+    "RemoteSequential": "petals.peer.pretrained",
     "InferenceSession": "petals.models.generation",
     "LoraSettings": "petals.models.tuning",
-    "ClientConfig": "petals.peer.pretrained",
+    "ClientConfig": "petals.peer.client_config",
 }
+__path__.append(os.path.join(os.path.dirname(__file__), "compat"))
+"""Petals' own module paths (`petals.client`, `petals.utils`, ...) lead to thin modules in that folder."""
 _PRETRAINED = ("AutoDistributed", "Distributed")
 """What the classes with `from_pretrained` begin with, one for each head and family."""
 
@@ -42,4 +44,8 @@ def __getattr__(name: str) -> Any:
             return getattr(importlib.import_module(home), name)
     except AttributeError:
         pass
+    if not name.startswith("_"):
+        from petals.compat.top_level import __getattr__ as moved
+
+        return moved(name)
     raise AttributeError(f"module 'petals' has no attribute {name!r}")

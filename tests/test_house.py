@@ -139,6 +139,9 @@ def test_every_folder_with_code_stands_in_both_tables() -> None:
         folders |= {
             "petals." + str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / room).rglob("*.py")
         }
+    folders |= {
+        str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "petals" / "compat").rglob("*.py")
+    }
     packages, directories = tables()
     assert packages == folders
     assert set(directories) == folders

@@ -101,7 +101,7 @@ class BatchTrainer:
     find_route: Callable[[range, frozenset[PeerId]], Route]
     adapter: str = ""
     encoding: pb.Encoding = pb.RAW
-    max_retries: int = 10
+    max_retries: float = 10
     took: Callable[[PeerId, int], None] = nobody_counts
     """Told who did how many block-tokens of work for us."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import trio
@@ -53,8 +53,8 @@ class ClientOptions:
 
     allowed_servers: frozenset[PeerId] | None = None
     blocked_servers: frozenset[PeerId] = frozenset()
-    max_retries: int = 10
-    """Failures in a row that one step, or one span of a batch, may survive."""
+    max_retries: float = 10
+    """Failures in a row that one step, or one span of a batch, may survive; math.inf: any number."""
     compression: str = "none"
     """none (exact), float16 or int8: how hidden states travel."""
     head_quant: HeadQuant = "none"
@@ -473,6 +473,18 @@ class ModelClient:
         nobody = frozenset[PeerId]()
         route = self._latency_route(options, 1, max_length, self.blocks, nobody)
         return self._explain(options, 1, max_length, self.blocks, route, nobody)
+
+    def route(
+        self, blocks: range, options: ClientOptions, *, mode: Literal["latency", "throughput"], max_length: int = 1
+    ) -> Route:
+        """Who would compute these blocks now: for a session of one row ("latency") or for a batch ("throughput").
+
+        Raises:
+            RouteError: there is no route.
+        """
+        if mode == "throughput":
+            return self._throughput_route(options, blocks, frozenset())
+        return self._latency_route(options, 1, max_length, blocks, frozenset())
 
     def _deadlines(self, options: ClientOptions) -> Timeouts:
         seconds = options.request_timeout

@@ -120,7 +120,7 @@ class RemoteSession:
         timeouts: Timeouts,
         find_route: Callable[[range, frozenset[PeerId]], Route],
         *,
-        max_retries: int = 10,
+        max_retries: float = 10,
         exact_recovery: bool = True,
         push: bool = True,
         push_pays: Callable[[PeerId, PeerId], bool] = lambda before, after: True,

@@ -1,0 +1,19 @@
+"""`petals.client` as Petals had it."""
+
+from __future__ import annotations
+
+from petals.compat.moved import moved
+
+__getattr__, __dir__ = moved(
+    __name__,
+    {
+        "ClientConfig": "petals",
+        "InferenceSession": "petals",
+        "RemoteSequential": "petals",
+        "RemoteSequenceManager": "petals.compat.sequence_manager",
+        "SequenceManagerConfig": "petals:ClientConfig",
+        "NoSpendingPolicy": "petals.compat.spending",
+        "SpendingPolicyBase": "petals.compat.spending",
+        "RemoteTransformerBlock": "petals:RemoteSequential",
+    },
+)

@@ -1,0 +1,11 @@
+"""`petals.client.remote_model` of Petals 1.0."""
+
+from __future__ import annotations
+
+from petals.compat.moved import moved
+from petals.compat.names import family_classes
+
+__getattr__, __dir__ = moved(
+    __name__,
+    dict.fromkeys(family_classes("Bloom"), "petals"),
+)

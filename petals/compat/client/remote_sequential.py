@@ -1,0 +1,13 @@
+"""`petals.client.remote_sequential` as Petals had it."""
+
+from __future__ import annotations
+
+from petals.compat.moved import moved
+
+__getattr__, __dir__ = moved(
+    __name__,
+    {
+        "RemoteSequential": "petals",
+        "RemoteTransformerBlock": "petals:RemoteSequential",
+    },
+)

@@ -1,0 +1,13 @@
+"""`petals.client.routing.spending_policy` as Petals had it."""
+
+from __future__ import annotations
+
+from petals.compat.moved import moved
+
+__getattr__, __dir__ = moved(
+    __name__,
+    {
+        "NoSpendingPolicy": "petals.compat.spending",
+        "SpendingPolicyBase": "petals.compat.spending",
+    },
+)

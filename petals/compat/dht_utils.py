@@ -1,0 +1,16 @@
+"""`petals.dht_utils` of Petals 1.0."""
+
+from __future__ import annotations
+
+from petals.compat.moved import moved
+from petals.compat.names import ANNOUNCED
+
+__getattr__, __dir__ = moved(
+    __name__,
+    {
+        "get_remote_module_infos": "petals.compat.directory",
+        "get_remote_sequence": "petals.compat.directory",
+        "get_remote_module": "petals.compat.directory",
+        "declare_active_modules": ANNOUNCED,
+    },
+)

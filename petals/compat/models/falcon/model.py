@@ -1,0 +1,11 @@
+"""`petals.models.falcon.model` as Petals had it."""
+
+from __future__ import annotations
+
+from petals.compat.moved import moved
+from petals.compat.names import family_classes
+
+__getattr__, __dir__ = moved(
+    __name__,
+    dict.fromkeys(family_classes("Falcon"), "petals"),
+)

@@ -1,0 +1,12 @@
+"""`petals.models.mixtral.config` as Petals had it."""
+
+from __future__ import annotations
+
+from petals.compat.moved import moved
+
+__getattr__, __dir__ = moved(
+    __name__,
+    {
+        "DistributedMixtralConfig": "petals",
+    },
+)

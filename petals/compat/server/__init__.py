@@ -1,0 +1,1 @@
+"""`petals.server` as Petals had it; its insides are in `petals.peer.server`."""
