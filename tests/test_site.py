@@ -19,10 +19,7 @@ from typing import Any
 
 import pytest
 
-import petals
 from petals.cli.main import parse, parsers
-from petals.cli.run_server import translate_flags
-from petals.cli.settings import flags_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -71,29 +68,6 @@ def test_the_quick_start_says_what_is_tested_elsewhere() -> None:
     ]
     told = [[word for word in each if not word.endswith(".key") and word != "--identity"] for each in readme]
     assert second in told
-
-
-def test_the_table_for_those_who_come_from_petals() -> None:
-    page = (DOCS / "migrating.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:3] == "| `"]
-    flags = [row for row in rows if len(row) == 3]
-    assert len(flags) > 25
-    _, verbs = parsers()
-    ours = {f"--{name}" for flag in flags_of(verbs["peer"]) for name in flag.names}
-    for theirs, taken, here in flags:
-        assert set(re.findall(r"--\w+", here)) <= ours, here
-        old = [" ".join(each.split()) for each in re.findall(r"`([^`]*)`", theirs)]
-        for each in old:
-            words = ["peer", *translate_flags(each.replace("ADDR", ADDR).replace("run_dht", "").split())]
-            if taken == "yes":
-                parse(words)
-            else:
-                with pytest.raises(SystemExit):
-                    parse(words)
-    for theirs, here in (row for row in rows if len(row) == 2):
-        if here.startswith("the same"):
-            for name in re.findall(r"`([A-Z]\w+)`", theirs):
-                assert getattr(petals, name)
 
 
 @contextmanager

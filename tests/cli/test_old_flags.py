@@ -154,3 +154,23 @@ def test_the_page_lists_every_flag_as_the_parser_takes_it() -> None:
     assert listed == kinds
     assert set(old_flags.UNCHANGED) <= ours
     assert set(old_flags.RENAMED.values()) <= ours
+
+
+def test_examples_of_the_page_parse() -> None:
+    """Each spelling in its first column is what the third one says, or is refused."""
+    values = {"ADDR": ADDR, "NAME": "some/model", "IP": "1.2.3.4", "N": "5", "S": "5", "RPS": "5"}
+    tried = 0
+    for flags, kind, _ in rows():
+        for example in re.findall(r"`(--[^`]*)`", flags):
+            words = [values.get(word, word) for word in example.split()]
+            if words[0] == "--config":
+                continue  # a file that is not there
+            if words[0] == "--public_ip":
+                words += ["--port", "5"]
+            if kind == "refused":
+                with pytest.raises(UserError):
+                    new_command(words)
+            else:
+                parse(["peer", *new_command(words).peer_words()])
+            tried += 1
+    assert tried > 50
