@@ -23,8 +23,12 @@ from petals.models.halves import HalfLinear
 from petals.models.joint import Joint
 from petals.models.lean import Lean, lean_path
 from petals.models.library_contract import cache_name, takes
+from petals.models.packed_layers import PackedExperts, PackedLinear
 from petals.models.passes import NewTokens
 from petals.models.views import get_layers, has_stateful_rope, shorten, with_own_rope
+
+_KEPT = (HalfLinear, PackedLinear, PackedExperts)
+"""Modules whose matrices are no parameters."""
 
 
 class BlockSpan:
@@ -121,8 +125,8 @@ class BlockSpan:
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers of the blocks, and of what stands for them."""
         tensors = [t for layer in self._layers for t in (*layer.parameters(), *layer.buffers())]
-        halves = [module for layer in self._layers for module in layer.modules() if isinstance(module, HalfLinear)]
-        return sum(t.nbytes for t in tensors) + sum(half.weight_bytes for half in halves)
+        others = [module for layer in self._layers for module in layer.modules() if isinstance(module, _KEPT)]
+        return sum(t.nbytes for t in tensors) + sum(module.weight_bytes for module in others)
 
     def layers(self, blocks: range | None = None) -> list[nn.Module]:
         """The library's own modules of these blocks."""

@@ -1,19 +1,15 @@
 """A model on disk: its configuration, the names of its tensors, and any few of them.
 
-Only safetensors are read, never pickles: reading is parsing a header and copying the bytes of the tensors asked for.
-Nothing here keeps a file mapped, so the memory of a process is that of the tensors it holds.
+Only safetensors are read (shard.py), never pickles.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,38 +21,20 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from petals.models.disk import cache_directory, write_json
 from petals.models.errors import BlockRangeError, CheckpointError
+from petals.models.formats import Scheme, scheme_of
 from petals.models.licence import find_licence
 from petals.models.progress import Meter
+from petals.models.shard import TensorEntry, parse_header, read_tensor, sample_hash
+from petals.models.sources import sources_of
+from petals.models.standin import evaluate_source
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "petals.json"
 MANIFEST_VERSION = 1
 
-_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_BYTES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
-"""Names of dtypes in safetensors files, and bytes of one element."""
-_MAX_HEADER_BYTES = 100 << 20
-"""The limit of the safetensors format itself."""
 _MAX_BLOCKS, _MAX_HIDDEN = 4096, 1 << 20
 """More than any model has; what a configuration claims is a size of lists and tensors before anything proves it."""
-
-_SAMPLE_BYTES = 4096
-_SAMPLES = 4
-"""The digest looks at this many pieces of every block tensor, evenly spread from its first to its last byte."""
 
 _VOLATILE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 """Entries of config.json that say how a file was written or used, not which model it is."""
@@ -69,18 +47,6 @@ Progress = Callable[[str], None]
 
 Fetch = Callable[[str], Path]
 """Gives the local path of one file of the checkpoint, downloading it if need be."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a safetensors file: where it is and what it is."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    """Of its first byte, from the start of the file."""
-    nbytes: int
 
 
 def open_checkpoint(
@@ -182,32 +148,41 @@ class Checkpoint:
         blocks = {name for block in self._block_names for name, _ in block}
         return tuple(name for name in self._weight_map if name not in blocks)
 
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantised; None: they are not. Raises CheckpointError for a format that is not known."""
+        return scheme_of(self.name, self._raw_config)
+
+    def entry(self, name: str) -> TensorEntry:
+        """What the header of its shard says about a tensor. Raises: CheckpointError: unknown, or a damaged shard."""
+        if name not in self._weight_map:
+            raise CheckpointError(f"{self.name} has no tensor {name!r}")
+        return self._entry(self._weight_map[name], name)
+
+    def read_stored(self, name: str, index: int | None = None) -> Tensor:
+        """One tensor as it is in its file, or `tensor[index]` alone. Raises: CheckpointError, as `read`."""
+        entry = self.entry(name)
+        with self._open(self._weight_map[name]) as shard:
+            return read_tensor(shard, entry if index is None else entry.part(index))
+
     def read(
         self, names: Iterable[str], *, dtype: torch.dtype | None = None, meter: Meter | None = None
     ) -> dict[str, Tensor]:
         """Read these tensors, and no others, into memory of their own.
+
+        Those that make up a quantised weight come as one, dequantised, under the name of the weight.
 
         Args:
             dtype: floating tensors are converted to it, one at a time. None: as stored.
             meter: told how many have been read.
         Raises: CheckpointError for unknown names and damaged or missing files.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            if name not in self._weight_map:
-                raise CheckpointError(f"{self.name} has no tensor {name!r}")
-            by_file.setdefault(self._weight_map[name], []).append(name)
         tensors: dict[str, Tensor] = {}
-        for file, wanted in by_file.items():
-            entries = [self._entry(file, name) for name in wanted]
-            with self._open(file) as shard:
-                for entry in sorted(entries, key=lambda entry: entry.offset):
-                    tensor = _read_tensor(shard, entry)
-                    if dtype is not None and tensor.is_floating_point():
-                        tensor = tensor.to(dtype)
-                    tensors[entry.name] = tensor
-                    if meter is not None:
-                        meter.note(len(tensors))
+        for name, source in sources_of(self, names).items():
+            tensor = evaluate_source(source)
+            tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            if meter is not None:
+                meter.note(len(tensors))
         return tensors
 
     @cached_property
@@ -286,7 +261,7 @@ class Checkpoint:
     def _header(self, file: str) -> dict[str, TensorEntry]:
         if file not in self._headers:
             with self._open(file) as shard:
-                self._headers[file] = _parse_header(shard, f"{self.name}: {file}")
+                self._headers[file] = parse_header(shard, f"{self.name}: {file}")
         return self._headers[file]
 
     def _entry(self, file: str, name: str) -> TensorEntry:
@@ -374,6 +349,8 @@ def _load_config(name: str, directory: Path) -> PretrainedConfig:
         # False, not unset: unset asks the user, in a prompt, whether to run the code that a checkpoint brings.
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         text: PretrainedConfig = config.get_text_config(decoder=True)
+        for each in (config, text):  # weights are read by us (formats.py); the library would want its own packages
+            vars(each).pop("quantization_config", None)
     except Exception as error:  # somebody else's file; the library's readers raise whatever meets them first
         raise CheckpointError(f"{name} is not a model that transformers knows: {_first_line(error)}") from error
     counts = (getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None))
@@ -394,70 +371,6 @@ def _refuse_pickles(name: str, directory: Path) -> None:
             f"{name} holds {pickles[0].name}: pickles can run code and are not read; convert it with "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
-
-
-def _parse_header(shard: Any, what: str) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file. Raises CheckpointError when it is none, or is shorter than it says."""
-    total = os.fstat(shard.fileno()).st_size
-    head = shard.read(8)
-    size = struct.unpack("<Q", head)[0] if len(head) == 8 else total
-    if 8 + size > total or size > _MAX_HEADER_BYTES:
-        raise CheckpointError(f"{what} is no safetensors file (or a Git LFS pointer, or cut short)")
-    entries: dict[str, TensorEntry] = {}
-    try:
-        for name, entry in json.loads(shard.read(size)).items():
-            if name == "__metadata__":
-                continue
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not isinstance(dtype, str) or not all(type(number) is int for number in (begin, end, *shape)):
-                raise ValueError(f"{name} has no dtype, shape and place")
-            entries[name] = TensorEntry(name, dtype, shape, 8 + size + begin, end - begin)
-            if not 0 <= begin <= end <= total - 8 - size:
-                raise CheckpointError(f"{what} is cut short: {name} ends beyond the file")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{what} has a damaged header: {_first_line(error)}") from error
-    return entries
-
-
-def is_whole_shard(path: Path) -> bool:
-    """Whether a safetensors file is there and has all the bytes that its header says."""
-    try:
-        with path.open("rb", buffering=0) as shard:
-            _parse_header(shard, path.name)
-    except (OSError, CheckpointError):
-        return False
-    return True
-
-
-def _read_tensor(shard: Any, entry: TensorEntry) -> Tensor:
-    dtype = _DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise CheckpointError(f"{entry.name} is stored as {entry.dtype}, which is not supported")
-    if min(entry.shape, default=0) < 0 or math.prod(entry.shape) * dtype.itemsize != entry.nbytes:
-        raise CheckpointError(f"{entry.name} takes {entry.nbytes} bytes, its shape {list(entry.shape)} says otherwise")
-    tensor = torch.empty(entry.shape, dtype=dtype)
-    if entry.nbytes == 0:
-        return tensor
-    into = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    shard.seek(entry.offset)
-    done = 0
-    while done < entry.nbytes:
-        got = shard.readinto(into[done:])
-        if not got:
-            raise CheckpointError(f"{entry.name}: the file ended after {done} of {entry.nbytes} bytes")
-        done += got
-    return tensor
-
-
-def sample_hash(shard: Any, entry: TensorEntry, place: tuple[int, str]) -> str:
-    """What the digest of a local directory says about one tensor; `place`: its block, its name there."""
-    spoken = json.dumps([*place, entry.dtype, list(entry.shape)]).encode()
-    hashed = hashlib.sha256(spoken)
-    last = max(0, entry.nbytes - _SAMPLE_BYTES)
-    for offset in sorted({last * piece // (_SAMPLES - 1) for piece in range(_SAMPLES)}):
-        shard.seek(entry.offset + offset)
-        hashed.update(shard.read(min(_SAMPLE_BYTES, entry.nbytes - offset)))
-    return hashed.hexdigest()
 
 
 def _manifest_paths(directory: Path) -> tuple[Path, Path]:

@@ -101,6 +101,14 @@ class HalfMatrix:
         product: Tensor = _linear()(rows, self._packed)
         return product.mul_(self._scale) if self.exponent else product
 
+    def times_transposed(self, rows: Tensor) -> Tensor:
+        """rows (..., out) float32 times the matrix, without the bias, the other way round: (..., in) float32."""
+        return rows @ self.widened()
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix without the bias, (out, in)."""
+        return self.widened().to(dtype)
+
     def widened(self) -> Tensor:
         """The matrix without the bias, (out, in) float32."""
         weight: Tensor = _ops().linear_unpack_fp16(self._packed)[0]

@@ -7,9 +7,10 @@ taken out. Masks, rotary embeddings, alibi, sliding windows and the conversion o
    some families choose a block's shape or its scaling by it.
 2. Its list of blocks is cut to the span. Around it, norms and dropouts become the identity and position tables zero,
    since embeddings, final norm and head live at the client; the rotary embedding stays.
-3. The span's tensors are read, renamed to their place in the shortened list, and handed to `from_pretrained`, which
-   converts (fused experts), quantises and computes the rotary buffers.
-4. A self-test compares the result with the model's own layer before anybody is served (selftest.py).
+3. Stand-ins for the span's tensors (standin.py), renamed to their place in the shortened list, are handed to
+   `from_pretrained`, which converts (fused experts) and computes the rotary buffers.
+4. Every weight gets its numbers, one matrix at a time, in the bits that it will be kept in (assemble.py).
+5. A self-test compares the result with the model's own layer before anybody is served (selftest.py).
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petals.models.assemble import Keeping, Proof, assemble, can_halve_for
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint, Progress
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
-from petals.models.halves import HALVED, can_halve, halve_linears
+from petals.models.halves import HALVED
 from petals.models.progress import Meter
-from petals.models.quantize import check_quant_type, quantize_block
-from petals.models.selftest import agrees, check_span
+from petals.models.quantize import check_quant_type
+from petals.models.selftest import agrees, check_span, check_weights
+from petals.models.sources import block_sources
+from petals.models.standin import stand_in
 from petals.models.views import get_layers
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 64 << 20
-"""Blocks that are to be halved or quantised are read so many at a time, before that; at least one."""
 _STRANGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 """What model code that was not written for this may raise."""
 
@@ -69,22 +71,21 @@ def load_span(
     """
     check_range(checkpoint, blocks)
     dtype = dtype or checkpoint.dtype
-    config = prepare_config(checkpoint.config)
-    model, path = _load_quantized(
-        checkpoint, config, blocks, dtype, torch.device(device), quant_type, progress, keep_transposed
-    )
+    keeping = Keeping(dtype, torch.device(device), check_quant_type(quant_type), keep_transposed)
+    model, path, proofs = _load(checkpoint, prepare_config(checkpoint, keeping), blocks, keeping, progress)
     span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
-    _prepare(span, checkpoint, self_test, deterministic)
+    _prepare(span, checkpoint, proofs if self_test else None, deterministic)
     return span
 
 
-def _prepare(span: BlockSpan, checkpoint: Checkpoint, self_test: bool, deterministic: bool) -> None:
-    """Let the span learn its caches' shapes and prove itself. Raises UnsupportedModel."""
+def _prepare(span: BlockSpan, checkpoint: Checkpoint, proofs: list[Proof] | None, deterministic: bool) -> None:
+    """Let the span learn its caches' shapes and prove itself (None: without that). Raises UnsupportedModel."""
     family = family_of(checkpoint.config)
     title = f"{checkpoint.name} ({family.title})"
     try:
         span.measure_shapes()
-        if self_test:
+        if proofs is not None:
+            check_weights(span, proofs, title=title)
             check_span(span, title=title, thorough=not family.verified)
         span.find_lean_path(measured=not deterministic)
         if span.lean and not agrees(span):
@@ -118,43 +119,23 @@ def share_layers(span: BlockSpan, checkpoint: Checkpoint) -> None:
         log.info("%s (%s): sessions do not share passes", checkpoint.name, family.title)
 
 
-def _load_quantized(
-    checkpoint: Checkpoint,
-    config: PretrainedConfig,
-    blocks: range,
-    dtype: torch.dtype,
-    device: torch.device,
-    quant_type: str,
-    progress: Progress | None,
-    keep_transposed: bool,
-) -> tuple[PreTrainedModel, str]:
-    """`load_shortened` on `device`. To quantise or halve, few blocks at a time: only those are ever there in full."""
-    halves = check_quant_type(quant_type) == "none" and _halves(dtype, device)
-    if quant_type == "none" and not halves:
-        model, path = load_shortened(checkpoint, config, blocks, dtype, progress)
-        return nn.Module.to(model, device), path
-    doing = f"reading blocks {blocks.start}:{blocks.stop}" if halves else f"quantising to {quant_type}"
+def _load(
+    checkpoint: Checkpoint, config: PretrainedConfig, blocks: range, keeping: Keeping, progress: Progress | None
+) -> tuple[PreTrainedModel, str, list[Proof]]:
+    """`load_shortened` with the weights' numbers in it, on the device; and proofs of the first block."""
+    model, path = load_shortened(checkpoint, config, blocks, keeping.dtype)
+    doing = f"reading blocks {blocks.start}:{blocks.stop}"
+    if keeping.quant_type != "none":
+        doing = f"quantising to {keeping.quant_type}"
     meter = Meter(progress, doing, len(blocks), "blocks")
-    layers: list[nn.Module] = []
-    # For each piece the library builds the whole model, without memory; of a small one that is most of the time.
-    at_once = max(1, PIECE_BYTES // (block_numel(config) * dtype.itemsize))
-    for first in range(blocks.start, blocks.stop, at_once):
-        model, path = load_shortened(checkpoint, config, range(first, min(first + at_once, blocks.stop)), dtype)
-        for layer in get_layers(model, path):
-            if halves:
-                halve_linears(layer, keep_transposed=keep_transposed)
-            layers.append(quantize_block(layer, quant_type, device))
-            meter.note(len(layers))
-    stack, _, name = path.rpartition(".")
-    setattr(model.get_submodule(stack), name, nn.ModuleList(layers))
-    nn.Module.to(model, device)
+    proofs: list[Proof] = []
+    for done, layer in enumerate(get_layers(model, path), 1):
+        made = assemble(layer, keeping)
+        proofs = proofs or made
+        meter.note(done)
+    nn.Module.to(model, keeping.device)
     model.requires_grad_(False)
-    return model, path
-
-
-def _halves(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights are kept in half the bytes of `dtype`, if float16 can hold them."""
-    return dtype == torch.float32 and device.type == "cpu" and can_halve()
+    return model, path, proofs
 
 
 def check_range(checkpoint: Checkpoint, blocks: range) -> None:
@@ -165,9 +146,11 @@ def check_range(checkpoint: Checkpoint, blocks: range) -> None:
         )
 
 
-def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
+def prepare_config(checkpoint: Checkpoint, keeping: Keeping) -> PretrainedConfig:
     """The configuration the span is built from: no vocabulary, no dropout paths, no cached generation defaults."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(checkpoint.config)
+    if checkpoint.scheme is not None or keeping.quant_type != "none" or keeping.halves:
+        config._experts_implementation = "eager"  # one expert after another: a stack in fewer bytes is no tensor
     config.vocab_size = 1
     config.pad_token_id = None
     config.use_cache = True
@@ -175,16 +158,13 @@ def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def load_shortened(
-    checkpoint: Checkpoint,
-    config: PretrainedConfig,
-    blocks: range,
-    dtype: torch.dtype,
-    progress: Progress | None = None,
+    checkpoint: Checkpoint, config: PretrainedConfig, blocks: range, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, str]:
-    """The base model of `config` whose list of blocks, at the path returned, holds `blocks` with their weights."""
+    """The base model of `config` whose list of blocks, at the path returned, holds `blocks`, with stand-ins for their
+    weights (standin.py)."""
     base_class = base_class_of(config)
     path = find_layers(base_class, config)
-    state = read_blocks(checkpoint, blocks, path, dtype, progress)
+    state = stand_for_blocks(checkpoint, blocks, path)
     with quiet_library():
         try:
             loaded: Any = span_class(base_class, path, blocks).from_pretrained(
@@ -255,7 +235,7 @@ def block_numel(config: PretrainedConfig) -> int:
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
     """Of the largest block's weights, known from the configuration alone, as `load_span` keeps them without quantising:
     those of linear layers in half the bytes where the checkpoint says that it is in half precision."""
-    halved = checkpoint.dtype.itemsize == 2 and _halves(dtype, device)
+    halved = checkpoint.dtype.itemsize == 2 and can_halve_for(dtype, device)
 
     def of_module(module: nn.Module) -> int:
         narrow = halved and type(module) in HALVED
@@ -300,18 +280,13 @@ def _search_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) 
     )
 
 
-def read_blocks(
-    checkpoint: Checkpoint, blocks: range, path: str, dtype: torch.dtype, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """The tensors of `blocks`, named as in the shortened base model; floating ones in `dtype`."""
-    wanted = {
-        name: f"{path}.{block - blocks.start}.{rest}"
+def stand_for_blocks(checkpoint: Checkpoint, blocks: range, path: str) -> dict[str, Tensor]:
+    """Stand-ins for the tensors of `blocks`, named as in the shortened base model. Headers are read, no weights."""
+    return {
+        f"{path}.{block - blocks.start}.{rest}": stand_in(source)
         for block in blocks
-        for name, rest in checkpoint.block_tensors(block)
+        for rest, source in block_sources(checkpoint, block).items()
     }
-    what = f"reading blocks {blocks.start}:{blocks.stop}"
-    tensors = checkpoint.read(wanted, dtype=dtype, meter=Meter(progress, what, len(wanted), "tensors"))
-    return {wanted[name]: tensor for name, tensor in tensors.items()}
 
 
 def _check_loaded(checkpoint: Checkpoint, info: dict[str, Any], path: str, start: int) -> None:

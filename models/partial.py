@@ -27,13 +27,11 @@ from petals.models.checkpoint import (
     MANIFEST,
     MANIFEST_VERSION,
     Checkpoint,
-    TensorEntry,
     find_blocks,
-    is_whole_shard,
-    sample_hash,
 )
 from petals.models.disk import cache_directory, write_json
 from petals.models.errors import CheckpointError, DocumentError
+from petals.models.shard import TensorEntry, is_whole_shard, sample_hash
 from petals.models.weights import FILES, FIRST_BLOCK, OTHERS, Index, Section, Voucher
 
 MAX_BLOCKS = 4096

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from petals.models.errors import UnsupportedModel
+from petals.models.packed import NibbleMatrix
 
 QUANT_TYPES = ("none", "int8", "nf4")
 
@@ -40,42 +40,75 @@ def check_quant_type(quant_type: str) -> str:
     return quant_type
 
 
-def quantize_block(block: nn.Module, quant_type: str, device: torch.device) -> nn.Module:
-    """Replace every linear layer and every stack of experts of a block, in place, and move the block to `device`.
+def quantize_linear(module: nn.Linear | Conv1D, quant_type: str, device: torch.device) -> nn.Module:
+    """The layer in fewer bytes, on `device`.
 
     Raises: UnsupportedModel when bitsandbytes is needed and not installed.
     """
-    check_quant_type(quant_type)
-    if quant_type == "none":
-        return block.to(device)
-    for name, module in list(block.named_modules()):
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            _quantize_experts(module, quant_type, device)
-            continue
-        parent_name, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(parent_name), leaf, _quantized(module, quant_type, device))
-    return block.to(device)
+    weight = module.weight.detach()
+    weight = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+    bias = None if module.bias is None else module.bias.detach()
+    if quant_type == "int8" and device.type == "cpu":
+        return Int8Linear(weight, bias)
+    return _bitsandbytes_linear(weight, bias, quant_type, device)
 
 
-def _quantize_experts(module: nn.Module, quant_type: str, device: torch.device) -> None:
-    """Keep a module's stacked matrices (experts, out, in), which `transformers` fuses experts into, in fewer bytes.
+def quantize_matrix(weight: Tensor, quant_type: str, device: torch.device) -> Int8Rows | NibbleMatrix:
+    """One expert's matrix (out, in) in fewer bytes, on `device`."""
+    if quant_type == "int8":
+        integers, scale = quantize_rows(weight)
+        return Int8Rows(integers.to(device), scale.to(device))
+    return nf4_matrix(weight.cpu()).to(device)
 
-    The library multiplies by them as it likes, so what it reads is dequantised on every access, all experts at once:
-    the memory of one block's experts comes back for as long as that block runs.
-    """
-    for name, weight in list(module.named_parameters(recurse=False)):
-        if weight.ndim != 3 or not weight.is_floating_point():
-            continue
-        if quant_type == "int8":
-            integers, scale = quantize_rows(weight.flatten(0, 1))
-            setattr(module, name, nn.Parameter(integers.view_as(weight), requires_grad=False))
-            parametrize.register_parametrization(module, name, _Int8Experts(scale, weight.dtype), unsafe=True)
-        else:
-            _import_bitsandbytes(quant_type, device)
-            from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-            module.to(device)
-            replace_parameter_4bit(module, name, quant_type="nf4")
+class Int8Rows:
+    """A matrix (out, in) of integers with one scale for each row."""
+
+    def __init__(self, integers: Tensor, scale: Tensor) -> None:
+        """As `quantize_rows` gives them."""
+        self.shape = (len(integers), integers.shape[1])
+        self._integers = integers
+        self._scale = scale
+
+    @property
+    def nbytes(self) -> int:
+        return self._integers.nbytes + self._scale.nbytes
+
+    def times(self, rows: Tensor) -> Tensor:
+        """rows (..., in) @ matrix.T: (..., out)."""
+        product = int8_product(rows.reshape(-1, rows.shape[-1]), self._integers, self._scale)
+        return product.reshape(*rows.shape[:-1], self.shape[0])
+
+    def times_transposed(self, rows: Tensor) -> Tensor:
+        """rows (..., out) @ matrix: (..., in)."""
+        return _wide_product(rows, self.dequantised())
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(out, in)."""
+        return dequantize_rows(self._integers, self._scale, torch.float32).to(dtype)
+
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The sixteen values of bitsandbytes' nf4: quantiles of a normal distribution."""
+_NF4_GROUP = 64
+
+
+def nf4_matrix(weight: Tensor) -> NibbleMatrix:
+    """weight (out, in) in nf4: each group of a row's weights over its largest, rounded to the nearest value."""
+    out, width = weight.shape
+    table = torch.tensor(NF4)
+    edges = (table[1:] + table[:-1]) / 2
+    filled = nn.functional.pad(weight.float(), (0, -width % 2))
+    groups = nn.functional.pad(filled, (0, -filled.shape[1] % _NF4_GROUP)).view(out, -1, _NF4_GROUP)
+    scale = groups.abs().amax(-1)
+    codes = torch.bucketize(groups / scale.clamp(min=1e-30)[..., None], edges).to(torch.uint8)
+    codes = codes.view(out, -1)[:, : filled.shape[1]]
+    packed = codes[:, ::2] | (codes[:, 1::2] << 4)
+    return NibbleMatrix(packed, scale.half().float(), table, group=_NF4_GROUP)
 
 
 def quantize_head(linear: nn.Linear) -> nn.Module:
@@ -87,30 +120,6 @@ def quantize_head(linear: nn.Linear) -> nn.Module:
     if linear.weight.device.type != "cpu":
         raise UnsupportedModel(f"a head in int8 is for CPUs, this one is on {linear.weight.device}")
     return _Int8Head(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
-
-
-class _Int8Experts(nn.Module):
-    """Reads int8 (experts, out, in) as floating: a parametrization of the stacked matrices."""
-
-    scale: Tensor
-
-    def __init__(self, scale: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.register_buffer("scale", scale)
-
-    def forward(self, integers: Tensor) -> Tensor:
-        """What is read."""
-        return dequantize_rows(integers.flatten(0, 1), self.scale, self.dtype).view_as(integers)
-
-
-def _quantized(module: nn.Linear | Conv1D, quant_type: str, device: torch.device) -> nn.Module:
-    weight = module.weight.detach()
-    weight = weight.t().contiguous() if isinstance(module, Conv1D) else weight
-    bias = None if module.bias is None else module.bias.detach()
-    if quant_type == "int8" and device.type == "cpu":
-        return Int8Linear(weight, bias)
-    return _bitsandbytes_linear(weight, bias, quant_type, device)
 
 
 class Int8Linear(nn.Module):

@@ -10,13 +10,14 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from petals.models.assemble import Proof
 from petals.models.block import BlockSpan
 from petals.models.cache import SpanCache
 from petals.models.errors import StepError, UnsupportedModel
@@ -26,9 +27,34 @@ _TOKENS = 6
 _PADS = 2
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference, relative to the largest value: rounding differs between one token and several at once."""
+_WEIGHTS_TOLERANCE = {
+    (quant_type, dtype): max(rounding, half)
+    for quant_type, rounding in (("none", 0.0), ("int8", 0.05), ("nf4", 0.25))
+    for dtype, half in ((torch.float32, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 3e-2))
+}
+"""Largest error of a matrix's products, as a quotient of norms; unrelated ones differ by 1.4."""
 _SURE = {torch.float32: 1.0}
 """Which part of the tokens must agree. In half precision an expert chosen by a hair may be another one."""
 _SURE_OTHERWISE = 0.75
+
+
+def check_weights(span: BlockSpan, proofs: Sequence[Proof], *, title: str) -> None:
+    """Compare products of the first block's matrices with those of the numbers in the checkpoint, read again and
+    dequantised by the reference: names in the wrong place, kernels that are wrong on this machine, damaged memory.
+
+    Raises: UnsupportedModel, saying which matrix differs.
+    """
+    generator = torch.Generator().manual_seed(2)
+    for proof in proofs:
+        with torch.inference_mode():
+            numbers = proof.numbers().float()
+            rows = torch.randn(2, numbers.shape[1], generator=generator).to(span.dtype)
+            theirs = rows.float() @ numbers.t()
+            ours = proof.product(rows.to(span.device)).float().cpu()
+        right = ours.shape == theirs.shape and bool(
+            ((ours - theirs).norm() <= _WEIGHTS_TOLERANCE[span.quant_type, span.dtype] * theirs.norm()).all()
+        )
+        _expect(right, title, f"block {span.blocks.start} multiplies by another {proof.path} than the checkpoint has")
 
 
 def check_span(span: BlockSpan, *, title: str, thorough: bool) -> None:

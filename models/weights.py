@@ -32,12 +32,12 @@ from pathlib import Path
 from typing import Any
 
 from petals.models.checkpoint import (
-    DTYPE_BYTES,
     Checkpoint,
     stable_config,
     write_identity,
 )
 from petals.models.errors import CheckpointError, DocumentError
+from petals.models.shard import DTYPE_BYTES
 
 PIECE_BYTES = 1 << 20
 PREIMAGE, INDEX, FILES, OTHERS, FIRST_BLOCK = range(5)

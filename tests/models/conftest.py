@@ -31,7 +31,7 @@ class Tiny:
 def load_stock(checkpoint: Checkpoint, blocks: range) -> BlockSpan:
     """Blocks whose float32 weights are float32, as on a machine without FBGEMM (halves.py)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("petals.models.loading.can_halve", lambda: False)
+        patch.setattr("petals.models.assemble.can_halve", lambda: False)
         span = load_span(checkpoint, blocks, dtype=torch.float32)
     assert not any(isinstance(module, HalfLinear) for layer in span.layers() for module in layer.modules())
     return span
