@@ -23,8 +23,7 @@ from petals.models.packed_layers import Matrix, PackedExperts, PackedLinear
 from petals.models.quantize import quantize_linear, quantize_matrix
 from petals.models.standin import Recipe, StandIn, evaluate, matrices, packed_matrix
 
-
-_EXPERTS = re.compile(r"expert|moe|block_?sparse", re.IGNORECASE)
+EXPERTS = re.compile(r"expert|moe|block_?sparse", re.IGNORECASE)
 """Names of the classes that hold experts; others, such as convolutions, have weights of three dimensions, too."""
 
 
@@ -135,7 +134,7 @@ def _linear(module: Any, recipes: dict[str, Recipe], keeping: Keeping) -> nn.Mod
 
 def _experts(module: nn.Module, name: str, recipe: Recipe, keeping: Keeping) -> PackedExperts | None:
     """What stands for a stack of experts; None: it is none, or is best kept as a tensor."""
-    if name not in module._parameters or not _EXPERTS.search(type(module).__name__):
+    if name not in module._parameters or not EXPERTS.search(type(module).__name__):
         return None
     stand: Any = getattr(module, name)
     stack = matrices(recipe) if stand.ndim == 3 and stand.is_floating_point() else None

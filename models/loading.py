@@ -27,12 +27,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petals.models.assemble import Keeping, Proof, assemble, can_halve_for
+from petals.models.assemble import Keeping, Proof, assemble
 from petals.models.block import BlockSpan
 from petals.models.checkpoint import Checkpoint, Progress
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
-from petals.models.halves import HALVED
 from petals.models.progress import Meter
 from petals.models.quantize import check_quant_type
 from petals.models.selftest import agrees, check_span, check_weights
@@ -85,8 +84,8 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, proofs: list[Proof] | None
     try:
         span.measure_shapes()
         if proofs is not None:
-            check_weights(span, proofs, title=title)
             check_span(span, title=title, thorough=not family.verified)
+            check_weights(span, proofs, title=title)
         span.find_lean_path(measured=not deterministic)
         if span.lean and not agrees(span):
             span.drop_lean_path()
@@ -230,19 +229,6 @@ def _neutral(name: str, child: nn.Module) -> nn.Module:
 def block_numel(config: PretrainedConfig) -> int:
     """Weights of the largest block, known from the configuration alone."""
     return max(sum(weight.numel() for weight in layer.parameters()) for layer in skeleton_blocks(config))
-
-
-def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
-    """Of the largest block's weights, known from the configuration alone, as `load_span` keeps them without quantising:
-    those of linear layers in half the bytes where the checkpoint says that it is in half precision."""
-    halved = checkpoint.dtype.itemsize == 2 and can_halve_for(dtype, device)
-
-    def of_module(module: nn.Module) -> int:
-        narrow = halved and type(module) in HALVED
-        own = module.named_parameters(recurse=False)
-        return sum(w.numel() * (2 if narrow and name == "weight" else dtype.itemsize) for name, w in own)
-
-    return max(sum(map(of_module, layer.modules())) for layer in skeleton_blocks(checkpoint.config))
 
 
 def skeleton_blocks(config: PretrainedConfig) -> nn.ModuleList:

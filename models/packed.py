@@ -206,11 +206,11 @@ class NibbleMatrix(Packed):
 
     def narrow(self, first: int, last: int) -> Packed:
         codes, scale, zero, order = self._parts
-        rows = [None if part is None else part[first:last] for part in (codes, scale, zero)]
-        return self._like(*rows, order)
+        return self._like(codes[first:last], scale[first:last], None if zero is None else zero[first:last], order)
 
     def to(self, device: torch.device) -> Packed:
-        return self._like(*(None if part is None else part.to(device) for part in self._parts))
+        codes, scale, zero, order = (None if part is None else part.to(device) for part in self._parts)
+        return self._like(codes, scale, zero, order)
 
     def _like(self, codes: Any, scale: Any, zero: Any, order: Any) -> Packed:
         table = self._table.to(codes.device)
@@ -302,7 +302,7 @@ class Joined(Packed):
         return torch.cat([part.times(rows) for part in self._joined], -1)
 
     def times_transposed(self, rows: Tensor) -> Tensor:
-        shares = rows.split([part.shape[0] for part in self._joined], -1)
+        shares = torch.split(rows, [part.shape[0] for part in self._joined], -1)
         products = [part.times_transposed(share) for part, share in zip(self._joined, shares, strict=True)]
         return torch.stack(products).sum(0)
 
@@ -334,7 +334,8 @@ def _in_groups(wide: Tensor, group: int) -> Tensor:
 
 
 def _widened_scale(scale: Tensor) -> Tensor:
-    """float32; E8M0 bytes are the exponent of a float32 (0 stands for 2**-127, 255 for no number)."""
+    """float32. An E8M0 byte is the exponent of one, but for 0, which is 2**-127, and 255, which is no number."""
     if scale.dtype != torch.uint8:
         return scale.float()
-    return torch.ldexp(torch.ones((), device=scale.device), scale.to(torch.int32) - 127)
+    bits = (scale.to(torch.int32) << 23).masked_fill_(scale == 0, 1 << 22)
+    return bits.view(torch.float32)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petals.models.errors import UnsupportedModel
-from petals.models.packed import NibbleMatrix
+from petals.models.packed import NibbleMatrix, Packed
 
 QUANT_TYPES = ("none", "int8", "nf4")
 
@@ -53,7 +53,7 @@ def quantize_linear(module: nn.Linear | Conv1D, quant_type: str, device: torch.d
     return _bitsandbytes_linear(weight, bias, quant_type, device)
 
 
-def quantize_matrix(weight: Tensor, quant_type: str, device: torch.device) -> Int8Rows | NibbleMatrix:
+def quantize_matrix(weight: Tensor, quant_type: str, device: torch.device) -> Int8Rows | Packed:
     """One expert's matrix (out, in) in fewer bytes, on `device`."""
     if quant_type == "int8":
         integers, scale = quantize_rows(weight)

@@ -71,7 +71,7 @@ def _packed(checkpoint: Checkpoint, source: PackedSource) -> Source:
     def refuse(expert: int | None) -> Tensor:
         return build(expert).dequantised()
 
-    return Source(source.name, source.shape, torch.float32, build, refuse)
+    return Source(source.name, source.shape, torch.float32, build, refuse, source.flipped, tuple(source.parts.values()))
 
 
 def _with_shape(checkpoint: Checkpoint, source: PackedSource) -> PackedSource:

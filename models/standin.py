@@ -31,6 +31,8 @@ class Source:
     Attributes:
         packed: makes the matrix, or that expert's of a stack; None: it is not quantised.
         plain: reads the tensor as it is, or that expert's; for what is not quantised.
+        flipped: the model has the last two dimensions the other way round.
+        parts: names of the tensors that make up a quantised one.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Source:
     dtype: torch.dtype
     packed: Callable[[int | None], Packed] | None
     plain: Callable[[int | None], Tensor]
+    flipped: bool = False
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,14 +74,14 @@ class StandIn(Tensor):
     @staticmethod
     def __new__(cls, recipe: Recipe, like: Tensor) -> StandIn:
         """`like`: has shape and dtype, on any device."""
-        made: StandIn = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device="cpu")  # type: ignore[attr-defined]
+        made: StandIn = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=torch.device("cpu"))
         made.recipe = recipe
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
 
         def as_meta(value: Any) -> Any:
@@ -94,7 +98,7 @@ class StandIn(Tensor):
             return [StandIn(Done(func, recorded, named, i), each) for i, each in enumerate(outcome)]
         return outcome
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StandIn({tuple(self.shape)}, {self.dtype})"
 
 
@@ -103,14 +107,15 @@ def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def stand_in(source: Source) -> StandIn:
-    """For a tensor of a checkpoint."""
-    return StandIn(Leaf(source), torch.empty(source.shape, dtype=source.dtype, device="meta"))
+    """For a tensor of a checkpoint, in the shape that the model has it in."""
+    made = StandIn(Leaf(source), torch.empty(source.shape, dtype=source.dtype, device="meta"))
+    return made.transpose(1, 2) if source.flipped else made  # type: ignore[return-value]
 
 
 def evaluate(recipe: Recipe) -> Tensor:
     """The numbers: everything that it takes is read, and dequantised to float32."""
     if isinstance(recipe, Leaf):
-        return evaluate_source(recipe.source, recipe.expert)
+        return _read(recipe.source, recipe.expert)
 
     def made(value: Any) -> Any:
         return evaluate(value) if isinstance(value, (Leaf, Done)) else value
@@ -119,7 +124,7 @@ def evaluate(recipe: Recipe) -> Tensor:
     return outcome if recipe.output is None else outcome[recipe.output]  # type: ignore[no-any-return]
 
 
-def evaluate_source(source: Source, expert: int | None = None) -> Tensor:
+def _read(source: Source, expert: int | None) -> Tensor:
     """The numbers of a tensor, or of one expert of a stack, as stored; float32 where it is quantised."""
     if source.packed is None:
         return source.plain(expert)
@@ -154,8 +159,9 @@ def _changes_nothing(done: Done) -> bool:
     if done.func in _SAME:
         return True
     if done.func is aten.slice.Tensor:  # all of a dimension
-        _, _, first, last, *step = (*done.args, *(None,) * (4 - len(done.args)))
-        return not first and (last is None or last >= (1 << 62)) and step in ([], [1])
+        given: list[Any] = [*done.args, None, None, None]
+        first, last, step = given[2:5]
+        return not first and (last is None or last >= (1 << 62)) and step in (None, 1)
     return False
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from petals.models.checkpoint import Checkpoint
-from petals.models.loading import block_bytes, block_numel
+from petals.models.sizing import sizes_of
 from petals.peer.config import ServeConfig
 from petals.peer.server.device import compute_dtype, device_of
 from petals.peer.server.memory import free_bytes
 from petals.peer.server.placement import blocks_that_fit
 from petals.protocols.errors import UserError
 
-BYTES_PER_WEIGHT = {"int8": 1.02, "nf4": 0.57}
-"""Scales included; measured in docs/models.md."""
 WORKSPACE_TENSORS = 8
 """Tensors of (tokens, 4 x hidden) float32 alive at once in one step, generously: the MLP's and the attention's."""
 
@@ -25,33 +23,40 @@ class Memory:
     free: int
     cache: int
     workspace: int
-    """Room that one step computes in."""
-    block: int
-    """Weights of the largest block."""
+    """Room that one step computes in, or that loading takes beyond the weights; they are not at the same time."""
+    blocks: tuple[int, ...]
+    """Weights of every block of the model."""
 
-    def holds(self, blocks: int) -> bool:
-        """Whether so many blocks fit."""
-        return blocks <= blocks_that_fit(self.free, self.block, self.cache, self.workspace)
+    @property
+    def block(self) -> int:
+        """Weights of the largest block."""
+        return max(self.blocks)
+
+    def weights(self, blocks: range) -> int:
+        """Of these blocks."""
+        return sum(self.blocks[blocks.start : blocks.stop])
+
+    def holds(self, blocks: range, times: int = 1) -> bool:
+        """Whether these blocks fit, and so many times their weights."""
+        return blocks_that_fit(self.free, max(1, times * self.weights(blocks)), self.cache, self.workspace) >= 1
 
 
 def memory_of(checkpoint: Checkpoint, config: ServeConfig) -> Memory:
-    """Known from the model's configuration; no weights are read."""
+    """Known from the headers of the model's files, or from its configuration; no weights are read."""
     device = device_of(config)
-    if config.quant_type in BYTES_PER_WEIGHT:
-        block = int(block_numel(checkpoint.config) * BYTES_PER_WEIGHT[config.quant_type])
-    else:
-        block = block_bytes(checkpoint, compute_dtype(config, checkpoint), device)
+    sizes = sizes_of(checkpoint, compute_dtype(config, checkpoint), device, config.quant_type)
+    step = WORKSPACE_TENSORS * min(config.max_batch_tokens, 4096) * 4 * checkpoint.hidden_size * 4
     return Memory(
         free=free_bytes(device),
         cache=config.cache_bytes,
-        workspace=WORKSPACE_TENSORS * min(config.max_batch_tokens, 4096) * 4 * checkpoint.hidden_size * 4,
-        block=block,
+        workspace=max(step, sizes.loading),
+        blocks=sizes.kept,
     )
 
 
-def room_to_train(checkpoint: Checkpoint, config: ServeConfig, blocks: int) -> bool:
-    """Whether so many blocks, not loaded yet, could take as much memory again: training is faster then (halves.py)."""
-    return memory_of(checkpoint, config).holds(2 * blocks)
+def room_to_train(checkpoint: Checkpoint, config: ServeConfig, blocks: range) -> bool:
+    """Whether these blocks, not loaded yet, could take as much memory again: training is faster then (halves.py)."""
+    return memory_of(checkpoint, config).holds(blocks, 2)
 
 
 def capacity_of(checkpoint: Checkpoint, config: ServeConfig) -> tuple[int, str]:

@@ -46,12 +46,12 @@ class ServingPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """At most: all blocks are taken to be as large as the largest."""
-        return self.memory.block * len(self.place.blocks)
+        """Of the blocks, as they will be kept."""
+        return self.memory.weights(self.place.blocks)
 
     @property
     def fits(self) -> bool:
-        return self.memory.holds(len(self.place.blocks))
+        return self.memory.holds(self.place.blocks)
 
     @property
     def copies_then(self) -> tuple[int, ...]:

@@ -178,7 +178,7 @@ class Service:
             load_span,
             quant_type=config.quant_type,
             deterministic=config.deterministic,
-            keep_transposed=room_to_train(checkpoint, config, len(blocks)),
+            keep_transposed=room_to_train(checkpoint, config, blocks),
             progress=self._progress,
         )
         span = await self._thread.run(partial(load, checkpoint, blocks, dtype=dtype, device=str(device)))

@@ -1,4 +1,4 @@
-"""The table of families in docs/models.md, made from the tests' own cases.
+"""The tables of families and formats in docs/models.md, made from the tests' own cases.
 
 python -m tests.models.table        # writes it
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from petals.models.families import families
+from petals.models.formats import FORMATS
+from tests.models import packers
 from tests.models.tiny import CASES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 _BEGIN = "<!-- families:"
 _END = "<!-- end of families -->"
+_FORMATS = "<!-- formats:"
+_END_FORMATS = "<!-- end of formats -->"
 
 
 def table() -> str:
@@ -22,12 +26,21 @@ def table() -> str:
     return "\n".join(["| family | `model_type` | this checkpoint has |", "|---|---|---|", *rows])
 
 
+def format_table() -> str:
+    """Markdown, one row per way to write a checkpoint."""
+    titles = {each.method: each.title for each in FORMATS}
+    rows = [f"| {titles[case.settings['quant_method']]} | {case.holds} |" for case in packers.CASES]
+    return "\n".join(["| `quant_method` | the checkpoint holds |", "|---|---|", *rows, "| MXFP4 | experts (gpt-oss) |"])
+
+
 def with_table(document: str) -> str:
-    """The document with the table of today."""
-    before, rest = document.split(_BEGIN)
-    comment, rest = rest.split("\n", 1)
-    _, after = rest.split(_END)
-    return f"{before}{_BEGIN}{comment}\n{table()}\n{_END}{after}"
+    """The document with the tables of today."""
+    for begin, end, made in ((_BEGIN, _END, table()), (_FORMATS, _END_FORMATS, format_table())):
+        before, rest = document.split(begin)
+        comment, rest = rest.split("\n", 1)
+        _, after = rest.split(end)
+        document = f"{before}{begin}{comment}\n{made}\n{end}{after}"
+    return document
 
 
 if __name__ == "__main__":

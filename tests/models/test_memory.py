@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import measure, write_checkpoint
-from petals.models.loading import PIECE_BYTES
 
-SLACK_BYTES = PIECE_BYTES + (32 << 20)
-"""For blocks on their way in float32 and what modules allocate for themselves; the blocks left out take 176 MB."""
+SLACK_BYTES = 48 << 20
+"""For a matrix on its way in float32 and what modules allocate for themselves; the blocks left out take 176 MB."""
 
 
 @pytest.mark.parametrize(("stored", "least"), [("float32", 70e6), ("float16", 35e6)])
