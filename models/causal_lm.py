@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from petals.models.chain import BlockChain
 from petals.models.checkpoint import Checkpoint
-from petals.models.distributed import DistributedMixin, load_model
+from petals.models.client_check import check_client
+from petals.models.distributed import DistributedMixin, build_client, head_class_of, load_model
 from petals.models.errors import StepError
+from petals.models.families import base_class_of
 from petals.models.generation import InferenceSession, active_session
 from petals.models.library_contract import DEFAULT_CACHE_NAME, pop_cache
+from petals.models.loading import find_layers
 
 DEFAULT_NEW_TOKENS = 20
 """What `transformers.generate` adds to a text when nothing says how long it may get (its documentation)."""
@@ -74,6 +78,18 @@ class GenerationMixin(DistributedMixin):
         return max(longest or 0, length + DEFAULT_NEW_TOKENS) + 1
 
 
+def _build_small(config: PretrainedConfig, state: dict[str, Tensor], chain: BlockChain) -> Any:
+    layers = find_layers(base_class_of(config), config)
+    mine = {name: tensor for name, tensor in state.items() if f"{layers}." not in name}
+    model, _ = build_client(config, mine, head="causal_lm", mixins=(GenerationMixin,), dtype=torch.float32)
+    model.blocks.connect(chain)
+    return model
+
+
 def load_causal_lm(checkpoint: Checkpoint, chain: BlockChain, **settings: Any) -> Any:
-    """A language model over `chain`; see `load_model`."""
+    """A language model over `chain`; see `load_model`.
+
+    Raises: UnsupportedLibrary when the installed `transformers` fails the self-check (client_check.py).
+    """
+    check_client(checkpoint.config, head_class_of(checkpoint.config, "causal_lm"), _build_small)
     return load_model(checkpoint, chain, head="causal_lm", mixins=(GenerationMixin,), **settings)

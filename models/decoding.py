@@ -198,6 +198,15 @@ class Draw:
         return torch.multinomial(chances, num_samples=1, generator=self._generator)[:, 0]
 
 
+def _rope_switch(config: Any) -> int | None:
+    """The length after which a text is computed anew, with other rotary frequencies: what `transformers` does for
+    Phi-3's longrope, whose frequencies for long texts fit no keys that were computed with those for short ones."""
+    if config.model_type not in ("phi3", "phimoe", "phi4_multimodal"):
+        return None
+    switch: int | None = getattr(config, "original_max_position_embeddings", None)
+    return switch
+
+
 @torch.no_grad()
 def next_logits(model: Any, cache: ChainCache, ids: Tensor, mask: Tensor | None = None, *, last: int = 1) -> Tensor:
     """One step of `model`: all tokens of `ids` that its cache has not seen.
@@ -209,6 +218,9 @@ def next_logits(model: Any, cache: ChainCache, ids: Tensor, mask: Tensor | None 
     Returns: (batch, last, vocabulary) float32 logits.
     """
     forward = type(model).forward
+    switch = _rope_switch(model.config)
+    if switch is not None and cache.get_seq_length() <= switch < ids.shape[1]:
+        cache.keep(0)
     new = ids[:, cache.get_seq_length() :]
     arguments: dict[str, Any] = {cache_name(forward): cache}
     if takes(forward, "logits_to_keep"):

@@ -137,21 +137,13 @@ def load_model(
         if not hasattr(config, name):
             raise StepError(f"unknown argument {name!r}: {type(config).__name__} has no such entry")
         setattr(config, name, value)
-    client_class = _client_class(config, head, mixins)
     state = checkpoint.read(checkpoint.other_tensor_names())
-    with quiet_library():
-        loaded: Any = client_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype or checkpoint.dtype, output_loading_info=True
-        )
-    model, info = loaded
+    model, info = build_client(config, state, head=head, mixins=mixins, dtype=dtype or checkpoint.dtype)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(_NEW_HEAD))
     if missing:
         raise CheckpointError(f"{checkpoint.name} lacks {', '.join(missing[:3])} ({len(missing)} tensors)")
     if (checkpoint.directory / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.directory))
-    model.eval()
-    _probe_convention(model.base_model, model.blocks)
-    model.requires_grad_(False)
     output = model.get_output_embeddings()
     if type(output) is nn.Linear and head_quant == "int8":
         model.set_output_embeddings(quantize_head(output))
@@ -166,7 +158,22 @@ def load_model(
     return model
 
 
-def _head_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
+def build_client(
+    config: PretrainedConfig, state: dict[str, Tensor], *, head: Head, mixins: Sequence[type], dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The family's class without blocks, filled from `state` and frozen; and what the library says of the loading."""
+    with quiet_library():
+        loaded: Any = _client_class(config, head, mixins).from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    model, info = loaded
+    model.eval()
+    _probe_convention(model.base_model, model.blocks)
+    model.requires_grad_(False)
+    return model, info
+
+
+def head_class_of(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
     if head == "base":
         return base_class_of(config)
     try:
@@ -177,7 +184,7 @@ def _head_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
 
 
 def _client_class(config: PretrainedConfig, head: Head, mixins: Sequence[type]) -> type[PreTrainedModel]:
-    head_class, path = _head_class(config, head), find_layers(base_class_of(config), config)
+    head_class, path = head_class_of(config, head), find_layers(base_class_of(config), config)
 
     def __init__(self: PreTrainedModel, config: Any) -> None:
         head_class.__init__(self, config)

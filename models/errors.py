@@ -5,6 +5,7 @@
     │  └─ SourceUnreachable the hub or index does not give it            later, or ask the swarm
     ├─ DocumentError        what a stranger says of weights is nonsense  ask another
     ├─ UnsupportedModel     unknown architecture, or a failed self-test  another family; docs/custom-model.md
+    ├─ UnsupportedLibrary   the installed transformers fails the check  another version of it, or of petals
     ├─ BlockRangeError      blocks that the model or the span has not    ask for others
     └─ StepError            a tensor that does not fit the span          the message names the limit
        └─ CacheFull         more tokens than the session has room for    open a longer session
@@ -33,6 +34,16 @@ class DocumentError(ModelError):
 
 class UnsupportedModel(ModelError):
     """The blocks of this architecture cannot be served exactly."""
+
+
+class UnsupportedLibrary(ModelError):
+    """The installed `transformers` does not do what this version of petals was written for."""
+
+    def __init__(self, version: str, failed: str) -> None:
+        super().__init__(
+            f"transformers {version} generates other tokens than this version of petals expects (checked: {failed}); "
+            f"install transformers<{version} or a newer petals"
+        )
 
 
 class BlockRangeError(ModelError):

@@ -172,6 +172,14 @@ class ChainCache(Cache):
         if self.session is not None:
             self.session.close()
 
+    @contextmanager
+    def closing(self) -> Iterator[Self]:
+        """A context that gives the session back."""
+        try:
+            yield self
+        finally:
+            self.close()
+
 
 class _Inputs(ChainCache):
     """Takes what would enter the first block, and computes nothing."""
