@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
 from petals.cli import bench, doctor, invite, keygen, peer, seal, settings, status
+from petals.cli.boundary import check_text, report_bug, show_anything
 from petals.cli.cores import honour_quota
 from petals.cli.helping import Formatter
 from petals.cli.saying import hush
@@ -35,6 +36,7 @@ to begin with:
 def main(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> None:
     """Entry point of the `petals` command; ends the process with its exit code. `defaults`: of flags nobody gives."""
     honour_quota(os.environ)
+    show_anything()
     sys.exit(run(parse(sys.argv[1:] if argv is None else argv, defaults)))
 
 
@@ -121,31 +123,45 @@ def run(options: argparse.Namespace) -> int:
     for noisy in ("libp2p", "kademlia", "asyncio", "trio-websocket"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their failed attempts are our view's business
     code: int | None = None
+    stopped_by: int | None = None
     try:
-        code = options.run(options) if options.synchronous else run_async(partial(options.run, options))
+        check_text(options)
+        if options.synchronous:
+            code = options.run(options)
+        else:
+            code, stopped_by = run_async(partial(options.run, options))
     except SwarmError as error:
         return complain(error)
     except Exception as error:
         if type(error).__module__ != "petals.models.errors":  # known by name: torch is not imported for it
-            raise
+            return report_bug(error)
         return complain(error)
     except KeyboardInterrupt:  # before trio was listening
-        pass
+        stopped_by = signal.SIGINT
+    if code is None and stopped_by is not None and not lasts(options):
+        return 128 + stopped_by  # as a shell reports it: what was asked for has not been done
     return code or 0
 
 
-def run_async(verb: Callable[[], Awaitable[int | None]]) -> int | None:
+def lasts(options: argparse.Namespace) -> bool:
+    """Whether the verb goes on until it is stopped, so that stopping it is no failure."""
+    return bool(options.lasts(options)) if "lasts" in options else False
+
+
+def run_async(verb: Callable[[], Awaitable[int | None]]) -> tuple[int | None, int | None]:
     """Run `verb` in trio until it ends or a signal comes: the first Ctrl-C or SIGTERM ends it cleanly.
 
-    Returns: the exit code it wants, None where it has no opinion.
+    Returns: the exit code it wants, None where it has no opinion; the number of the signal that cut it off.
     """
     import trio
 
-    async def until_signalled() -> int | None:
+    signals: list[int] = []
+
+    async def until_signalled() -> tuple[int | None, int | None]:
         code: int | None = None
         failures: list[Exception] = []
         async with trio.open_nursery() as nursery:
-            await nursery.start(_cancel_on_signal, nursery.cancel_scope)
+            await nursery.start(_cancel_on_signal, nursery.cancel_scope, signals)
             try:
                 code = await verb()
             except Exception as error:  # kept, not handled: raised below, outside of the nursery's group
@@ -153,17 +169,18 @@ def run_async(verb: Callable[[], Awaitable[int | None]]) -> int | None:
             nursery.cancel_scope.cancel()
         if failures:
             raise failures[0]
-        return code
+        return code, signals[0] if signals else None
 
     return trio.run(until_signalled)
 
 
-async def _cancel_on_signal(scope: trio.CancelScope, *, task_status: TaskStatus[None]) -> None:
+async def _cancel_on_signal(scope: trio.CancelScope, came: list[int], *, task_status: TaskStatus[None]) -> None:
     import trio
 
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
-        async for _ in signals:
+        async for number in signals:
+            came.append(number)
             scope.cancel()
             return  # the handlers are Python's own again: a second Ctrl-C does not ask
 

@@ -258,7 +258,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "no weights are read")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="results as JSON on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
-    parser.set_defaults(run=run, synchronous=False, serve_settings={})
+    parser.set_defaults(run=run, synchronous=False, lasts=_lasts, serve_settings={})
+
+
+def _lasts(options: argparse.Namespace) -> bool:
+    """Whether the peer stays until it is stopped."""
+    return options.generate is None and not options.dry_run
 
 
 def nat_config(options: argparse.Namespace) -> NatConfig:
@@ -298,6 +303,18 @@ async def run(options: argparse.Namespace) -> None:
 
         await keep_directory(options)
         return
+    import trio
+
+    asked = _Asked(options.generate, as_json=options.json)
+    try:
+        await _run_peer(options, asked)
+    except trio.Cancelled:
+        if options.generate is not None and not options.dry_run:
+            asked.cut_off()
+        raise
+
+
+async def _run_peer(options: argparse.Namespace, asked: _Asked) -> None:
     started = time.perf_counter()
     _say("starting (torch takes a few seconds to import)")
     with importing():
@@ -378,7 +395,8 @@ async def run(options: argparse.Namespace) -> None:
 
                 await chat(peer, _wanted(options, 512), client, system=options.system)
             elif options.generate is not None:
-                await _generate(peer, options, client, time.perf_counter() - started)
+                asked.start_s = time.perf_counter() - started
+                await _generate(peer, options, client, asked)
             elif door is not None:
                 peer.asking = client
                 await _keep_door(peer, door, as_json=options.json)
@@ -508,8 +526,36 @@ def _tracing(options: argparse.Namespace) -> Iterator[ClientOptions]:
         )
 
 
-async def _generate(peer: Peer, options: argparse.Namespace, client: ClientOptions, start_s: float) -> None:
+@dataclasses.dataclass
+class _Asked:
+    """What `--generate` has to answer for, at whatever moment it ends."""
+
+    prompt: str
+    as_json: bool
+    start_s: float = 0.0
+    """Until the peer was ready."""
+    stream: TokenStream | None = None
+
+    def cut_off(self) -> None:
+        """Say what there is of the answer: a signal has ended it."""
+        hush()
+        count = 0 if self.stream is None else len(self.stream.token_ids)
+        if self.stream is not None and self.stream.finish_reason is not None:
+            return  # the answer is whole; what was cut off came after it
+        if not self.as_json:
+            if count:
+                print(flush=True)
+            _say(f"cut off after {count} tokens")
+        elif self.stream is None:
+            nothing = {"prompt": self.prompt, "text": "", "token_ids": [], "finish_reason": "cancelled"}
+            print(json.dumps(nothing), flush=True)
+        else:
+            print(json.dumps(_as_json(self.stream, self.prompt, self.start_s)), flush=True)
+
+
+async def _generate(peer: Peer, options: argparse.Namespace, client: ClientOptions, asked: _Asked) -> None:
     stream = await peer.generate(options.generate, options=_wanted(options, 64), client=client)
+    asked.stream = stream
     text = options.generate  # said with the first token: a passing line would overwrite it
     async with stream:
         with ExitStack() as waiting:
@@ -525,7 +571,7 @@ async def _generate(peer: Peer, options: argparse.Namespace, client: ClientOptio
         _say(summary(stream))
     audits = await _audits(peer, client)
     if options.json:
-        print(json.dumps(_as_json(stream, options.generate, start_s) | audits), flush=True)
+        print(json.dumps(_as_json(stream, options.generate, asked.start_s) | audits), flush=True)
 
 
 async def _audits(peer: Peer, wanted: ClientOptions) -> dict[str, Any]:
@@ -559,6 +605,7 @@ def _as_json(stream: TokenStream, prompt: str, start_s: float) -> dict[str, Any]
         "prompt": prompt,
         "text": stream.text,
         "token_ids": stream.token_ids,
+        "finish_reason": stream.finish_reason or "cancelled",
         "prompt_token_ids": stream.prompt_ids,
         "reused_tokens": stream.reused_tokens,
         "route": [hop.as_json() for hop in stream.route],

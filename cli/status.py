@@ -68,7 +68,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--interval", metavar="S", type=positive, default=2.0, help="of --watch (default: 2 s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per look on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
-    parser.set_defaults(run=run, synchronous=False)
+    parser.set_defaults(run=run, synchronous=False, lasts=lambda options: options.watch)
 
 
 async def run(options: argparse.Namespace) -> None:
