@@ -208,6 +208,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--cache_mb", metavar="MB", type=positive, default=1024, help="KV-cache budget (default: 1024)"
     )
+    serving.add_argument("--work_mb", metavar="MB", type=positive, default=1024,
+                         help="memory for requests under way, besides the cache; one peer may hold half of it "
+                         "(default: 1024)")  # fmt: skip
     serving.add_argument("--throughput", metavar="RPS", type=positive,
                          help="announce this many blocks per second instead of measuring")  # fmt: skip
     serving.add_argument("--balance_quality", metavar="Q", type=number(0, 1), default=0.95,
@@ -331,6 +334,7 @@ async def _run_peer(options: argparse.Namespace, asked: _Asked) -> None:
             num_blocks=options.num_blocks,
             adapters=tuple(options.adapters),
             cache_bytes=int(options.cache_mb * 1e6),
+            work_bytes=int(options.work_mb * 1e6),
             dtype=options.dtype,
             quant_type=options.quant_type,
             device=options.device,

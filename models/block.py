@@ -44,7 +44,9 @@ class BlockSpan:
         self.blocks = blocks
         self.dtype = dtype
         self.quant_type = quant_type
-        self.hidden_size: int = model.config.get_text_config(decoder=True).hidden_size
+        text = model.config.get_text_config(decoder=True)
+        self.hidden_size: int = text.hidden_size
+        self.heads: int = text.num_attention_heads
         self._model = model
         self._path = path
         self._layers = list(get_layers(model, path))
@@ -321,6 +323,26 @@ class BlockSpan:
         view = self._view(blocks, private=self._stateful_rope)
         with self._applying(lora, prompts, blocks):
             return self._run(view, hidden, None, mask)
+
+    def extend(
+        self,
+        hidden: Tensor,
+        blocks: range,
+        cache: NoCache,
+        *,
+        attention_mask: Tensor | None = None,
+        adapter: str | Lora | None = None,
+    ) -> Tensor:
+        """New tokens behind a past of the caller's own (`cache`), differentiable as `forward` is.
+
+        Args:
+            hidden: (batch, tokens, hidden_size). attention_mask: (batch, past + tokens).
+        Raises: BlockRangeError, StepError.
+        """
+        self._check_hidden(hidden)
+        mask = self._checked_mask(attention_mask, hidden.shape[0], cache.get_seq_length() + hidden.shape[1])
+        with self._applying(self._find_lora(adapter), None, blocks):
+            return self._run(self._view(blocks), hidden, cache, mask)
 
     def _run(self, view: PreTrainedModel, hidden: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
         """One pass of a view; dtype and device of `hidden` come back."""

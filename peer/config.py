@@ -58,6 +58,10 @@ class ServeConfig:
     """KV-cache budget over all sessions."""
     cache_tokens: int | None = None
     """The same budget as room for so many tokens on each block that is served, in place of `cache_bytes`."""
+    work_bytes: int = 1 << 30
+    """Memory for requests that are being received, computed and answered, besides the cache: tensors of prompts and
+    batches, pushes that wait for their step, what training keeps from forward to backward. One remote peer may hold
+    half of it."""
     max_peer_share: float = 1.0
     """The most of the cache one remote peer may hold."""
     max_wait_s: float = 60.0
@@ -128,6 +132,8 @@ class ServeConfig:
             raise UserError("cache_tokens must be at least 1")
         if self.max_sessions_per_peer < 1:
             raise UserError("max_peer_sessions must be at least 1")
+        if self.work_bytes < 1 << 20:
+            raise UserError("work_mb must be at least 1")
         for rate in (self.max_peer_tokens_s, self.max_peer_bytes_s):
             if rate is not None and rate <= 0:
                 raise UserError("max_peer_tokens_s and max_peer_bytes_s must be positive")

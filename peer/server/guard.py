@@ -44,6 +44,11 @@ LONG_PATIENCE_S = 40.0
 DECODE_TOKENS = 8
 """New tokens of a step up to which it counts as decoding: drafts that are checked, too."""
 
+WORK_SHARE = 0.5
+"""Of the memory for requests, that one peer may hold."""
+UNLEASED_BYTES = 64 << 10
+"""Of a step's tensors: so small ones are bounded by the number of sessions, and decode steps are spared the lease."""
+
 Adapter = str | Lora | None
 """A hosted one by its name, or one that the client sent."""
 Plan = Sequence[tuple[str, pb.Tensor, int]]
@@ -135,6 +140,8 @@ class Guard:
         self.lane = lane
         self.budget = budget
         self.config = config
+        self.work = CacheBudget(config.work_bytes, max_share=WORK_SHARE, what="memory for requests (--work_mb)")
+        """What is held for requests under way; leased before it is read."""
         self._admission = admission
         self._rates = rates
         self.gave = gave
@@ -186,6 +193,14 @@ class Guard:
             return await self.budget.acquire(peer_id, nbytes, min(wait_s, self.config.max_wait_s))
         except NoRoom as no_room:
             code = pb.QUOTA if no_room.for_ever else pb.BUSY
+            raise Refused(code, str(no_room), 0.0 if no_room.for_ever else 1.0) from None
+
+    async def _hold(self, peer_id: PeerId, nbytes: int, wait_s: float) -> Lease:
+        """Lease memory for a request, before any of its payload is read. Raises Refused."""
+        try:
+            return await self.work.acquire(peer_id, nbytes, min(wait_s, self.config.max_wait_s))
+        except NoRoom as no_room:
+            code = pb.TOO_LONG if no_room.for_ever else pb.BUSY
             raise Refused(code, str(no_room), 0.0 if no_room.for_ever else 1.0) from None
 
     def _check_admitted(self, peer_id: PeerId) -> None:

@@ -55,6 +55,13 @@ PIECE_ROWS = 2
 """Rows of a long prompt that travel with others' decode steps, to begin with."""
 
 
+IDLE_SLICE_S = 0.2
+"""How long a piece of a long job may hold the thread while nobody decodes: what the first decode step waits at most."""
+SLICE_SHARE = 0.5
+"""The same while somebody does, in decode steps."""
+MIN_SLICE_S = 0.001
+
+
 class Priority(enum.IntEnum):
     DECODE = 0
     PREFILL = 1
@@ -145,8 +152,9 @@ class Lane:
         self._pass_rows = pass_rows
         self._visitors: set[Visitor] = set()
         """Who had a decode step lately."""
-        self._pass_s = self._decode_s = 0.0
-        """Smoothed duration of all passes, and of those that only decode."""
+        self._pass_s = self._decode_s = self._step_s = 0.0
+        """Smoothed duration of all passes that sessions may share, of those of them that only decode, and of all that
+        only decode."""
         self._ended_at = -math.inf
         self._piece_rows = PIECE_ROWS
         self._heap: list[tuple[int, bool, float, int, _Job]] = []
@@ -187,6 +195,12 @@ class Lane:
         if not self._pass_rows or not self._decoding(trio.current_time()) - {visitor}:
             return most
         return min(most, self._piece_rows)
+
+    def slice_s(self) -> float:
+        """How long the next piece of a forward or backward request may hold the thread, in seconds."""
+        if not self._decoding(trio.current_time()):
+            return IDLE_SLICE_S
+        return min(IDLE_SLICE_S, max(MIN_SLICE_S, SLICE_SHARE * self._step_s))
 
     def _decoding(self, now: float) -> set[Visitor]:
         self._visitors = {
@@ -330,6 +344,8 @@ class Lane:
                 job.visitor.left_at = now
                 if job.priority == Priority.DECODE:
                     self._visitors.add(job.visitor)
+        if all(job.priority == Priority.DECODE for job in jobs):
+            self._step_s = min(took_s, _smoothed(self._step_s, took_s))
         if not all(isinstance(job.work, SharedWork) for job in jobs):
             return
         self._pass_s = _smoothed(self._pass_s, took_s)

@@ -40,6 +40,7 @@ class CacheBudget:
         total_bytes: all there is.
         max_share: the most one remote peer may hold or wait for, as a share of the total.
         leasable_bytes: what the machine has left for a new lease; the budget's own bytes are not touched in advance.
+        what: how refusals call the bytes.
 
     Attributes:
         kept_bytes: filled with what is kept.
@@ -47,8 +48,14 @@ class CacheBudget:
     """
 
     def __init__(
-        self, total_bytes: int, *, max_share: float = 1.0, leasable_bytes: Callable[[], float] = lambda: math.inf
+        self,
+        total_bytes: int,
+        *,
+        max_share: float = 1.0,
+        leasable_bytes: Callable[[], float] = lambda: math.inf,
+        what: str = "cache",
     ) -> None:
+        self._what = what
         self.total_bytes = total_bytes
         self.kept_bytes = 0
         self.make_room: Callable[[int], None] | None = None
@@ -75,12 +82,14 @@ class CacheBudget:
             NoRoom: more than a peer may hold, or no room within `wait_s`. Nothing is held then.
         """
         if nbytes > self._max_peer_bytes:
-            raise NoRoom(f"{nbytes} bytes of cache asked, one peer may hold {self._max_peer_bytes}", for_ever=True)
+            raise NoRoom(
+                f"{nbytes} bytes of {self._what} asked, one peer may hold {self._max_peer_bytes}", for_ever=True
+            )
         if self._by_peer[peer_id] + nbytes > self._max_peer_bytes:
-            raise NoRoom(f"this peer's sessions would hold more than {self._max_peer_bytes} bytes", for_ever=False)
+            raise NoRoom(f"this peer would hold more than {self._max_peer_bytes} bytes of {self._what}", for_ever=False)
         if nbytes > (leasable := self._leasable_bytes()):
             raise NoRoom(
-                f"{nbytes} bytes of cache asked; other programs have taken this machine's memory, of which "
+                f"{nbytes} bytes of {self._what} asked; other programs have taken this machine's memory, of which "
                 f"{max(0, int(leasable))} bytes are left",
                 for_ever=False,
             )
@@ -93,7 +102,7 @@ class CacheBudget:
                 with trio.move_on_after(max(wait_s, 0)):
                     await entry.granted.wait()
             if not entry.granted.is_set():
-                raise NoRoom(f"no room for {nbytes} bytes of cache within {wait_s:.1f} s", for_ever=False)
+                raise NoRoom(f"no room for {nbytes} bytes of {self._what} within {wait_s:.1f} s", for_ever=False)
         except BaseException:
             self._by_peer[peer_id] -= nbytes
             if entry.granted.is_set():  # granted and cancelled in the same moment

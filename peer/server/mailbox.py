@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from petals.peer.server.leases import Lease
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.types import PeerId
 
@@ -25,6 +26,12 @@ class Pushed:
     sender: PeerId
     push: pb.Push
     payload: bytearray
+    lease: Lease
+    """Of its bytes, the sender's."""
+
+    def drop(self) -> None:
+        """Nobody will take it."""
+        self.lease.release()
 
 
 @dataclass
@@ -33,14 +40,21 @@ class Mailbox:
 
     opening: pb.Open
     dropped: int = 0
-    _waiting: deque[Pushed] = field(default_factory=lambda: deque(maxlen=MAX_EARLY))
+    _waiting: deque[Pushed] = field(default_factory=deque)
     _arrived: trio.Event = field(default_factory=trio.Event)
 
     def put(self, pushed: Pushed) -> None:
         """Keep a push; the oldest makes room."""
-        self.dropped += len(self._waiting) == MAX_EARLY
+        if len(self._waiting) == MAX_EARLY:
+            self._waiting.popleft().drop()
+            self.dropped += 1
         self._waiting.append(pushed)
         self._arrived.set()
+
+    def clear(self) -> None:
+        """The session has ended."""
+        while self._waiting:
+            self._waiting.popleft().drop()
 
     async def take(self, step: pb.Step) -> Pushed:
         """Wait for the push that `step` announces; others are dropped."""
@@ -53,6 +67,7 @@ class Mailbox:
                     and pushed.push.hidden.shape == step.hidden.shape
                 ):
                     return pushed
+                pushed.drop()
                 self.dropped += 1
             self._arrived = trio.Event()
             await self._arrived.wait()

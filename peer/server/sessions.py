@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,17 @@ from petals.peer.config import ServeConfig
 from petals.peer.ledger import nobody_counts
 from petals.peer.lora import decode_lora
 from petals.peer.server.admission import Admission
-from petals.peer.server.guard import DECODE_TOKENS, Adapter, Asker, Guard, Plan, Refused, parse
+from petals.peer.server.guard import (
+    DECODE_TOKENS,
+    PATIENCE_S,
+    UNLEASED_BYTES,
+    Adapter,
+    Asker,
+    Guard,
+    Plan,
+    Refused,
+    parse,
+)
 from petals.peer.server.lane import Lane, Priority, Timed, Visitor
 from petals.peer.server.leases import CacheBudget, Lease
 from petals.peer.server.mailbox import Mailbox, Pushed
@@ -100,7 +110,16 @@ class Sessions(Guard):
                 await messages.reset()
                 return
             size = push_payload(push, mailbox.opening.batch_size, mailbox.opening.max_length, self.span.hidden_size)
-            mailbox.put(Pushed(stream.remote_peer, push, await messages.read_payload(size)))
+            lease = await self._hold(stream.remote_peer, size, 0.0)  # the sender's, until its step has begun
+            try:
+                pushed = Pushed(stream.remote_peer, push, await messages.read_payload(size), lease)
+                if self._mailboxes.get(push.session_id) is mailbox:
+                    mailbox.put(pushed)
+                    return
+            except BaseException:
+                lease.release()
+                raise
+            lease.release()  # its session has ended meanwhile
 
     async def _session(self, messages: Asker) -> None:
         conversation = Conversation()
@@ -180,6 +199,20 @@ class Sessions(Guard):
         self._check_answer(tokens)
         plan = step_payload(step, opening, self.span.hidden_size)
         await self._turn(messages.remote_peer, tokens, [*plan, _hidden_of(step)] if step.pushed_by else plan)
+        with await self._hold_step(messages.remote_peer, tokens, plan):
+            await self._served_step(messages, conversation, session, step, plan)
+
+    async def _hold_step(self, peer_id: PeerId, tokens: int, plan: Plan) -> AbstractContextManager[object]:
+        """Memory for a step's tensors as they come and as they are computed with, and for its answer."""
+        received = sum(size for _, _, size in plan)
+        nbytes = 2 * received + tokens * self.span.hidden_size * 4
+        return nullcontext() if nbytes <= UNLEASED_BYTES else await self._hold(peer_id, nbytes, PATIENCE_S)
+
+    async def _served_step(
+        self, messages: Asker, conversation: Conversation, session: _Session, step: pb.Step, plan: Plan
+    ) -> None:
+        assert conversation.opening is not None
+        opening = conversation.opening
         tensors = await self._read_payload(messages, plan)
         supplied = False
         if step.pushed_by:
@@ -274,6 +307,7 @@ class Sessions(Guard):
             nonlocal found
             pushed = await mailbox.take(step)
             self._charge(pushed.sender, -1)
+            pushed.lease.release()  # from here on it is the session's, as if its client had sent it
             if not supplying:  # a payload that is being read must be read to its end
                 found = decode_tensor(pushed.push.hidden, pushed.payload)
                 nursery.cancel_scope.cancel()
@@ -299,6 +333,7 @@ class Sessions(Guard):
             yield mailbox
         finally:
             del self._mailboxes[opening.session_id]
+            mailbox.clear()
 
 
 def _piece_of(tensors: dict[str, Tensor], position: int, begin: int, tokens: int) -> dict[str, Tensor]:

@@ -51,6 +51,9 @@ class InlineLane:
     def piece_rows(self, visitor: object, most: int) -> int:
         return most
 
+    def slice_s(self) -> float:
+        return 1.0
+
     async def submit(self, priority: Priority, work: Callable[[], Any], **_: Any) -> Timed[Any]:
         await trio.sleep(self._dice.uniform(0.0, 0.02))
         if self.frozen:

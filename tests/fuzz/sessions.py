@@ -98,6 +98,7 @@ def _ask(data: bytes, answer: Callable[[Inbound, ByteStream], Any]) -> None:
     assert not inbound.sessions
     assert not inbound._mailboxes
     assert inbound.budget.left_bytes == inbound.budget.total_bytes
+    assert inbound.work.left_bytes == inbound.work.total_bytes
 
 
 def inference(data: bytes) -> None:
@@ -122,6 +123,7 @@ def push(data: bytes) -> None:
                 with suppress(SwarmError):
                     await inbound.answer_push(ours)
             assert len(mailbox._waiting) <= 2
+        assert inbound.work.left_bytes == inbound.work.total_bytes
 
     the_loop().run(pushed)
 

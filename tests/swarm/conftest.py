@@ -76,10 +76,12 @@ class Swarm:
 
 
 async def all_leases_returned(peer: Peer) -> None:
-    """Wait until a server's whole cache is free again; the test's own deadline is the bound."""
+    """Wait until a server's whole cache is free again, and its memory for requests; the test's own deadline is the
+    bound."""
     assert peer.server is not None
     with trio.fail_after(10):
-        while peer.server.budget.left_bytes < peer.server.budget.total_bytes or peer.server.inbound.sessions:  # noqa: ASYNC110
+        inbound, budgets = peer.server.inbound, (peer.server.budget, peer.server.inbound.work)
+        while inbound.sessions or any(budget.left_bytes < budget.total_bytes for budget in budgets):  # noqa: ASYNC110
             await trio.sleep(0.001)  # a poll of the state waited for
 
 

@@ -12,6 +12,7 @@ import trio
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.session import RemoteSession
 from petals.peer.node import Peer
+from petals.peer.server.leases import CacheBudget
 from petals.peer.server.mailbox import MAX_EARLY, Mailbox, Pushed
 from petals.peer.server.push import Pusher
 from petals.protocols import messages_pb2 as pb
@@ -143,9 +144,13 @@ async def test_strangers_push_nothing(make_swarm: MakeSwarm, tiny_truth: Truth) 
 
 
 async def test_a_mailbox_takes_what_was_announced() -> None:
+    """And gives back the bytes of what it drops."""
+    budget = CacheBudget(1 << 20)
+    leases = iter([await budget.acquire(PeerId("a"), 100, 0.0) for _ in range(20)])
+
     def push(sender: str, step_id: int, tokens: int = 1) -> Pushed:
         header = pb.Tensor(dtype=pb.FLOAT32, shape=[1, tokens, 4])
-        return Pushed(PeerId(sender), pb.Push(step_id=step_id, hidden=header), bytearray(16 * tokens))
+        return Pushed(PeerId(sender), pb.Push(step_id=step_id, hidden=header), bytearray(16 * tokens), next(leases))
 
     step = pb.Step(step_id=3, pushed_by="a", hidden=pb.Tensor(dtype=pb.FLOAT32, shape=[1, 1, 4]))
     mailbox = Mailbox(pb.Open())
@@ -164,3 +169,8 @@ async def test_a_mailbox_takes_what_was_announced() -> None:
     for index in range(MAX_EARLY + 3):
         mailbox.put(push("a", 10 + index))
     assert mailbox.dropped == 2 + 1 + 3
+    right.lease.release()  # as its taker does
+    mailbox.clear()
+    for unused in leases:
+        unused.release()
+    assert budget.left_bytes == budget.total_bytes
