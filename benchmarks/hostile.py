@@ -44,7 +44,7 @@ BLOCKS, LENGTH, CACHE_MB = 8, 256, 64
 FOREVER = 1 << 40
 
 
-async def again(attack: Callable[[Attacker], Awaitable[None]], attacker: Attacker) -> None:
+async def again(attack: Callable[..., Awaitable[None]], attacker: Attacker) -> None:
     """Repeat it."""
     while True:
         await attack(attacker)
@@ -61,6 +61,17 @@ ATTACKS: dict[str, list[Callable[[Attacker], Awaitable[None]]]] = {
     "the whole cache, 1 peer": [partial(Attacker.exhaust_cache, max_length=LENGTH, count=500)],
     "the whole cache, 40 peers": [partial(Attacker.exhaust_cache, max_length=LENGTH, count=16)] * 40,
     "record floods, 4 peers": [partial(Attacker.flood_records, count=FOREVER)] * 4,
+    "forward of 16,384 tokens, mask, prompts, factors, 1 peer": [
+        partial(again, partial(Attacker.train, tokens=16384, backward=False, extras=True))
+    ],
+    "backward of 16,384 tokens, mask, prompts, factors, 1 peer": [
+        partial(again, partial(Attacker.train, tokens=16384, backward=True, extras=True))
+    ],
+    "forward and backward of 2,048 tokens, 4 peers": [
+        partial(again, partial(Attacker.train, tokens=2048, backward=backward)) for backward in (False, True) * 2
+    ],
+    "half-sent requests, 4 peers": [partial(Attacker.half_sent, tokens=16000, count=64)] * 4,
+    "pushes that wait, 4 peers": [partial(Attacker.fill_mailbox, tokens=1024, count=64)] * 4,
     "reset storm, 1 peer": [partial(Attacker.reset_storm, count=FOREVER)],
     "reset storm, 8 peers": [partial(Attacker.reset_storm, count=FOREVER)] * 8,
 }  # fmt: skip

@@ -77,6 +77,11 @@ class MessageStream:
         """Seconds of encrypting and decrypting so far, of all streams of the connection; 0 where nobody counts."""
         return float(getattr(self.stream, "cipher_s", 0.0))
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the stream is known to be reset or its connection dead; False where nobody looks."""
+        return bool(getattr(self.stream, "is_lost", False))
+
     async def read_message(self) -> bytes | None:
         """The next message; None at a clean end between messages. A cancelled call loses nothing.
 

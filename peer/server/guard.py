@@ -25,7 +25,7 @@ from petals.peer.server.lane import Lane
 from petals.peer.server.leases import CacheBudget, Lease, NoRoom
 from petals.peer.server.quotas import Rates
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import ProtocolViolation, RemoteProtocolError, SwarmError
+from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteProtocolError, SwarmError
 from petals.protocols.inference import MAX_MESSAGE_BYTES
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import COMPRESSIONS, MAX_TENSOR_BYTES, decode_tensor
@@ -254,6 +254,11 @@ class Guard:
         if adapter and asked.lora:
             raise Refused(pb.UNSUPPORTED, "a hosted adapter and updates of the client's own do not go together")
         return range(start, end)
+
+    def _check_wanted(self, asker: Asker) -> None:
+        """Between two pieces of long work: raise PeerUnreachable when whoever asked for it has gone."""
+        if asker.is_lost:
+            raise PeerUnreachable("the asker has gone", asker.remote_peer)
 
     async def _answer(self, asker: Asker, reply: Reply, *payload: memoryview) -> None:
         """Send an answer; a peer that does not take it in time loses its stream, and with it its lease."""

@@ -227,9 +227,7 @@ class Sessions(Guard):
             raise RemoteProtocolError(f"hypo_ids outside 0:{opening.batch_size}")
         if session.notary is not None:  # before: a block may compute in place
             await session.notary.note(step.position, tensors)
-        done = await self._compute(
-            messages.remote_peer, session.visitor, session.cache, step.position, tensors, session.adapter
-        )
+        done = await self._compute(messages, session.visitor, session.cache, step.position, tensors, session.adapter)
         message = pb.InferenceReply()
         reply = message.step_done
         reply.step_id, reply.supplied = step.step_id, supplied
@@ -252,7 +250,7 @@ class Sessions(Guard):
 
     async def _compute(
         self,
-        peer_id: PeerId,
+        messages: Asker,
         visitor: Visitor,
         cache: SpanCache,
         position: int,
@@ -277,7 +275,9 @@ class Sessions(Guard):
             part = tensors if begin == 0 and piece >= tokens else _piece_of(tensors, position, begin, piece)
             step = StepWork(self.span, cache, position + begin, part, adapter)
             work = step if step.can_join else step.alone
-            done = await self.lane.submit(priority, work, peer_id=peer_id, cost=step.rows, visitor=visitor)
+            if begin:
+                self._check_wanted(messages)
+            done = await self.lane.submit(priority, work, peer_id=messages.remote_peer, cost=step.rows, visitor=visitor)
             outputs.append(done.value)
             queue_s += done.queue_s
             compute_s += done.compute_s

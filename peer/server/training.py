@@ -19,7 +19,6 @@ from petals.protocols.receipts import BACKWARD, block_tokens
 from petals.protocols.stream import ByteStream
 from petals.protocols.tensors import encode_tensor
 from petals.protocols.training import request_payload
-from petals.protocols.types import PeerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class Trainings(Guard):
         await self._turn(peer_id, tokens, plan)
         with await self._hold(peer_id, self._bytes_of(request, plan, blocks, backward=backward), PATIENCE_S):
             tensors = await self._read_payload(messages, plan)
-            done = await self._compute_training(peer_id, request, blocks, tensors)
+            done = await self._compute_training(messages, request, blocks, tensors)
             reply = pb.TrainingDone(queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6))
             encoding = self._encoding(request.reply_encoding)
             _, pieces = encode_tensor(done.value.hidden, encoding, header=reply.hidden)
@@ -97,7 +96,7 @@ class Trainings(Guard):
         return self.config.work_bytes // 8
 
     async def _compute_training(
-        self, peer_id: PeerId, request: pb.TrainingRequest, blocks: range, tensors: dict[str, Tensor]
+        self, messages: Asker, request: pb.TrainingRequest, blocks: range, tensors: dict[str, Tensor]
     ) -> Timed[_Trained]:
         """The whole request, piece by piece; between two of them others' steps have their turn."""
         given = Sequences(
@@ -124,7 +123,8 @@ class Trainings(Guard):
                 step = partial(next, pieces, 0)
             else:
                 step = partial(_next_piece, pieces, units)
-            done = await self.lane.submit(priority, step, peer_id=peer_id, cost=units / len(blocks))
+            self._check_wanted(messages)
+            done = await self.lane.submit(priority, step, peer_id=messages.remote_peer, cost=units / len(blocks))
             queue_s, compute_s = queue_s + done.queue_s, compute_s + done.compute_s
             if not done.value:
                 break

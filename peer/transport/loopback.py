@@ -35,6 +35,10 @@ class LoopbackStream:
         self._out, self._back, self._broken = out, back, broken
         self._closed = False
 
+    @property
+    def is_lost(self) -> bool:
+        return bool(self._broken)
+
     async def read(self, max_bytes: int) -> bytes:
         await trio.lowlevel.checkpoint()
         while not self._back.buffer:

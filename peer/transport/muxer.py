@@ -132,6 +132,11 @@ class MuxedStream:
         """Seconds that this connection's ciphers took so far, at this end, all streams together."""
         return self._connection.cipher_s
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the stream was reset or its connection died: nobody will read what is written."""
+        return self._state.reset or self._connection.error is not None
+
     async def read(self, max_bytes: int) -> bytes | bytearray | memoryview:
         """At least one and at most `max_bytes` bytes; empty at the clean end.
 

@@ -33,6 +33,7 @@ from petals.protocols.inference import INFERENCE_V1, MAX_MESSAGE_BYTES
 from petals.protocols.push import PUSH_V1
 from petals.protocols.stream import MessageStream
 from petals.protocols.tensors import encode_tensor
+from petals.protocols.training import BACKWARD_V1, FORWARD_V1
 from petals.protocols.types import ModelId, PeerId
 
 PROTOCOLS = (INFERENCE_V1, PUSH_V1, "/petals/info/1.0.0", "/ipfs/ping/1.0.0", str(PROTOCOL_ID))
@@ -158,6 +159,63 @@ class Attacker:
             await messages.write_message(self.opening(max_length))
             reply = pb.InferenceReply.FromString(await messages.read_message() or b"")
             self.note(f"cache {reply.WhichOneof('kind')}")
+        await trio.sleep_forever()
+
+    async def train(self, tokens: int, *, backward: bool, extras: bool = False) -> None:
+        """One forward or backward request of one row, as long as is allowed; extras: padding, prompts and factors."""
+        hidden = self.target.hidden_size
+        sent = {"hidden": torch.randn(1, tokens, hidden)}
+        if extras:
+            sent["attention_mask"] = torch.arange(tokens).expand(1, -1) >= tokens // 8
+            sent["prompts"] = torch.randn(self.target.blocks, 1, tokens // 4, hidden)
+        if backward:
+            sent["grad_output"] = torch.randn(1, tokens, hidden)
+        request = pb.TrainingRequest(model_digest=self.target.model.digest, end_block=self.target.blocks)
+        payload: list[memoryview] = []
+        for name, tensor in sent.items():
+            _, pieces = encode_tensor(tensor, header=getattr(request, name))
+            payload += pieces
+        if extras:
+            a, b = torch.randn(8, hidden), torch.randn(hidden, 8)
+            factors = pb.LowRank(block=0, path="self_attn.q_proj", scaling=0.1)
+            for factor, header in ((a, factors.a), (b, factors.b)):
+                payload += encode_tensor(factor, header=header)[1]
+            request.lora.append(factors)
+        messages = await self.stream(BACKWARD_V1 if backward else FORWARD_V1)
+        await messages.write_message(request.SerializeToString(), *payload)
+        reply = pb.TrainingReply.FromString(await messages.read_message() or b"")
+        self.note(f"training {reply.WhichOneof('kind')}")
+        await messages.reset()
+
+    async def half_sent(self, tokens: int, count: int) -> None:
+        """Training requests whose payload stops before its last byte."""
+        for _ in range(count):
+            messages = await self.stream(FORWARD_V1)
+            header, payload = encode_tensor(torch.zeros(1, tokens, self.target.hidden_size))
+            request = pb.TrainingRequest(
+                model_digest=self.target.model.digest, end_block=self.target.blocks, hidden=header
+            )
+            await messages.write_message(request.SerializeToString())
+            with trio.move_on_after(2):  # a refusal is not read; what is refused is not taken for ever
+                await messages.stream.write(payload[0][:-1])
+            self.note("half-sent requests")
+        await trio.sleep_forever()
+
+    async def fill_mailbox(self, tokens: int, count: int) -> None:
+        """Pushes to sessions of its own, which ask for no step."""
+        for _ in range(count):
+            opening = pb.InferenceRequest.FromString(self.opening(tokens))
+            session = await self.stream(INFERENCE_V1)
+            await session.write_message(opening.SerializeToString())
+            await session.read_message()
+            header, payload = encode_tensor(torch.zeros(1, tokens, self.target.hidden_size))
+            for step_id in range(2):
+                messages = await self.stream(PUSH_V1)
+                push = pb.Push(session_id=opening.open.session_id, step_id=step_id, hidden=header)
+                with suppress(RemoteError):
+                    await messages.write_message(push.SerializeToString(), *payload)
+                    await messages.close()
+                    self.note("pushes")
         await trio.sleep_forever()
 
     async def flood_records(self, count: int) -> None:
