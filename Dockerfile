@@ -40,6 +40,6 @@ EXPOSE 31337 8000
 STOPSIGNAL SIGTERM
 # The first start fetches and loads blocks. Asks the port of PETALS_LISTEN.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=30m --retries=3 \
-    CMD ["python", "-m", "petals.cli.alive"]
+    CMD ["python", "-m", "petals.cli.healthcheck"]
 ENTRYPOINT ["petals", "peer"]
 CMD ["--serve"]

@@ -29,13 +29,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from petals import PeerConfig, open_peer
-from petals.models.block import BlockSpan
-from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.models.loading import load_span
-from petals.peer.client.comparison import error_between, tolerance_of
-from petals.peer.client.generation import GenerationOptions
+from petals.models.blocks.block import BlockSpan
+from petals.models.source.checkpoint import Checkpoint, open_checkpoint
+from petals.models.source.loading import load_span
+from petals.peer.base.identity import create_identity, verify
+from petals.peer.client.audit.comparison import error_between, tolerance_of
+from petals.peer.client.generation.generation import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.identity import create_identity, verify
 from petals.protocols.tensors import digest_tensor
 
 PROMPT = "In 1492 Columbus sailed the ocean blue; def f(x): return x**2  # and so on. The quick brown fox jumps. "

@@ -32,10 +32,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.directory import MODEL, record_of
 from petals.dht.records import ServerState, sign_record
-from petals.peer.host import HostConfig
-from petals.peer.identity import create_identity
-from petals.peer.info import answer_info
-from petals.peer.joining import open_membership
+from petals.peer.base.identity import create_identity
+from petals.peer.membership.joining import open_membership
+from petals.peer.membership.record_exchange import answer_info
+from petals.peer.net.host import HostConfig
 from petals.peer.server.announcer import Announcer
 from petals.protocols.info import INFO_V1
 from petals.protocols.stream import ByteStream
@@ -48,7 +48,12 @@ LOOK_PAUSE_S = 0.5
 ECHO_PAUSE_S = 0.02
 
 
-PRELOADED = ["psutil", "petals.peer.joining", "petals.peer.server.announcer", "petals.peer.info"]
+PRELOADED = [
+    "psutil",
+    "petals.peer.membership.joining",
+    "petals.peer.server.announcer",
+    "petals.peer.membership.record_exchange",
+]
 """Imported once, by the process that all others are forked from (of itself it should import the main module, but Python
 3.11 does not)."""
 

@@ -19,9 +19,9 @@ from servers import server
 from shapes import SHAPES, model_of
 
 from petals import PeerConfig, open_peer
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import block_numel
-from petals.models.machine import gigabytes, gigaflops
+from petals.models.kernels.machine import gigabytes, gigaflops
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import block_numel
 from petals.peer.client.model_client import ModelClient
 
 PROMPT = 1024

@@ -29,12 +29,12 @@ from shapes import SHAPES, model_of
 from transformers import AutoModelForCausalLM
 
 from petals import AutoDistributedModelForCausalLM, connect
-from petals.models.causal_lm import load_causal_lm
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.models.machine import gigabytes
-from petals.peer.client.chain import RemoteChainSession
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.local import LocalChain
+from petals.models.kernels.machine import gigabytes
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
+from petals.peer.client.remote_chain import RemoteChainSession
 
 
 def timed(generate: Callable[[int], Any], tokens: int) -> float:

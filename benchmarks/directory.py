@@ -20,9 +20,9 @@ import trio.testing
 from petals.dht.directory import PATIENCE_S, READ_FROM, STORE_AT, Directory, open_directory
 from petals.dht.records import ServerRecord, ServerState, sign_record
 from petals.dht.walk import walk
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.identity import create_identity, verify
-from petals.peer.info import answer_info, fetch_record
+from petals.peer.base.identity import create_identity, verify
+from petals.peer.membership.record_exchange import answer_info, fetch_record
+from petals.peer.net.host import Host, HostConfig, open_host
 from petals.peer.server.announcer import Announcer
 from petals.protocols.info import INFO_V1
 from petals.protocols.stream import ByteStream

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from petals import PeerConfig, Timeouts, open_peer
 from petals.peer.client.model_client import ClientOptions, ModelClient
-from petals.peer.client.session import RemoteSession
+from petals.peer.client.session.session import RemoteSession
 
 STAGES = 4
 

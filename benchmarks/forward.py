@@ -18,7 +18,7 @@ from servers import table, take_turns, two_servers
 from transformers import AutoModelForCausalLM
 
 from petals import AutoDistributedModelForCausalLM, connect
-from petals.models.checkpoint import open_checkpoint
+from petals.models.source.checkpoint import open_checkpoint
 from petals.protocols.tensors import COMPRESSIONS, encode_tensor
 
 

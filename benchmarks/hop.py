@@ -28,12 +28,12 @@ from servers import server
 from shapes import SHAPES, model_of
 
 from petals import PeerConfig, open_peer
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
 from petals.peer.client.model_client import ModelClient
-from petals.peer.client.session import HopTrace, RemoteSession
+from petals.peer.client.session.session import HopTrace, RemoteSession
 from petals.peer.client.tracing import PARTS
-from petals.peer.host import HostConfig, open_host
+from petals.peer.net.host import HostConfig, open_host
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.tensors import check_header, decode_tensor, encode_tensor

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from petals import PeerConfig, open_peer
 from petals.peer.client.model_client import ModelClient
-from petals.peer.host import HostConfig
+from petals.peer.net.host import HostConfig
 from petals.protocols.errors import SwarmError
 from petals.protocols.types import ModelId, PeerId
 

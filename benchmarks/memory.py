@@ -17,9 +17,9 @@ from pathlib import Path
 _LOAD = """
 import json, sys, time
 import torch, transformers.models.bloom.modeling_bloom
-from petals.models.checkpoint import open_checkpoint
-from petals.models.halves import can_halve
-from petals.models.loading import load_span
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.kernels.float16_weights import can_halve
+from petals.models.source.loading import load_span
 
 def peak():  # not ru_maxrss, which an exec inherits from the parent
     with open("/proc/self/status") as status:

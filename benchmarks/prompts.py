@@ -18,7 +18,7 @@ from servers import server, table, take_turns
 
 from petals import connect
 from petals.peer.client.model_client import ModelClient, Prefix
-from petals.peer.client.pipeline import PIECE_TOKENS
+from petals.peer.client.session.pipelined_step import PIECE_TOKENS
 from petals.protocols.prefixes import prefix_names
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
+from petals.models.client.local import LocalChain
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
 
 ROWS = (("none", torch.float32), ("none", torch.bfloat16), ("int8", torch.float32), ("nf4", torch.float32))
 

@@ -8,8 +8,8 @@ import statistics
 import time
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.client.routing import find_route
-from petals.peer.client.view import Offer, SwarmView
+from petals.peer.client.routing.routing import find_route
+from petals.peer.client.routing.view import Offer, SwarmView
 from petals.protocols.types import ModelId, PeerId
 
 MODEL = ModelId("benchmark", "0" * 64)

@@ -36,10 +36,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from petals import AutoDistributedModelForCausalLM, PeerConfig, ServeConfig, Timeouts, open_peer
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.peer.client.generation import GenerationOptions
+from petals.models.client.local import LocalChain
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
+from petals.peer.client.generation.generation import GenerationOptions
 from petals.peer.node import Peer
 from petals.protocols.errors import SwarmError
 from petals.protocols.framing import encode_varint

@@ -7,7 +7,8 @@ they are served; the rest of its time is what it needs besides. CPU seconds are 
 too: waiting for a core is not in them. Idle: CPU and memory of a serving peer beyond its weights.
 
 A start that does not count comes first. It leaves our modules' byte code behind, as a first start does for everybody
-who has not forbidden that (PYTHONDONTWRITEBYTECODE; 0.14 s without), and transformers' table (models/library.py).
+who has not forbidden that (PYTHONDONTWRITEBYTECODE; 0.14 s without), and transformers' table
+(models/source/library.py).
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ import torch
 from servers import table, take_turns, two_servers
 
 from petals import AutoDistributedModelForCausalLM, LoraSettings, connect
-from petals.models.causal_lm import load_causal_lm
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.models.tuning import Tuning
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.local import LocalChain
+from petals.models.client.tuning import Tuning
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:

@@ -31,9 +31,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from petals.peer.config import RelayLimits
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.transport.pnet import SwarmKey
+from petals.peer.base.config import RelayLimits
+from petals.peer.net.host import Host, HostConfig, open_host
+from petals.peer.net.wire.pnet import SwarmKey
 from petals.protocols.stream import ByteStream
 
 STACKS = ("tcp", "tls", "stock", "petals", "relayed", "private")

@@ -28,13 +28,13 @@ import trio
 from servers import server, table, take_turns
 
 from petals import connect
-from petals.models.checkpoint import open_checkpoint
-from petals.models.partial import PartialCheckpoint
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.partial import PartialCheckpoint
+from petals.peer.base.identity import create_identity
 from petals.peer.client.model_client import ModelClient
-from petals.peer.client.weights import SwarmWeights
-from petals.peer.host import HostConfig, open_host
-from petals.peer.identity import create_identity
+from petals.peer.net.host import HostConfig, open_host
 from petals.peer.node import Peer
+from petals.peer.weights.fetch import SwarmWeights
 from petals.protocols.stream import ByteStream
 from petals.protocols.types import ModelId, PeerId
 

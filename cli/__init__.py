@@ -1,0 +1,1 @@
+"""The command line: parses flags, runs a peer, prints what happens."""

@@ -7,8 +7,8 @@ import json
 import time
 from typing import Any
 
-from petals.cli.numbers import at_least_1
-from petals.cli.saying import say
+from petals.cli.base.argument_types import at_least_1
+from petals.cli.base.terminal import say
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,8 +44,8 @@ async def run(options: argparse.Namespace) -> None:
     say("starting (torch takes a few seconds to import)")
     import trio
 
-    from petals.models.checkpoint import open_checkpoint
-    from petals.peer.server.bench import run_bench
+    from petals.models.source.checkpoint import open_checkpoint
+    from petals.peer.server.measure import run_bench
 
     checkpoint = await trio.to_thread.run_sync(
         lambda: open_checkpoint(options.model, revision=options.revision, token=options.token, progress=say)

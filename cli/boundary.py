@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from petals import __version__
-from petals.cli.saying import hush
+from petals.cli.base.terminal import hush
 from petals.protocols.errors import UserError
 
 EXIT_BUG = 1

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from petals.cli.base.terminal import hush, say
 from petals.cli.conversation import Composer, Conversation, printable
 from petals.cli.peer import summary
-from petals.cli.saying import hush, say
 from petals.models.progress import counting_seconds
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
-    from petals.peer.client.generation import GenerationOptions, TokenStream
+    from petals.peer.client.generation.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
     from petals.peer.node import Peer
 
@@ -159,7 +159,7 @@ class _Chat:
         Raises:
             UserError: the last question alone is too long, or the model's template refuses the conversation.
         """
-        from petals.peer.client.generation import Chat, PromptTooLong
+        from petals.peer.client.generation.generation import Chat, PromptTooLong
 
         forgotten = 0
         while True:

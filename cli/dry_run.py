@@ -11,11 +11,11 @@ from petals.protocols.errors import MissingBlocks, describe_blocks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from petals.peer.base.config import PeerConfig
     from petals.peer.client.model_client import ClientOptions
-    from petals.peer.client.routing import RouteChoice
-    from petals.peer.config import PeerConfig
+    from petals.peer.client.routing.routing import RouteChoice
     from petals.peer.node import Peer
-    from petals.peer.server.plan import ServingPlan
+    from petals.peer.server.serving_plan import ServingPlan
 
 
 async def show_plan(
@@ -31,7 +31,7 @@ async def show_plan(
     Raises:
         UserError, MissingBlocks: as without --dry_run.
     """
-    from petals.peer.config import NatConfig, PeerConfig
+    from petals.peer.base.config import NatConfig, PeerConfig
     from petals.peer.node import open_peer
 
     looking = replace(config, serve=None, identity=None, listen=PeerConfig().listen, announce=(), nat=NatConfig())

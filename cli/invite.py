@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from petals.cli.addresses import check_addresses
-from petals.cli.helping import Formatter
-from petals.cli.numbers import at_least_1, number
+from petals.cli.base.addresses import check_addresses
+from petals.cli.base.argument_types import at_least_1, number
+from petals.cli.base.help_format import Formatter
 
 MAX_DAYS = 3660
 
@@ -49,9 +49,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(options: argparse.Namespace) -> None:
     """Print the token."""
-    from petals.peer.identity import load_identity, parse_peer_id
-    from petals.peer.invitation import issue
-    from petals.peer.swarm_key import load_swarm_key
+    from petals.peer.base.identity import load_identity, parse_peer_id
+    from petals.peer.membership.invitation import issue
+    from petals.peer.net.swarm_key import load_swarm_key
 
     check_addresses("--initial_peers", options.initial_peers, named=True)
     key = load_swarm_key(options.with_swarm_key)

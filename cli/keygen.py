@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from petals.cli.helping import Formatter
-from petals.cli.numbers import at_least_1
+from petals.cli.base.argument_types import at_least_1
+from petals.cli.base.help_format import Formatter
 from petals.protocols.errors import UserError
 
 EXAMPLES = """
@@ -54,11 +54,11 @@ def run(options: argparse.Namespace) -> None:
     if options.name or options.requests_per_minute is not None or options.answers is not None:
         raise UserError("--name, --requests_per_minute and --answers are about API keys: give --api, too")
     if options.swarm:
-        from petals.peer.swarm_key import create_swarm_key
+        from petals.peer.net.swarm_key import create_swarm_key
 
         print(create_swarm_key(options.file).fingerprint)
         return
-    from petals.peer.identity import create_identity
+    from petals.peer.base.identity import create_identity
 
     identity = create_identity(options.file, key_type=options.type)
     print(identity.peer_id)

@@ -13,11 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
-from petals.cli import bench, doctor, invite, keygen, peer, seal, settings, status
+from petals.cli import bench, invite, keygen, peer, seal, settings
+from petals.cli.base.help_format import Formatter
+from petals.cli.base.terminal import hush
 from petals.cli.boundary import check_text, report_bug, show_anything
 from petals.cli.cores import honour_quota
-from petals.cli.helping import Formatter
-from petals.cli.saying import hush
+from petals.cli.doctor import doctor
+from petals.cli.status import status
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:

@@ -12,22 +12,22 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from petals.cli.addresses import check_addresses
-from petals.cli.helping import Formatter
+from petals.cli.base.addresses import check_addresses
+from petals.cli.base.argument_types import SEEDS, at_least_1, number, positive, whole
+from petals.cli.base.help_format import Formatter
+from petals.cli.base.terminal import hush
+from petals.cli.base.terminal import say as _say
 from petals.cli.imports import importing
-from petals.cli.numbers import SEEDS, at_least_1, number, positive, whole
-from petals.cli.picture import legs
-from petals.cli.saying import hush
-from petals.cli.saying import say as _say
+from petals.cli.status.render import legs
 from petals.models.progress import counting_seconds
 from petals.protocols.errors import MissingBlocks, UserError, describe_blocks
 from petals.protocols.types import PeerId
 
 if TYPE_CHECKING:
-    from petals.gateway.serve import Door
-    from petals.peer.client.generation import GenerationOptions, TokenStream
+    from petals.gateway.server import Door
+    from petals.peer.base.config import LanConfig, NatConfig, PeerConfig
+    from petals.peer.client.generation.generation import GenerationOptions, TokenStream
     from petals.peer.client.model_client import ClientOptions
-    from petals.peer.config import LanConfig, NatConfig, PeerConfig
     from petals.peer.node import Peer
 
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
@@ -71,7 +71,7 @@ def _read(path: str) -> str:
 
 def peer_ids(words: Sequence[str]) -> frozenset[PeerId]:
     """Peer IDs as they are written; @FILE stands for those in a file, one per line, # and what follows aside."""
-    from petals.peer.identity import parse_peer_id
+    from petals.peer.base.identity import parse_peer_id
 
     found: set[PeerId] = set()
     for word in words:
@@ -271,7 +271,7 @@ def _lasts(options: argparse.Namespace) -> bool:
 
 def nat_config(options: argparse.Namespace) -> NatConfig:
     """What the flags say about routers."""
-    from petals.peer.config import NatConfig, RelayLimits
+    from petals.peer.base.config import NatConfig, RelayLimits
 
     relay = RelayLimits(bytes_per_s=1e6 * options.relay_mb_s) if options.relay else None
     return NatConfig(relays=tuple(options.relays), relay=relay, upnp=not options.no_upnp)
@@ -279,7 +279,7 @@ def nat_config(options: argparse.Namespace) -> NatConfig:
 
 def lan_config(options: argparse.Namespace) -> LanConfig | None:
     """What the flags say about the local network. A peer that listens on this machine only leaves it alone."""
-    from petals.peer.config import LanConfig
+    from petals.peer.base.config import LanConfig
 
     if options.no_mdns or options.new_swarm or options.transport == "stock" or _stays_here(options):
         return None
@@ -321,10 +321,10 @@ async def _run_peer(options: argparse.Namespace, asked: _Asked) -> None:
     started = time.perf_counter()
     _say("starting (torch takes a few seconds to import)")
     with importing():
-        from petals.models.library import import_models
+        from petals.models.source.library import import_models
 
         import_models()
-        from petals.peer.config import PeerConfig, ServeConfig, Timeouts
+        from petals.peer.base.config import PeerConfig, ServeConfig, Timeouts
         from petals.peer.node import open_peer
 
     serve = None
@@ -467,7 +467,7 @@ def _check(options: argparse.Namespace) -> None:
 @contextmanager
 def _door(options: argparse.Namespace) -> Iterator[Door]:
     from petals.gateway.config import HttpConfig
-    from petals.gateway.serve import Door
+    from petals.gateway.server import Door
 
     config = HttpConfig(
         bind=options.http, api_keys=options.api_keys, cors=tuple(options.cors), models=tuple(options.http_models)
@@ -481,7 +481,7 @@ def _door(options: argparse.Namespace) -> Iterator[Door]:
 async def _keep_door(peer: Peer, door: Door, *, as_json: bool) -> None:
     import trio
 
-    from petals.gateway.serve import open_gateway
+    from petals.gateway.server import open_gateway
 
     async with open_gateway(peer, door) as url:
         if as_json:
@@ -497,7 +497,7 @@ async def _keep_door(peer: Peer, door: Door, *, as_json: bool) -> None:
 
 
 def _wanted(options: argparse.Namespace, max_new_tokens: int) -> GenerationOptions:
-    from petals.peer.client.generation import GenerationOptions
+    from petals.peer.client.generation.generation import GenerationOptions
 
     most = options.max_new_tokens or max_new_tokens
     if options.temperature == 0:

@@ -21,9 +21,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(options: argparse.Namespace) -> None:
     """Seal the directory and print its digest."""
-    from petals.models.checkpoint import open_checkpoint
     from petals.models.errors import CheckpointError
-    from petals.models.weights import seal
+    from petals.models.source.checkpoint import open_checkpoint
+    from petals.models.source.weights import seal
 
     if not options.directory.is_dir():
         raise CheckpointError(f"there is no directory {options.directory}; only a model in a directory can be sealed")

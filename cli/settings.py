@@ -18,7 +18,7 @@ from petals.protocols.errors import UserError
 
 PREFIX = "PETALS_"
 OTHERS = frozenset({"PETALS_CACHE"})
-"""Variables that are no flags, though they look like one (models/checkpoint.py)."""
+"""Variables that are no flags, though they look like one (models/source/checkpoint.py)."""
 SWITCH = {"1": True, "true": True, "0": False, "false": False}
 EXPLANATION = (
     "Every flag may also be an environment variable (PETALS_LISTEN, PETALS_INITIAL_PEERS; spaces separate lists, 1 or "

@@ -90,7 +90,7 @@ class ServerRecord:
     """Tokens (of one row, over all its blocks) it has cache room for."""
     using_relay: bool = False
     reachability: str = ""
-    """How others reach it (peer/reachability.py)."""
+    """How others reach it (peer/membership/reachability.py)."""
     round_trips_s: Mapping[PeerId, float] = field(default_factory=dict)
     """Round trips to other peers, in seconds; at most 64."""
     instance: bytes = b""

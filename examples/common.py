@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from petals.models.disk import cache_directory
+from petals.models.source.disk import cache_directory
 
 STEPS = int(os.environ.get("STEPS", "0"))
 """Training steps; 0: as many as the documented run has."""

@@ -14,17 +14,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from petals.gateway.answering import Answerer, Offered
-from petals.gateway.answers import route_of
 from petals.gateway.asgi import ALLOWANCE, ClientGone, Doorkeeper, read_json
 from petals.gateway.config import HttpConfig
 from petals.gateway.errors import ApiError, as_api_error
+from petals.gateway.generations import Answerer, Offered
 from petals.gateway.history import History, Reading
 from petals.gateway.keys import Limits
 from petals.gateway.limits import Allowance
 from petals.gateway.metrics import CONTENT_TYPE, Meter
 from petals.gateway.pages import load_pages
-from petals.gateway.requests import Wanted, check_model, read_chat, read_completion, unknown_model
+from petals.gateway.request_parser import Wanted, check_model, read_chat, read_completion, unknown_model
+from petals.gateway.responses import route_of
 from petals.gateway.swarm import describe
 from petals.peer.node import Peer
 from petals.protocols.errors import SwarmError

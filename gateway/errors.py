@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from petals.models.errors import ModelError
-from petals.peer.client.generation import PromptTooLong
+from petals.peer.client.generation.generation import PromptTooLong
 from petals.protocols.errors import MissingBlocks, PeerBusy, SwarmError, UserError
 
 log = logging.getLogger(__name__)

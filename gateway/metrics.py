@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from petals.peer.client.generation import TokenStream
+from petals.peer.client.generation.generation import TokenStream
 from petals.peer.node import Peer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

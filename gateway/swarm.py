@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from petals.dht import health
-from petals.peer.client.view import Offer, SwarmView
+from petals.peer.client.routing.view import Offer, SwarmView
 from petals.protocols.types import PeerId
 
 

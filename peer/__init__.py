@@ -1,0 +1,1 @@
+"""A peer of the swarm: one node that joins, serves, uses and shares, and its synchronous face."""

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from petals.peer.complaints import ComplaintBook
-from petals.peer.config import LanConfig, NatConfig, RelayLimits
-from petals.peer.host import Host, HostConfig
-from petals.peer.identity import create_identity, load_or_create_identity, verify
-from petals.peer.info import answer_info
-from petals.peer.invitation import find_way_in
-from petals.peer.joining import open_membership
-from petals.peer.reachability import Ladder
+from petals.peer.base.config import LanConfig, NatConfig, RelayLimits
+from petals.peer.base.identity import create_identity, load_or_create_identity, verify
+from petals.peer.membership.complaints import ComplaintBook
+from petals.peer.membership.invitation import find_way_in
+from petals.peer.membership.joining import open_membership
+from petals.peer.membership.reachability import Ladder
+from petals.peer.membership.record_exchange import answer_info
+from petals.peer.net.host import Host, HostConfig
 from petals.protocols.info import INFO_V1
 from petals.protocols.types import PeerId
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from petals.peer.base.config import PeerConfig, Timeouts
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.config import PeerConfig, Timeouts
 from petals.protocols.errors import UserError
 
 INITIAL_PEERS = "PETALS_INITIAL_PEERS"

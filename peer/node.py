@@ -13,28 +13,28 @@ import trio
 
 from petals.dht.directory import Directory
 from petals.dht.records import sign_record
-from petals.models.checkpoint import Checkpoint, open_checkpoint
 from petals.models.errors import SourceUnreachable
-from petals.models.hub import DEFAULT_HUB_ID
-from petals.peer.client.generation import GenerationOptions, Prompt, TokenStream, run_generation
+from petals.models.source.checkpoint import Checkpoint, open_checkpoint
+from petals.models.source.hub import DEFAULT_HUB_ID
+from petals.peer.accounting.ledger import Ledger, ledger_path, read_ledger
+from petals.peer.accounting.receipts import Accountant
+from petals.peer.base.config import PeerConfig, ServeConfig
+from petals.peer.base.identity import Identity, create_identity, load_or_create_identity, verify
+from petals.peer.base.portal import Portal
+from petals.peer.client.generation.generation import GenerationOptions, Prompt, TokenStream, run_generation
 from petals.peer.client.model_client import ClientOptions, ModelClient
-from petals.peer.client.view import SwarmWatcher
-from petals.peer.client.weights import SwarmWeights, find_model
-from petals.peer.clocks import ClockWatch
-from petals.peer.complaints import ComplaintBook
-from petals.peer.config import PeerConfig, ServeConfig
-from petals.peer.host import Host, HostConfig
-from petals.peer.identity import Identity, create_identity, load_or_create_identity, verify
-from petals.peer.info import answer_info
-from petals.peer.invitation import find_way_in, introduce
-from petals.peer.joining import open_membership
-from petals.peer.ledger import Ledger, ledger_path, read_ledger
-from petals.peer.portal import Portal
-from petals.peer.reachability import Ladder
-from petals.peer.receipts import Accountant
-from petals.peer.server.plan import ServingPlan, choose_place, plan_serving
+from petals.peer.client.routing.view import SwarmWatcher
+from petals.peer.membership.clocks import ClockWatch
+from petals.peer.membership.complaints import ComplaintBook
+from petals.peer.membership.invitation import find_way_in, introduce
+from petals.peer.membership.joining import open_membership
+from petals.peer.membership.reachability import Ladder
+from petals.peer.membership.record_exchange import answer_info
+from petals.peer.net.host import Host, HostConfig
 from petals.peer.server.service import Server, Service
-from petals.peer.server.weights import WeightSender
+from petals.peer.server.serving_plan import ServingPlan, choose_place, plan_serving
+from petals.peer.weights.fetch import SwarmWeights, find_model
+from petals.peer.weights.share import WeightSender
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.info import INFO_V1
 from petals.protocols.receipts import RECEIPTS_V1

@@ -20,16 +20,16 @@ import torch
 import trio
 from transformers import PretrainedConfig
 
-from petals.models.causal_lm import GenerationMixin
-from petals.models.chain import BlockChain
-from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.models.distributed import DistributedMixin, Head
+from petals.models.client.causal_lm import GenerationMixin
+from petals.models.client.chain import BlockChain
+from petals.models.client.distributed import DistributedMixin, Head
+from petals.models.client.remote_sequential import RemoteSequential as Blocks
+from petals.models.client.speculative import SpeculativeMixin
+from petals.models.client.tuning import LoraSettings, Tuning
 from petals.models.errors import BlockRangeError
-from petals.models.remote_sequential import RemoteSequential as Blocks
-from petals.models.speculative import SpeculativeMixin
-from petals.models.tuning import LoraSettings, Tuning
+from petals.models.source.checkpoint import Checkpoint, open_checkpoint
+from petals.peer.base.config import PeerConfig
 from petals.peer.client_config import FIELDS, ClientConfig, drop_harmless
-from petals.peer.config import PeerConfig
 from petals.peer.node import Peer
 from petals.peer.sync import SyncPeer
 from petals.protocols.errors import UserError

@@ -10,9 +10,9 @@ from typing import Any, Self
 import outcome
 import trio
 
-from petals.peer.client.generation import GenerationOptions, Token, TokenStream
+from petals.peer.base.config import PeerConfig
+from petals.peer.client.generation.generation import GenerationOptions, Token, TokenStream
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.config import PeerConfig
 from petals.peer.node import Peer, open_peer
 
 

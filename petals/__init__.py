@@ -20,15 +20,15 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 _HOMES: dict[str, str] = {
     "open_peer": "petals.peer.node",
     "Peer": "petals.peer.node",
-    "PeerConfig": "petals.peer.config",
-    "ServeConfig": "petals.peer.config",
-    "Timeouts": "petals.peer.config",
+    "PeerConfig": "petals.peer.base.config",
+    "ServeConfig": "petals.peer.base.config",
+    "Timeouts": "petals.peer.base.config",
     "connect": "petals.peer.sync",
     "SyncPeer": "petals.peer.sync",
-    "GenerationOptions": "petals.peer.client.generation",
+    "GenerationOptions": "petals.peer.client.generation.generation",
     "RemoteSequential": "petals.peer.pretrained",
-    "InferenceSession": "petals.models.generation",
-    "LoraSettings": "petals.models.tuning",
+    "InferenceSession": "petals.models.client.generation",
+    "LoraSettings": "petals.models.client.tuning",
     "ClientConfig": "petals.peer.client_config",
 }
 __path__.append(os.path.join(os.path.dirname(__file__), "compat"))

@@ -168,7 +168,7 @@ class Complaint:
     """What other holders of the same blocks answered to the same inputs."""
     error: float
     tolerance: float
-    """How far the answer was from the right one (peer/client/comparison.py), and how far it may be."""
+    """How far the answer was from the right one (peer/client/audit/comparison.py), and how far it may be."""
     issued_at: float
     expires_at: float
     """Unix seconds; at most a day apart."""

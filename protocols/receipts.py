@@ -2,7 +2,7 @@
 
 A receipt says that a server did so much for a client. Both sign the same bytes, each behind a domain string of its own,
 so that neither signature can stand for the other one, or for anything else a key signs. The server's own word about its
-work is worth nothing; the client's is worth what the client is worth to whoever reads it (peer/ledger.py).
+work is worth nothing; the client's is worth what the client is worth to whoever reads it (peer/accounting/ledger.py).
 
 Work is counted in block-tokens, by the same rule at both ends, so that the two counts agree to the last one.
 """
@@ -71,7 +71,7 @@ class Work:
     steps: int
     block_tokens: int
     recent_block_tokens: int
-    """This and all before it as far as it is not forgotten (peer/ledger.py), as of `ended_at`."""
+    """This and all before it as far as it is not forgotten (peer/accounting/ledger.py), as of `ended_at`."""
     started_at: float
     ended_at: float
     """Unix seconds by the server's clock."""

@@ -24,4 +24,4 @@ class ModelId(NamedTuple):
     name: str
     """For people: hub name or directory name, at most 200 characters."""
     digest: str
-    """64 hex digits over configuration and block weights' identity (models/checkpoint.py says how)."""
+    """64 hex digits over configuration and block weights' identity (models/source/checkpoint.py says how)."""

@@ -27,7 +27,7 @@ def start(stack: ExitStack, *flags: str) -> dict[str, object]:
 def main() -> None:
     """Run the demonstration."""
     prompt = " ".join(sys.argv[1:]) or "A cat sat on"
-    subprocess.run([sys.executable, "-m", "petals.models.hub"], check=True)
+    subprocess.run([sys.executable, "-m", "petals.models.source.hub"], check=True)
     with ExitStack() as stack:
         first = start(stack, "--serve", "0:15", "--new_swarm", "--identity", "identities/local-1.key")
         addrs = [str(addr) for addr in first["addrs"]]  # type: ignore[attr-defined]

@@ -26,9 +26,9 @@ def main() -> None:
     from benchmarks.soak import make_model
     from petals import PeerConfig, ServeConfig, open_peer
     from petals.gateway.config import HttpConfig
-    from petals.gateway.serve import open_gateway
+    from petals.gateway.server import open_gateway
     from petals.models.errors import ModelError
-    from petals.peer.identity import IdentityError, load_identity
+    from petals.peer.base.identity import IdentityError, load_identity
     from petals.protocols.errors import UserError
 
     model = ROOM / "model"

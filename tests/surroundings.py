@@ -115,7 +115,7 @@ def _sweep() -> None:
 
 if __name__ == "__main__":
     if not bring_model(CACHE / "petals"):
-        fetch = [sys.executable, "-m", "petals.models.hub"]
+        fetch = [sys.executable, "-m", "petals.models.source.hub"]
         sys.exit(
             subprocess.run(fetch, env=os.environ | {"PETALS_CACHE": str(CACHE / "petals")}, check=False).returncode
         )

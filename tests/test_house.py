@@ -23,26 +23,33 @@ MAY_IMPORT = {
     "models": {"models"},
     "protocols": {"protocols"},
 }
-LIBP2P_LIVES_IN = ("peer/host.py", "peer/identity.py", "peer/public_key.py", "peer/transport/", "dht/directory.py")
+LIBP2P_LIVES_IN = (
+    "dht/directory.py",
+    "peer/base/identity.py",
+    "peer/base/public_key.py",
+    "peer/net/",
+)
 TRIO_LIVES_IN = (
-    "peer/",
-    "gateway/",
-    "dht/",
-    "protocols/stream.py",
-    "cli/main.py",
     "cli/bench.py",
     "cli/chat.py",
+    "cli/doctor/checks.py",
+    "cli/main.py",
     "cli/peer.py",
     "cli/run_dht.py",
-    "cli/status.py",
+    "cli/status/client.py",
+    "cli/status/status.py",
+    "dht/",
+    "gateway/",
+    "peer/",
+    "protocols/stream.py",
 )
 TORCH_LIVES_IN = (
     "models/",
-    "protocols/tensors.py",
     "peer/client/",
-    "peer/server/",
-    "peer/lora.py",
+    "peer/engine/",
     "peer/pretrained.py",
+    "peer/server/",
+    "protocols/tensors.py",
 )
 
 
@@ -165,7 +172,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     for expected in (
         "petals/py.typed",
         "petals/protocols/SPEC.md",
-        "petals/peer/transport/__init__.py",
+        "petals/peer/net/__init__.py",
         "petals/gateway/static/chat.html",
     ):
         assert expected in names
@@ -174,7 +181,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_help_and_the_directory_start_without_torch() -> None:
     probe = (
-        "import sys; import petals.cli.main, petals.cli.run_dht, petals.cli.run_server, petals.cli.alive; "
+        "import sys; import petals.cli.main, petals.cli.run_dht, petals.cli.run_server, petals.cli.healthcheck; "
         "import petals.gateway.keys, petals.peer.bootstrap; "
         "sys.exit(','.join({'torch', 'transformers'} & set(sys.modules)) or 0)"
     )

@@ -19,12 +19,12 @@ import psutil
 import pytest
 import trio
 
-from petals.cli.alive import answers, port_of
+from petals.cli.healthcheck import answers, port_of
 from petals.cli.main import parse, parsers
 from petals.cli.settings import flags_of
-from petals.peer.host import HostConfig, open_host
-from petals.peer.identity import create_identity
-from petals.peer.transport.pnet import SwarmKey
+from petals.peer.base.identity import create_identity
+from petals.peer.net.host import HostConfig, open_host
+from petals.peer.net.wire.pnet import SwarmKey
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from petals.models.disk import cache_directory
-from petals.models.hub import DEFAULT_GGUF_SHA256
+from petals.models.source.disk import cache_directory
+from petals.models.source.hub import DEFAULT_GGUF_SHA256
 from tests.conftest import shuffle, skipped_line
 from tests.surroundings import CACHE, DEFAULT_MODEL, ROOT
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from tests.surroundings import move_in, move_out
 home = move_in()
 assert move_in() is None
-from petals.models.disk import cache_directory
+from petals.models.source.disk import cache_directory
 model = [str(path) for path in cache_directory().glob("converted/*/*")]
 said = {name: value for name, value in os.environ.items()}
 print(json.dumps([str(Path.home()), str(cache_directory()), said, model]))

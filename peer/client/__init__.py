@@ -1,0 +1,1 @@
+"""Uses blocks of other peers: routes, sessions, audits, training and generation."""

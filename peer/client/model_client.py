@@ -17,29 +17,29 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from petals.dht.records import ServerRecord
-from petals.models.adapters import Lora
-from petals.models.causal_lm import load_causal_lm
-from petals.models.checkpoint import Checkpoint
-from petals.models.distributed import Head, HeadQuant, load_model
+from petals.models.blocks.adapters import Lora
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.distributed import Head, HeadQuant, load_model
+from petals.models.client.tuning import Tuning
 from petals.models.errors import ModelError
-from petals.models.tuning import Tuning
-from petals.peer.client.audit import Office, SessionAudit
-from petals.peer.client.batch import BatchTrainer, Companions
-from petals.peer.client.chain import RemoteChain
-from petals.peer.client.home import Home, check_local, is_home, leg_of, name_of, split
-from petals.peer.client.hop import Hop, SessionSpec
-from petals.peer.client.routing import Route, RouteChoice, RouteHop, find_route, push_pays, why_not
-from petals.peer.client.session import RemoteSession, StepTrace
-from petals.peer.client.trust import Finding, Trust
-from petals.peer.client.twins import AsyncTwins
-from petals.peer.client.view import SwarmWatcher
-from petals.peer.complaints import ComplaintBook
-from petals.peer.config import Timeouts
-from petals.peer.host import Host
-from petals.peer.identity import Identity, verify
-from petals.peer.info import fetch_record
-from petals.peer.ledger import nobody_counts
-from petals.peer.portal import Portal
+from petals.models.source.checkpoint import Checkpoint
+from petals.peer.accounting.ledger import nobody_counts
+from petals.peer.base.config import Timeouts
+from petals.peer.base.identity import Identity, verify
+from petals.peer.base.portal import Portal
+from petals.peer.client.async_model import AsyncTwins
+from petals.peer.client.audit.audit import Office, SessionAudit
+from petals.peer.client.audit.verdicts import Finding, Trust
+from petals.peer.client.hops.hop import Hop, SessionSpec
+from petals.peer.client.remote_chain import RemoteChain
+from petals.peer.client.routing.local_blocks import Home, check_local, is_home, leg_of, name_of, split
+from petals.peer.client.routing.routing import Route, RouteChoice, RouteHop, find_route, push_pays, why_not
+from petals.peer.client.routing.view import SwarmWatcher
+from petals.peer.client.session.session import RemoteSession, StepTrace
+from petals.peer.client.training import BatchTrainer, Companions
+from petals.peer.membership.complaints import ComplaintBook
+from petals.peer.membership.record_exchange import fetch_record
+from petals.peer.net.host import Host
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import RemoteError, RouteError, UserError
 from petals.protocols.evidence import Complaint, SignedAnswer, sign_complaint
@@ -413,7 +413,7 @@ class ModelClient:
     ) -> Any:
         """A model of its own over the swarm's blocks, with `AsyncTwins`; called in a thread, takes seconds.
 
-        Args: as `petals.models.distributed.load_model`; `dtype` None: what the servers compute in.
+        Args: as `petals.models.client.distributed.load_model`; `dtype` None: what the servers compute in.
         Raises:
             ModelError: a checkpoint without what `head` needs, a tuning or setting that cannot be.
         """

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 from petals.protocols.errors import UserError
 
 if TYPE_CHECKING:
-    from petals.peer.client.session import StepTrace
+    from petals.peer.client.session.session import StepTrace
 
 PARTS = ("serialise", "encrypt", "network", "queue", "compute")
 

@@ -1,0 +1,1 @@
+"""Offers blocks to the swarm: chooses, loads, announces and drains them."""

@@ -12,7 +12,7 @@ import trio
 
 from petals.dht.directory import Directory
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.concurrency import shielded_for
+from petals.peer.base.concurrency import shielded_for
 from petals.protocols.errors import SwarmError
 
 log = logging.getLogger(__name__)

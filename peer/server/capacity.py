@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from petals.models.checkpoint import Checkpoint
-from petals.models.sizing import sizes_of
-from petals.peer.config import ServeConfig
+from petals.models.source.checkpoint import Checkpoint
+from petals.models.source.sizing import sizes_of
+from petals.peer.base.config import ServeConfig
 from petals.peer.server.device import compute_dtype, device_of
 from petals.peer.server.memory import free_bytes
 from petals.peer.server.placement import blocks_that_fit

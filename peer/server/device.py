@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from petals.models.checkpoint import Checkpoint
-from petals.peer.config import ServeConfig
+from petals.models.source.checkpoint import Checkpoint
+from petals.peer.base.config import ServeConfig
 from petals.protocols.errors import UserError
 from petals.protocols.tensors import FLOATS_BY_NAME
 

@@ -15,31 +15,31 @@ import trio
 from petals import __version__
 from petals.dht.directory import Directory, Signer
 from petals.dht.records import ServerRecord, ServerState
-from petals.models.adapters import load_lora
-from petals.models.block import BlockSpan
-from petals.models.checkpoint import Checkpoint
+from petals.models.blocks.adapters import load_lora
+from petals.models.blocks.block import BlockSpan
+from petals.models.blocks.passes import PASS_ROWS
 from petals.models.errors import ModelError
-from petals.models.loading import load_span, share_layers
-from petals.models.passes import PASS_ROWS
-from petals.peer.config import ServeConfig
-from petals.peer.host import Handler, Host
-from petals.peer.identity import signer_of
-from petals.peer.ledger import Ledger
-from petals.peer.reachability import Reach
-from petals.peer.server.admission import Admission
+from petals.models.source.checkpoint import Checkpoint
+from petals.models.source.loading import load_span, share_layers
+from petals.peer.accounting.ledger import Ledger
+from petals.peer.base.config import ServeConfig
+from petals.peer.base.identity import signer_of
+from petals.peer.engine.admission import Admission
+from petals.peer.engine.cache_budget import CacheBudget
+from petals.peer.engine.compute_thread import ComputeThread
+from petals.peer.engine.endpoint import Inbound
+from petals.peer.engine.push_sender import Pusher
+from petals.peer.engine.quotas import Rates
+from petals.peer.engine.scheduler import Lane, Priority, all_alike
+from petals.peer.engine.throughput import Speedometer, Throughput, measure_throughput
+from petals.peer.membership.reachability import Reach
+from petals.peer.net.host import Handler, Host
 from petals.peer.server.announcer import Announcer
 from petals.peer.server.capacity import room_to_train
-from petals.peer.server.compute import ComputeThread
 from petals.peer.server.device import compute_dtype, device_of
-from petals.peer.server.inbound import Inbound
-from petals.peer.server.lane import Lane, Priority, all_alike
-from petals.peer.server.leases import CacheBudget
 from petals.peer.server.memory import leasable_bytes
-from petals.peer.server.neighbours import Neighbours
+from petals.peer.server.next_hops import Neighbours
 from petals.peer.server.placement import may_leave, should_move
-from petals.peer.server.push import Pusher
-from petals.peer.server.quotas import Rates
-from petals.peer.server.throughput import Speedometer, Throughput, measure_throughput
 from petals.protocols.admit import ADMIT_V1
 from petals.protocols.errors import SwarmError, UserError
 from petals.protocols.inference import INFERENCE_V1

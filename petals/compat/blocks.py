@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.models.remote_sequential import RemoteSequential
+from petals.models.client.local import LocalChain
+from petals.models.client.remote_sequential import RemoteSequential
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
 
 
 def load_pretrained_block(

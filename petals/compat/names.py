@@ -23,7 +23,9 @@ SAMPLING = Gone("give do_sample, temperature, top_k, top_p or num_beams to gener
 SERVING = Gone("petals peer --serve, or open_peer(PeerConfig(serve=ServeConfig(...))): see docs/serving.md")
 STATUS = Gone("petals status lists the round trips")
 TUNING = Gone("give tuning_mode= and pre_seq_len= to from_pretrained")
-WRAPPED_BLOCK = Gone("blocks run as the family's own transformers code; petals.models.loading.load_span loads them")
+WRAPPED_BLOCK = Gone(
+    "blocks run as the family's own transformers code; petals.models.source.loading.load_span loads them"
+)
 PUBLIC_INITIAL_PEERS: list[str] = []
 """No public swarm is known to us; an empty list leaves the choice to $PETALS_INITIAL_PEERS."""
 TOP_LEVEL: dict[str, Any] = {

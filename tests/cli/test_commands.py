@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from petals.models.checkpoint import open_checkpoint
+from petals.models.source.checkpoint import open_checkpoint
 from tests.models.tiny import CASES, save_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -16,13 +16,13 @@ import transformers
 from transformers.utils import import_utils
 
 from petals.cli.imports import importing
-from petals.models.library import Names, names_of
+from petals.models.source.library import Names, names_of
 
 SERVING = """
 import sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from petals.models.library import import_models
+from petals.models.source.library import import_models
 import_models()
 from petals.peer.node import open_peer
 """

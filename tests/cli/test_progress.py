@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from petals.cli.saying import hush, say
+from petals.cli.base.terminal import hush, say
 from petals.models import progress
-from petals.models.checkpoint import open_checkpoint
-from petals.models.halves import can_halve
-from petals.models.hub import bars_on_terminals_only
-from petals.models.loading import load_span
+from petals.models.kernels.float16_weights import can_halve
 from petals.models.progress import Meter, Passing, counting_seconds
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.hub import bars_on_terminals_only
+from petals.models.source.loading import load_span
 from tests.models.tiny import CASES, save_tiny
 
 
@@ -87,7 +87,7 @@ def test_loading_and_quantising_say_how_far_they_are(tmp_path: Path, monkeypatch
         load_span(checkpoint, range(1, 3), progress=said.append)
         assert said == ["reading blocks 1:3: 50% of 2 blocks, 0 s"]
         said.clear()
-    monkeypatch.setattr("petals.models.assemble.can_halve", lambda: False)
+    monkeypatch.setattr("petals.models.blocks.assemble.can_halve", lambda: False)
     load_span(checkpoint, range(1, 3), progress=said.append)
     assert said == ["reading blocks 1:3: 50% of 2 blocks, 0 s"]
     said.clear()

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals.cli.picture import describe, picture
-from petals.cli.plots import bars
-from petals.cli.status import as_json
+from petals.cli.status.plots import bars
+from petals.cli.status.render import describe, picture
+from petals.cli.status.status import as_json
 from petals.dht.health import copies_of, health, weakest_stretch
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.identity import create_identity
-from petals.peer.ledger import Ledger, ledger_path, write_ledger
-from petals.peer.status import ModelStatus, read_contribution
+from petals.peer.accounting.ledger import Ledger, ledger_path, write_ledger
+from petals.peer.base.identity import create_identity
+from petals.peer.membership.observer import ModelStatus, read_contribution
 from petals.protocols.errors import UserError
 from petals.protocols.types import ModelId, PeerId
 from tests.cli.test_commands import NOBODY, run, serving
@@ -220,7 +220,8 @@ def test_torch_is_not_imported_for_it() -> None:
     import subprocess
 
     code = (
-        "import sys; import petals.cli.status, petals.peer.status, petals.gateway.asking; print('torch' in sys.modules)"
+        "import sys; import petals.cli.status.status, petals.peer.membership.observer, petals.cli.status.client; "
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

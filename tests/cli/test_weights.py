@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from petals.cli import main
-from petals.models.checkpoint import MANIFEST, open_checkpoint
+from petals.models.source.checkpoint import MANIFEST, open_checkpoint
 from tests.cli import test_commands
 from tests.models.tiny import CASES, save_tiny
 

@@ -12,9 +12,9 @@ import trio
 
 from petals.dht.directory import Directory, open_directory
 from petals.dht.records import ServerRecord, ServerState, sign_record
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.identity import Identity, create_identity, verify
-from petals.peer.info import answer_info, fetch_record
+from petals.peer.base.identity import Identity, create_identity, verify
+from petals.peer.membership.record_exchange import answer_info, fetch_record
+from petals.peer.net.host import Host, HostConfig, open_host
 from petals.protocols.info import INFO_V1
 from petals.protocols.types import ModelId, PeerId
 

@@ -18,7 +18,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from petals.dht import directory as directory_module
 from petals.dht.keys import record_key, swarm_key
 from petals.dht.records import RecordError, ServerState, sign_record
-from petals.peer.identity import create_identity
+from petals.peer.base.identity import create_identity
 from petals.protocols.errors import PeerUnreachable
 from petals.protocols.framing import encode_varint
 from petals.protocols.info import INFO_V1

@@ -22,7 +22,7 @@ from petals.dht.records import (
     peek,
     sign_record,
 )
-from petals.peer.identity import create_identity, verify
+from petals.peer.base.identity import create_identity, verify
 from petals.protocols.types import ModelId, PeerId
 
 NOW = 1.8e9

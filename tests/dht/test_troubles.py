@@ -12,8 +12,8 @@ import trio
 from petals.dht.keys import swarm_key
 from petals.dht.records import RecordError, ServerRecord
 from petals.dht.troubles import KEPT_S, MAX_KEPT, NAMESAKE_S, Namesake, Refusals
-from petals.peer.clocks import ClockWatch
-from petals.peer.identity import create_identity
+from petals.peer.base.identity import create_identity
+from petals.peer.membership.clocks import ClockWatch
 from petals.protocols.types import PeerId
 from tests.dht.conftest import MODEL, Net, make_record
 

@@ -22,10 +22,10 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.dht.keys import record_key, swarm_key
 from petals.dht.records import ServerRecord, ServerState, sign_record
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.identity import Identity, create_identity
-from petals.peer.transport.muxer import MuxedStream, MuxerConfig
-from petals.peer.transport.network import tcp_endpoint, upgrade
+from petals.peer.base.identity import Identity, create_identity
+from petals.peer.net.host import Host, HostConfig, open_host
+from petals.peer.net.libp2p.swarm import tcp_endpoint, upgrade
+from petals.peer.net.wire.muxer import MuxedStream, MuxerConfig
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import RemoteError
 from petals.protocols.framing import encode_frame, encode_varint

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petals.models.adapters import linear_features
+from petals.models.blocks.adapters import linear_features
+from petals.peer.engine.endpoint import Inbound
+from petals.peer.engine.scheduler import Timed
 from petals.peer.node import Peer
-from petals.peer.server.inbound import Inbound
-from petals.peer.server.lane import Timed
 
 KINDS = ("noise", "int8", "stale", "replay", "lazy")
 

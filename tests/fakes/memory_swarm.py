@@ -18,20 +18,20 @@ import trio.testing
 from trio._core import _run
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.models.block import BlockSpan
-from petals.peer.client.hop import SessionSpec
-from petals.peer.client.routing import find_route
-from petals.peer.client.session import RemoteSession
-from petals.peer.client.view import SwarmWatcher
-from petals.peer.config import ServeConfig, Timeouts
-from petals.peer.server.admission import Admission
-from petals.peer.server.inbound import Inbound
-from petals.peer.server.lane import Priority, Timed
-from petals.peer.server.leases import CacheBudget
-from petals.peer.server.push import Pusher
-from petals.peer.server.quotas import Rates
-from petals.peer.server.throughput import Speedometer, Throughput
-from petals.peer.transport.loopback import LoopbackStream, loopback_pair
+from petals.models.blocks.block import BlockSpan
+from petals.peer.base.config import ServeConfig, Timeouts
+from petals.peer.client.hops.hop import SessionSpec
+from petals.peer.client.routing.routing import find_route
+from petals.peer.client.routing.view import SwarmWatcher
+from petals.peer.client.session.session import RemoteSession
+from petals.peer.engine.admission import Admission
+from petals.peer.engine.cache_budget import CacheBudget
+from petals.peer.engine.endpoint import Inbound
+from petals.peer.engine.push_sender import Pusher
+from petals.peer.engine.quotas import Rates
+from petals.peer.engine.scheduler import Priority, Timed
+from petals.peer.engine.throughput import Speedometer, Throughput
+from petals.peer.net.wire.loopback import LoopbackStream, loopback_pair
 from petals.protocols.errors import PeerUnreachable, SwarmError
 from petals.protocols.inference import INFERENCE_V1
 from petals.protocols.push import PUSH_V1

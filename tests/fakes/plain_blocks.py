@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petals.models.block import BlockSpan
-from petals.models.cache import LayerCache
-from petals.models.lean import Lean, _attend, _hidden, _remember
-from petals.models.passes import Part
-from petals.models.products import Product
+from petals.models.blocks.block import BlockSpan
+from petals.models.blocks.cache import LayerCache
+from petals.models.blocks.lean import Lean, _attend, _hidden, _remember
+from petals.models.blocks.passes import Part
+from petals.models.kernels.small_matmul import Product
 
 LENGTH = 128
 

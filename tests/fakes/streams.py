@@ -5,7 +5,7 @@ They are the streams a peer uses to ask itself, and the contract suite (tests/tr
 
 from __future__ import annotations
 
-from petals.peer.transport.loopback import LoopbackStream, loopback_pair
+from petals.peer.net.wire.loopback import LoopbackStream, loopback_pair
 from petals.protocols.types import PeerId
 
 

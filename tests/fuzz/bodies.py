@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from petals.gateway.errors import ApiError
 from petals.gateway.fields import parse_json
-from petals.gateway.requests import Wanted, check_model, read_chat, read_completion
+from petals.gateway.request_parser import Wanted, check_model, read_chat, read_completion
 
 
 def _check(wanted: Wanted) -> None:

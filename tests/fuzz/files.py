@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import save
 
 from petals.gateway.keys import hash_key, hash_of, load_keys
-from petals.models import checkpoint as checkpoint_module
-from petals.models.adapters import CONFIG, WEIGHTS, load_lora
-from petals.models.checkpoint import INDEX, MANIFEST, SINGLE, open_checkpoint
+from petals.models.blocks.adapters import CONFIG, WEIGHTS, load_lora
 from petals.models.errors import ModelError
-from petals.models.gguf_header import check_gguf
-from petals.peer.identity import IdentityError, create_identity, load_identity, verify
+from petals.models.source import checkpoint as checkpoint_module
+from petals.models.source.checkpoint import INDEX, MANIFEST, SINGLE, open_checkpoint
+from petals.models.source.gguf_header import check_gguf
+from petals.peer.base.identity import IdentityError, create_identity, load_identity, verify
 from petals.protocols.errors import UserError
 from petals.protocols.types import PeerId
 from tests.fuzz.sessions import span

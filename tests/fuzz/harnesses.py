@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from petals.peer.transport.multistream import proposal
+from petals.peer.net.wire.multistream import proposal
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.framing import encode_frame
 from tests.fuzz import bodies, files, sessions, swarm, ways, wire
@@ -27,7 +27,7 @@ class Harness:
 
 
 def _yamux_seeds() -> list[bytes]:
-    from petals.peer.transport.yamux import YamuxSession
+    from petals.peer.net.wire.yamux import YamuxSession
 
     session = YamuxSession(is_client=True)
     stream, other = session.open_stream(), session.open_stream()

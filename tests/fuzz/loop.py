@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import trio
 
-from petals.peer.transport.loopback import LoopbackStream, loopback_pair
+from petals.peer.net.wire.loopback import LoopbackStream, loopback_pair
 from petals.protocols.types import PeerId
 
 T = TypeVar("T")

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 import trio
 
-from petals.models.block import BlockSpan
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.peer.client.hop import Hop, SessionSpec, StepInput
-from petals.peer.config import ServeConfig, Timeouts
-from petals.peer.identity import signer_of
-from petals.peer.server.admission import Admission
-from petals.peer.server.inbound import Inbound
-from petals.peer.server.leases import CacheBudget
-from petals.peer.server.push import Pusher
-from petals.peer.server.quotas import Rates
-from petals.peer.server.throughput import Speedometer, Throughput
+from petals.models.blocks.block import BlockSpan
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
+from petals.peer.base.config import ServeConfig, Timeouts
+from petals.peer.base.identity import signer_of
+from petals.peer.client.hops.hop import Hop, SessionSpec, StepInput
+from petals.peer.engine.admission import Admission
+from petals.peer.engine.cache_budget import CacheBudget
+from petals.peer.engine.endpoint import Inbound
+from petals.peer.engine.push_sender import Pusher
+from petals.peer.engine.quotas import Rates
+from petals.peer.engine.throughput import Speedometer, Throughput
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, SwarmError
 from petals.protocols.framing import encode_frame

@@ -25,9 +25,9 @@ from petals.dht.directory import Directory, _peers, open_directory
 from petals.dht.keys import NAMESPACE, record_key, swarm_key
 from petals.dht.records import DOMAIN, RecordError, ServerRecord, ServerState, open_record, peek, sign_record
 from petals.dht.records_pb2 import SignedRecord
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.identity import Identity, _identity, verify
-from petals.peer.info import fetch_record
+from petals.peer.base.identity import Identity, _identity, verify
+from petals.peer.membership.record_exchange import fetch_record
+from petals.peer.net.host import Host, HostConfig, open_host
 from petals.protocols.errors import ProtocolViolation, SwarmError
 from petals.protocols.framing import encode_frame
 from petals.protocols.types import MAX_PEER_ID_BYTES, ModelId, PeerId
@@ -282,7 +282,7 @@ def peers(data: bytes) -> None:
 
 
 def _endpoint(addr: str) -> None:
-    from petals.peer.transport.addresses import tcp_endpoint
+    from petals.peer.net.wire.addresses import tcp_endpoint
 
     try:
         parsed = Multiaddr(addr)

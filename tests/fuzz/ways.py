@@ -16,7 +16,7 @@ from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.models.errors import ModelError
-from petals.models.weights import (
+from petals.models.source.weights import (
     Index,
     Item,
     Section,
@@ -26,20 +26,21 @@ from petals.models.weights import (
     encode_section,
     open_preimage,
 )
-from petals.peer.complaints import ComplaintBook
-from petals.peer.config import RelayLimits
-from petals.peer.identity import signer_of, verify
-from petals.peer.invitation import accept, issue, shown
-from petals.peer.lan import read_text, swarm_tag, write_text
-from petals.peer.ledger import Ledger
-from petals.peer.receipts import Accountant
-from petals.peer.server.admission import Admission
-from petals.peer.transport import autonat, circuit, dcutr
-from petals.peer.transport.multistream import proposal
-from petals.peer.transport.muxer import MuxerConfig
-from petals.peer.transport.network import _HANDSHAKE_ERRORS, NOISE_ID, upgrade
-from petals.peer.transport.pnet import SwarmCipher, SwarmKey, encode_swarm_key, parse_swarm_key
-from petals.peer.transport.relay import Relay
+from petals.peer.accounting.ledger import Ledger
+from petals.peer.accounting.receipts import Accountant
+from petals.peer.base.config import RelayLimits
+from petals.peer.base.identity import signer_of, verify
+from petals.peer.engine.admission import Admission
+from petals.peer.membership.complaints import ComplaintBook
+from petals.peer.membership.invitation import accept, issue, shown
+from petals.peer.membership.mdns import read_text, swarm_tag, write_text
+from petals.peer.net.libp2p.swarm import _HANDSHAKE_ERRORS, NOISE_ID, upgrade
+from petals.peer.net.nat import autonat, dcutr
+from petals.peer.net.nat.relay import Relay
+from petals.peer.net.wire import circuit
+from petals.peer.net.wire.multistream import proposal
+from petals.peer.net.wire.muxer import MuxerConfig
+from petals.peer.net.wire.pnet import SwarmCipher, SwarmKey, encode_swarm_key, parse_swarm_key
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import PeerUnreachable, SwarmError, UserError
 from petals.protocols.evidence import Complaint, EvidenceError, SignedAnswer, Statement, open_complaint, sign_complaint

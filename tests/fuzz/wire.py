@@ -17,13 +17,13 @@ from libp2p.security.noise.pb import noise_pb2
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from noise.connection import Keypair, NoiseConnection
 
-from petals.peer.identity import create_identity
-from petals.peer.info import answer_info, fetch_record
-from petals.peer.transport.multistream import Dialler, Listener, proposal
-from petals.peer.transport.muxer import MuxerConfig
-from petals.peer.transport.network import _HANDSHAKE_ERRORS, NOISE_ID, new_noise_key_pair, upgrade
-from petals.peer.transport.noise import NoiseFraming
-from petals.peer.transport.yamux import EventKind, YamuxLimits, YamuxSession
+from petals.peer.base.identity import create_identity
+from petals.peer.membership.record_exchange import answer_info, fetch_record
+from petals.peer.net.libp2p.swarm import _HANDSHAKE_ERRORS, NOISE_ID, new_noise_key_pair, upgrade
+from petals.peer.net.wire.multistream import Dialler, Listener, proposal
+from petals.peer.net.wire.muxer import MuxerConfig
+from petals.peer.net.wire.noise import NoiseFraming
+from petals.peer.net.wire.yamux import EventKind, YamuxLimits, YamuxSession
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import ProtocolViolation, RemoteProtocolError, SwarmError
 from petals.protocols.framing import FrameDecoder

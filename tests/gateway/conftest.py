@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from petals.gateway.config import HttpConfig
-from petals.gateway.serve import open_gateway
+from petals.gateway.server import open_gateway
 from petals.peer.node import Peer
 from tests.swarm.conftest import Swarm, _one_thread, make_swarm, smollm
 

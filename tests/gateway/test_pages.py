@@ -17,8 +17,8 @@ import trio
 
 from petals.gateway.config import HttpConfig
 from petals.gateway.keys import create_key
-from petals.gateway.serve import open_gateway
-from petals.peer.client.generation import Chat, GenerationOptions
+from petals.gateway.server import open_gateway
+from petals.peer.client.generation.generation import Chat, GenerationOptions
 from tests.gateway.browser import CHROMIUM, Page, open_page
 from tests.gateway.conftest import NAME, OpenDoor
 from tests.swarm.conftest import Swarm, all_leases_returned

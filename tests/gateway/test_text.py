@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals.peer.client.text import StopStrings
+from petals.peer.client.generation.text import StopStrings
 
 words = st.text("ab\n", max_size=30)
 

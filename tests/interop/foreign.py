@@ -28,7 +28,7 @@ import trio
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from petals.models.disk import make_whole
+from petals.models.source.disk import make_whole
 from petals.protocols.framing import encode_frame, encode_varint
 from tests.surroundings import CACHE, NO_NETWORK
 

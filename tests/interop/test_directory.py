@@ -12,7 +12,7 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message
 
 from petals.dht.keys import record_key, swarm_key
 from petals.dht.records import open_record, sign_record
-from petals.peer.identity import create_identity, verify
+from petals.peer.base.identity import create_identity, verify
 from petals.protocols.types import PeerId
 from tests.dht.conftest import MODEL, Net, make_record
 from tests.dht.conftest import net as net  # a fixture

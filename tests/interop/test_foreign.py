@@ -12,9 +12,9 @@ import pytest
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from petals.peer.config import RelayLimits
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.transport.pnet import SwarmKey, encode_swarm_key
+from petals.peer.base.config import RelayLimits
+from petals.peer.net.host import Host, HostConfig, open_host
+from petals.peer.net.wire.pnet import SwarmKey, encode_swarm_key
 from petals.protocols.errors import PeerUnreachable
 from petals.protocols.stream import ByteStream
 from petals.protocols.types import PeerId

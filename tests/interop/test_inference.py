@@ -10,7 +10,7 @@ import pytest
 import torch
 import trio
 
-from petals.models.loading import load_span
+from petals.models.source.loading import load_span
 from tests.interop.foreign import install_js
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 from tests.swarm.conftest import make_swarm as make_swarm  # fixtures

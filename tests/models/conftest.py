@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from petals.models.block import BlockSpan
-from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.models.halves import HalfLinear
-from petals.models.loading import load_span
+from petals.models.blocks.block import BlockSpan
+from petals.models.kernels.float16_weights import HalfLinear
+from petals.models.source.checkpoint import Checkpoint, open_checkpoint
+from petals.models.source.loading import load_span
 from tests.models.tiny import CASES, Case, Reference, save_tiny
 
 
@@ -29,9 +29,9 @@ class Tiny:
 
 
 def load_stock(checkpoint: Checkpoint, blocks: range) -> BlockSpan:
-    """Blocks whose float32 weights are float32, as on a machine without FBGEMM (halves.py)."""
+    """Blocks whose float32 weights are float32, as on a machine without FBGEMM (float16_weights.py)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("petals.models.assemble.can_halve", lambda: False)
+        patch.setattr("petals.models.blocks.assemble.can_halve", lambda: False)
         span = load_span(checkpoint, blocks, dtype=torch.float32)
     assert not any(isinstance(module, HalfLinear) for layer in span.layers() for module in layer.modules())
     return span

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from petals.models.families import families
-from petals.models.formats import FORMATS
+from petals.models.source.formats import FORMATS
 from tests.models import packers
 from tests.models.tiny import CASES
 

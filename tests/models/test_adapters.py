@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from petals.models.adapters import Lora, LowRank, load_lora
+from petals.models.blocks.adapters import Lora, LowRank, load_lora
 from petals.models.errors import CheckpointError, StepError
-from petals.models.loading import load_span
+from petals.models.source.loading import load_span
 from tests.models.conftest import Tiny
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, VOCABULARY, Case, Reference
 

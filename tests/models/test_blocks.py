@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from petals.models.block import BlockSpan
-from petals.models.cache import SpanCache
-from petals.models.checkpoint import open_checkpoint
+from petals.models.blocks.block import BlockSpan
+from petals.models.blocks.cache import SpanCache
 from petals.models.errors import BlockRangeError, CacheFull, StepError, UnsupportedModel
-from petals.models.loading import load_span
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
 from tests.models.conftest import Tiny, load_stock
 from tests.models.tiny import BLOCKS, HIDDEN, VOCABULARY, Case, make_model
 

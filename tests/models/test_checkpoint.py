@@ -15,10 +15,10 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
-from petals.models import hub
-from petals.models.checkpoint import INDEX, MANIFEST, Checkpoint, open_checkpoint
 from petals.models.errors import BlockRangeError, CheckpointError, ModelError
-from petals.models.loading import load_span
+from petals.models.source import hub
+from petals.models.source.checkpoint import INDEX, MANIFEST, Checkpoint, open_checkpoint
+from petals.models.source.loading import load_span
 from tests.models.conftest import Tiny
 
 
@@ -147,7 +147,7 @@ def test_block_shards_that_were_never_there(copy: Path) -> None:
 
 def test_a_directory_that_cannot_be_written(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The manifest goes to the user's cache, and is found there."""
-    from petals.models import checkpoint as module
+    from petals.models.source import checkpoint as module
 
     write = module.write_json
 
@@ -403,7 +403,7 @@ def test_a_few_float32_matrices_do_not_widen_a_gguf_file(tmp_path: Path) -> None
     import numpy as np
     from gguf import GGUFWriter
 
-    from petals.models.gguf_header import check_gguf
+    from petals.models.source.gguf_header import check_gguf
 
     writer = GGUFWriter(tmp_path / "experts.gguf", "llama")
     writer.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((4, 32), np.float32))

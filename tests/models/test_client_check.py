@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from petals.models import client_check
-from petals.models.causal_lm import _build_small, load_causal_lm
-from petals.models.client_check import check_client
-from petals.models.distributed import head_class_of
+from petals.models.client import client_check
+from petals.models.client.causal_lm import _build_small, load_causal_lm
+from petals.models.client.client_check import check_client
+from petals.models.client.distributed import head_class_of
+from petals.models.client.generation import ChainCache
+from petals.models.client.local import LocalChain
+from petals.models.client.miniature import miniature
 from petals.models.errors import UnsupportedLibrary
 from petals.models.families import families
-from petals.models.generation import ChainCache
-from petals.models.local import LocalChain
-from petals.models.miniature import miniature
 from tests.models.conftest import Tiny
 from tests.models.tiny import CASES, Case
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from petals.models.block import position_ids
-from petals.models.causal_lm import load_causal_lm
-from petals.models.distributed import load_model
+from petals.models.blocks.block import position_ids
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.distributed import load_model
+from petals.models.client.local import LocalChain
+from petals.models.client.tuning import Tuning
 from petals.models.errors import StepError
 from petals.models.library_contract import DEFAULT_CACHE_NAME
-from petals.models.local import LocalChain
-from petals.models.tuning import Tuning
 from tests.models.conftest import Tiny
 from tests.models.tiny import BLOCKS, HIDDEN, VOCABULARY
 

@@ -11,11 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from petals.models import families
-from petals.models.checkpoint import open_checkpoint
 from petals.models.errors import UnsupportedModel
 from petals.models.families import Family, register_family
 from petals.models.library_contract import DEFAULT_CACHE_NAME, pop_cache
-from petals.models.loading import load_span
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
 from tests.models.tiny import BLOCKS, HIDDEN, enliven
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "custom-model.md"

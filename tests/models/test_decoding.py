@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from petals.models.causal_lm import load_causal_lm
-from petals.models.decoding import Draw, criteria_of, decode, greedy, ignored_settings, processors_of
-from petals.models.generation import ChainCache
-from petals.models.local import LocalChain
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.decoding import Draw, criteria_of, decode, greedy, ignored_settings, processors_of
+from petals.models.client.generation import ChainCache
+from petals.models.client.local import LocalChain
 from tests.models.conftest import Tiny
 from tests.models.tiny import VOCABULARY
 

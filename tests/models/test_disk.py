@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from petals.models.disk import make_whole
+from petals.models.source.disk import make_whole
 
 FILES = ("one", "two")
 MAKER = """
 import sys, time
 from pathlib import Path
-from petals.models.disk import make_whole
+from petals.models.source.disk import make_whole
 
 def make(room):
     (room / "one").write_text("one")

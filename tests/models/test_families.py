@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from petals.models.client.local import LocalChain
 from petals.models.library_contract import DEFAULT_CACHE_NAME
-from petals.models.local import LocalChain
 from tests.models.conftest import Tiny
 from tests.models.tiny import VOCABULARY
 

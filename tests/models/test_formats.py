@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from petals.models.block import BlockSpan
-from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.models.loading import load_span
+from petals.models.blocks.block import BlockSpan
+from petals.models.source.checkpoint import Checkpoint, open_checkpoint
+from petals.models.source.loading import load_span
 from tests.models.packers import CASES, FormatCase, mxfp4, quantise, write
 from tests.models.tiny import Case, Reference, make_model
 

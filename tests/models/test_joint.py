@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from petals.models import joint
-from petals.models.adapters import Lora, LowRank
-from petals.models.block import BlockSpan
-from petals.models.checkpoint import open_checkpoint
+from petals.models.blocks import joint
+from petals.models.blocks.adapters import Lora, LowRank
+from petals.models.blocks.block import BlockSpan
+from petals.models.blocks.passes import PASS_ROWS
 from petals.models.errors import StepError, UnsupportedModel
-from petals.models.loading import load_span, share_layers
-from petals.models.passes import PASS_ROWS
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span, share_layers
 from tests.models.conftest import Tiny
 from tests.models.test_lean import LEAN, assert_near, noise, play
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, Case, save_tiny

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from petals.models import lean, products
-from petals.models.block import BlockSpan
-from petals.models.cache import SpanCache
+from petals.models.blocks import lean
+from petals.models.blocks.block import BlockSpan
+from petals.models.blocks.cache import SpanCache
+from petals.models.blocks.passes import PASS_ROWS
 from petals.models.errors import StepError
-from petals.models.loading import load_span
-from petals.models.passes import PASS_ROWS
+from petals.models.kernels import small_matmul
+from petals.models.source.loading import load_span
 from tests.models.conftest import Tiny, load_stock
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, Case
 
@@ -205,18 +206,18 @@ def test_every_way_multiplies(
     weight, x = noise(1, features[1], features[0]), noise(2, rows, features[0])
     bias = noise(3, features[1]) if biased else None
     expected = F.linear(x, weight, bias)
-    ways = [products._other_way_round, *([products._in_parts] if features[1] % 2 == 0 else [])]
+    ways = [small_matmul._other_way_round, *([small_matmul._in_parts] if features[1] % 2 == 0 else [])]
     with threads(2):
-        assert_close(products.dense_product(x, weight, bias), expected)
+        assert_close(small_matmul.dense_product(x, weight, bias), expected)
         for way in ways:
-            monkeypatch.setattr(products, "_FASTEST", {})
-            monkeypatch.setattr(products, "_fastest", lambda *_, way=way: way)
-            assert_close(products.dense_product(x, weight, bias), expected)
+            monkeypatch.setattr(small_matmul, "_FASTEST", {})
+            monkeypatch.setattr(small_matmul, "_fastest", lambda *_, way=way: way)
+            assert_close(small_matmul.dense_product(x, weight, bias), expected)
 
 
 def test_a_head_for_few_rows() -> None:
     linear = nn.Linear(16, 33)
-    linear.__class__ = products.FewRowsLinear
+    linear.__class__ = small_matmul.FewRowsLinear
     hidden = noise(1, 2, 3, 16)
     expected = F.linear(hidden, linear.weight, linear.bias)
     with torch.no_grad():

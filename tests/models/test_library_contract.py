@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from petals.models import cache as block_cache
-from petals.models.causal_lm import load_causal_lm
-from petals.models.generation import ChainCache, _ChainLayer
+from petals.models.blocks import cache as block_cache
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.generation import ChainCache, _ChainLayer
+from petals.models.client.local import LocalChain
 from petals.models.library_contract import CONTRACT, CROP_KEEPS, DEFAULT_CACHE_NAME, cache_name, pop_cache
-from petals.models.local import LocalChain
 from tests.models.conftest import Tiny
 from tests.models.tiny import VOCABULARY
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from petals.models.chain import BlockChain, ChainSession
+from petals.models.client.chain import BlockChain, ChainSession
+from petals.models.client.local import LocalChain
 from petals.models.errors import BlockRangeError, StepError
-from petals.models.local import LocalChain
 from tests.models.conftest import Tiny
 from tests.models.tiny import BLOCKS, HIDDEN
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from petals.models.adapters import Lora, LowRank
-from petals.models.pieces import MIN_TOKENS, BackwardPass, ForwardPass, Pieces, Sequences
+from petals.models.blocks.adapters import Lora, LowRank
+from petals.models.blocks.pieces import MIN_TOKENS, BackwardPass, ForwardPass, Pieces, Sequences
 from tests.models.conftest import Tiny
 
 ROWS, TOKENS, PREFIX = 3, 23, 2
@@ -136,7 +136,7 @@ def test_nothing_is_kept_but_what_may_be(llama: Tiny) -> None:
 
 def test_scores_of_long_rows_are_bounded(bloom: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager attention holds (heads, new, all) floats: a row that would take too many is cut, whatever the pace."""
-    monkeypatch.setattr("petals.models.pieces.SCORES_BYTES", 4 * bloom.whole.heads * TOKENS * 6)
+    monkeypatch.setattr("petals.models.blocks.pieces.SCORES_BYTES", 4 * bloom.whole.heads * TOKENS * 6)
     asked = given(bloom, extras=False)
     forward = ForwardPass(bloom.whole, asked)
     assert max(drive(forward.pieces(MANY), MANY)) < TOKENS

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from petals.models import quantize
 from petals.models.errors import UnsupportedModel
-from petals.models.loading import load_span
-from petals.models.quantize import Int8Linear, dequantize_rows, quantize_head, quantize_rows
+from petals.models.kernels import quantize
+from petals.models.kernels.quantize import Int8Linear, dequantize_rows, quantize_head, quantize_rows
+from petals.models.source.loading import load_span
 from tests.models.conftest import Tiny, load_stock
 from tests.models.tiny import CASES, Case, Reference, make_model
 
@@ -136,7 +136,7 @@ def dequantize_into(block: nn.Module, quantized: nn.Module) -> None:
 def test_what_a_block_weighs(
     quant_type: str, bytes_per_weight: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from petals.models.checkpoint import open_checkpoint
+    from petals.models.source.checkpoint import open_checkpoint
 
     case = Case(
         "wide",

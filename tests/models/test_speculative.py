@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from petals.models.distributed import load_model
+from petals.models.client.distributed import load_model
+from petals.models.client.local import LocalChain
+from petals.models.client.speculative import SpeculativeMixin
+from petals.models.client.tuning import Tuning
 from petals.models.errors import StepError
-from petals.models.local import LocalChain
-from petals.models.speculative import SpeculativeMixin
-from petals.models.tuning import Tuning
 from tests.models.conftest import Tiny
 from tests.models.tiny import CASES, VOCABULARY, make_model
 

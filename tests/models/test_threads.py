@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from petals.models.threads import FIRST_WAIT, LONGEST_WAIT, TRIAL_RUNS, ThreadChoice, ThreadChoices
+from petals.models.kernels.threads import FIRST_WAIT, LONGEST_WAIT, TRIAL_RUNS, ThreadChoice, ThreadChoices
 
 
 def run(choice: ThreadChoice, seconds: Callable[[int], float], runs: int) -> list[int]:

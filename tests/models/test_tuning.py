@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from petals.models.adapters import load_lora
-from petals.models.causal_lm import load_causal_lm
-from petals.models.distributed import load_model
+from petals.models.blocks.adapters import load_lora
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.distributed import load_model
+from petals.models.client.local import LocalChain
+from petals.models.client.tuning import LoraSettings, Tuning
 from petals.models.errors import CheckpointError, StepError
-from petals.models.local import LocalChain
-from petals.models.tuning import LoraSettings, Tuning
 from tests.models.conftest import Tiny
 from tests.models.tiny import BLOCKS, CASES, VOCABULARY, Case, Reference
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from petals.models.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from petals.models.errors import CheckpointError, DocumentError
-from petals.models.licence import find_licence, may_share
-from petals.models.partial import PartialCheckpoint
-from petals.models.weights import (
+from petals.models.source.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from petals.models.source.licence import find_licence, may_share
+from petals.models.source.partial import PartialCheckpoint
+from petals.models.source.weights import (
     FILES,
     FIRST_BLOCK,
     INDEX,

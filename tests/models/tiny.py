@@ -237,7 +237,8 @@ _ATTENTION = re.compile(r"q_proj|k_proj|qkv_proj|q_norm|k_norm")
 def enliven(model: nn.Module, seed: int = 0) -> None:
     """Give every weight a scale at which blocks drown the embeddings, or models with tied heads repeat their input.
 
-    Matrices are float16's numbers in float32, as those of published models are, which are kept that way (halves.py).
+    Matrices are float16's numbers in float32, as those of published models are, which are kept that way
+    (float16_weights.py).
     """
     generator = torch.Generator().manual_seed(seed)
     embeddings = {

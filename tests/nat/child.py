@@ -10,12 +10,12 @@ from functools import partial
 
 import trio
 
+from petals.peer.base.config import LanConfig, NatConfig, RelayLimits
+from petals.peer.base.identity import create_identity
 from petals.peer.bootstrap import open_bootstrap
-from petals.peer.config import LanConfig, NatConfig, RelayLimits
-from petals.peer.host import Host, HostConfig
-from petals.peer.identity import create_identity
-from petals.peer.joining import open_membership
-from petals.peer.reachability import Ladder
+from petals.peer.membership.joining import open_membership
+from petals.peer.membership.reachability import Ladder
+from petals.peer.net.host import Host, HostConfig
 from petals.protocols.errors import SwarmError
 from petals.protocols.stream import ByteStream, MessageStream
 

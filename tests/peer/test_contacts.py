@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
-from petals.peer.contacts import FEW_LINKS, Contacts, without_itself
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.identity import Identity, create_identity
-from petals.peer.joining import join
+from petals.peer.base.identity import Identity, create_identity
+from petals.peer.membership.contacts import FEW_LINKS, Contacts, without_itself
+from petals.peer.membership.joining import join
+from petals.peer.net.host import Host, HostConfig, open_host
 from petals.protocols.errors import UserError
 
 ANY = "/ip4/127.0.0.1/tcp/0"
@@ -106,7 +106,7 @@ async def test_one_that_was_away_from_the_beginning_is_waited_for(nursery: trio.
 async def test_neighbours_are_a_way_back_when_the_initial_peer_is_gone(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("petals.peer.contacts.MET_S", 0.0)
+    monkeypatch.setattr("petals.peer.membership.contacts.MET_S", 0.0)
     bootstrap, neighbour, watch = Party(nursery), Party(nursery), Watch()
     me = await Party(nursery).start()
     addrs = (await bootstrap.start()).addrs
@@ -126,7 +126,7 @@ async def test_lost_neighbours_are_dialled_only_while_links_are_few(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MET_S", "FIRST_PAUSE_S"):
-        monkeypatch.setattr(f"petals.peer.contacts.{name}", 0.0)
+        monkeypatch.setattr(f"petals.peer.membership.contacts.{name}", 0.0)
     me, neighbour = await Party(nursery).start(), Party(nursery)
     contacts = Contacts(me, (), rng=lambda: 0.5)
     links = [Party(nursery) for _ in range(FEW_LINKS)]

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from petals.peer.identity import Identity, create_identity, verify
-from petals.peer.ledger import (
+from petals.peer.accounting.ledger import (
     HALF_LIFE_S,
     MAX_PEERS,
     MOST,
@@ -26,7 +25,8 @@ from petals.peer.ledger import (
     weight,
     write_ledger,
 )
-from petals.peer.server.lane import Lane, Priority, SharedWork, all_alike
+from petals.peer.base.identity import Identity, create_identity, verify
+from petals.peer.engine.scheduler import Lane, Priority, SharedWork, all_alike
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import UserError
 from petals.protocols.receipts import CLIENT_DOMAIN, SERVER_DOMAIN, Work
@@ -245,7 +245,7 @@ def people() -> list[Identity]:
 
 
 def hear(ledger: Ledger, peer_id: PeerId, receipts: list[bytes]) -> None:
-    """As peer/receipts.py does, without the thread."""
+    """As peer/accounting/receipts.py does, without the thread."""
     works, refused = open_references(peer_id, ledger.worth_reading(receipts), now=ledger.now(), verify=verify)
     ledger.rejected += refused
     ledger.hear(peer_id, works)

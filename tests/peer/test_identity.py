@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.crypto.secp256k1 import create_new_key_pair as new_secp256k1
 
-from petals.peer.identity import (
+from petals.peer.base.identity import (
     Identity,
     IdentityError,
     create_identity,

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals.peer.identity import create_identity, signer_of
-from petals.peer.invitation import accept, find_way_in, issue, shown
+from petals.peer.base.identity import create_identity, signer_of
+from petals.peer.engine import admission
+from petals.peer.engine.admission import Admission, NotAdmitted
+from petals.peer.membership.invitation import accept, find_way_in, issue, shown
+from petals.peer.net.wire.pnet import SwarmKey
 from petals.peer.pretrained import ClientConfig
-from petals.peer.server import admission
-from petals.peer.server.admission import Admission, NotAdmitted
-from petals.peer.transport.pnet import SwarmKey
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import ProtocolViolation, UserError
 from petals.protocols.types import PeerId

@@ -7,11 +7,11 @@ import trio
 from trio.testing import MockClock
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.round_trips import FRESH_S, RoundTrips
-from petals.peer.server.lane import QUEUE_MEMORY_S, Lane, Priority
-from petals.peer.server.neighbours import MAX_NEIGHBOURS, likely_neighbours
+from petals.peer.engine.scheduler import QUEUE_MEMORY_S, Lane, Priority
+from petals.peer.engine.throughput import Speedometer, Throughput
+from petals.peer.net.round_trips import FRESH_S, RoundTrips
+from petals.peer.server.next_hops import MAX_NEIGHBOURS, likely_neighbours
 from petals.peer.server.placement import blocks_that_fit
-from petals.peer.server.throughput import Speedometer, Throughput
 from petals.protocols.errors import PeerUnreachable
 from petals.protocols.types import ModelId, PeerId
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.peer.client.hop import StepInput
-from petals.peer.server.guard import LONG_PATIENCE_S
-from petals.peer.server.quotas import BURST_S, MAX_PEERS, Rates
+from petals.models.client.local import LocalChain
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
+from petals.peer.client.hops.hop import StepInput
+from petals.peer.engine.quotas import BURST_S, MAX_PEERS, Rates
+from petals.peer.engine.stream_rules import LONG_PATIENCE_S
 from petals.protocols.errors import PeerBusy
 from petals.protocols.types import PeerId
 from tests.fakes.memory_swarm import MemorySwarm, run_in_memory

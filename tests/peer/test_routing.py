@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.client.routing import UNKNOWN_ROUND_TRIP_S, UNKNOWN_RPS, Route, find_route, push_pays, why_not
-from petals.peer.client.view import Offer, SwarmView
+from petals.peer.client.routing.routing import UNKNOWN_ROUND_TRIP_S, UNKNOWN_RPS, Route, find_route, push_pays, why_not
+from petals.peer.client.routing.view import Offer, SwarmView
 from petals.protocols.errors import MissingBlocks
 from petals.protocols.types import ModelId, PeerId
 

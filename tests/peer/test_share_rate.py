@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.peer.bucket import TokenBucket
-from petals.peer.client.weights import SENDERS, Report, choose_senders
-from petals.peer.config import ServeConfig
-from petals.peer.server.guard import Refused
-from petals.peer.server.weights import MAX_WAIT_S, WeightSender
+from petals.models.source.checkpoint import Checkpoint, open_checkpoint
+from petals.peer.base.config import ServeConfig
+from petals.peer.base.token_bucket import TokenBucket
+from petals.peer.engine.stream_rules import Refused
+from petals.peer.weights.fetch import SENDERS, Report, choose_senders
+from petals.peer.weights.share import MAX_WAIT_S, WeightSender
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import UserError
 from petals.protocols.types import PeerId

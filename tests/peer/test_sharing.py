@@ -15,12 +15,12 @@ import trio
 from torch import Tensor
 from trio.testing import wait_all_tasks_blocked
 
-from petals.models.block import BlockSpan
-from petals.models.checkpoint import open_checkpoint
+from petals.models.blocks.block import BlockSpan
 from petals.models.errors import CacheFull, StepError
-from petals.models.loading import load_span
-from petals.peer.server.lane import Lane, Priority, SharedWork, Visitor, back_by, next_piece
-from petals.peer.server.steps import StepWork
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
+from petals.peer.engine.scheduler import Lane, Priority, SharedWork, Visitor, back_by, next_piece
+from petals.peer.engine.steps import StepWork
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, save_tiny
 
 

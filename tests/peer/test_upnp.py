@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from petals.peer.upnp import LEASE_S, open_port
+from petals.peer.membership.upnp import LEASE_S, open_port
 from tests.nat.igd import Router
 
 

@@ -7,7 +7,8 @@ import trio
 import trio.testing
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.peer.client.view import FORGIVE_S, MAX_BAN_S, NONSENSE_BAN_S, SILENCE_BAN_S, Bans, SwarmWatcher
+from petals.dht.troubles import Refusals
+from petals.peer.client.routing.view import FORGIVE_S, MAX_BAN_S, NONSENSE_BAN_S, SILENCE_BAN_S, Bans, SwarmWatcher
 from petals.protocols.errors import (
     MissingBlocks,
     PeerBusy,
@@ -59,6 +60,7 @@ class FakeSwarm:
     def __init__(self) -> None:
         self.records: dict[PeerId, ServerRecord] = {}
         self.round_trip_s = 0.02
+        self.refusals = Refusals(trio.current_time)
 
     def serve(self, name: str, blocks: range, state: ServerState = ServerState.ONLINE) -> None:
         self.records[PeerId(name)] = ServerRecord(
@@ -71,6 +73,10 @@ class FakeSwarm:
 
     def forget(self, model: ModelId, peer_id: PeerId) -> None:
         self.records.pop(peer_id, None)
+
+    async def look_for_namesake(self, model: ModelId) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        return []
 
     async def ping(self, peer_id: PeerId) -> float:
         await trio.sleep(self.round_trip_s)

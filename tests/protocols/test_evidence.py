@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals.peer.identity import Identity, create_identity, verify
+from petals.peer.base.identity import Identity, create_identity, verify
 from petals.protocols.evidence import (
     MAX_COMPLAINT_BYTES,
     Complaint,

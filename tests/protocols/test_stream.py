@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from petals.peer.transport.loopback import LoopbackStream
+from petals.peer.net.wire.loopback import LoopbackStream
 from petals.protocols.errors import PeerUnreachable, RemoteProtocolError
 from petals.protocols.framing import encode_frame
 from petals.protocols.stream import MessageStream

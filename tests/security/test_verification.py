@@ -21,12 +21,12 @@ from libp2p.peer.pb.envelope_pb2 import Envelope
 
 from petals.dht.records import RecordError, open_record
 from petals.dht.records_pb2 import SignedRecord
-from petals.peer.complaints import ComplaintBook
-from petals.peer.conduct import MISTAKE
-from petals.peer.host import open_host
-from petals.peer.identity import IdentityError, create_identity, load_identity, signer_of, verify
-from petals.peer.info import COMPLAINT_COSTS, answer_info
-from petals.peer.public_key import MAX_KEY_BYTES, limit_library, parse_public_key
+from petals.peer.base.identity import IdentityError, create_identity, load_identity, signer_of, verify
+from petals.peer.base.public_key import MAX_KEY_BYTES, limit_library, parse_public_key
+from petals.peer.base.rate_limit import MISTAKE
+from petals.peer.membership.complaints import ComplaintBook
+from petals.peer.membership.record_exchange import COMPLAINT_COSTS, answer_info
+from petals.peer.net.host import open_host
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.admit import open_invitation
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation

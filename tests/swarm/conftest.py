@@ -12,8 +12,8 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals.models.checkpoint import Checkpoint, open_checkpoint
-from petals.peer.config import PeerConfig, ServeConfig, Timeouts
+from petals.models.source.checkpoint import Checkpoint, open_checkpoint
+from petals.peer.base.config import PeerConfig, ServeConfig, Timeouts
 from petals.peer.node import Peer, open_peer
 from tests.models.tiny import CASES, save_tiny
 

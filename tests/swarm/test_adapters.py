@@ -12,8 +12,8 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM
 
-from petals.models.block import BlockSpan
-from petals.models.causal_lm import load_causal_lm
+from petals.models.blocks.block import BlockSpan
+from petals.models.client.causal_lm import load_causal_lm
 from petals.peer.client.model_client import ClientOptions
 from petals.protocols.errors import MissingBlocks
 from tests.swarm.conftest import Swarm, Truth

@@ -14,8 +14,8 @@ import trio
 from libp2p.peer.id import ID
 
 from petals.peer.client.model_client import ModelClient
+from petals.peer.engine import inference
 from petals.peer.node import Peer
-from petals.peer.server import sessions
 from petals.protocols.types import PeerId
 from tests.fakes.attackers import PROTOCOLS, Attacker, Target, idle_connection, run_attacker
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
@@ -125,7 +125,7 @@ async def silence_of(told: list[Attacker], attacker: Attacker, protocol: str) ->
 
 
 async def test_who_opens_a_stream_and_asks_nothing_is_sent_away(siege: Siege, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "FIRST_WORDS_S", 0.05)
+    monkeypatch.setattr(inference, "FIRST_WORDS_S", 0.05)
 
     async def wait(attacker: Attacker) -> None:
         messages = await attacker.stream(PROTOCOLS[0])

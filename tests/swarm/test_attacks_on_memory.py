@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from petals.peer.server.lane import IDLE_SLICE_S, Lane, Priority
+from petals.peer.engine.scheduler import IDLE_SLICE_S, Lane, Priority
 from tests.fakes.attackers import Attacker
 from tests.swarm.test_attacks import Siege, done, siege  # noqa: F401
 

@@ -15,10 +15,10 @@ import torch
 import trio
 
 from petals import AutoDistributedModelForCausalLM
-from petals.peer.client.audit import SessionAudit
+from petals.peer.client.audit.audit import SessionAudit
+from petals.peer.client.audit.verdicts import Trust, Verdict, judge
 from petals.peer.client.model_client import ClientOptions, ModelClient
-from petals.peer.client.session import RemoteSession
-from petals.peer.client.trust import Trust, Verdict, judge
+from petals.peer.client.session.session import RemoteSession
 from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks
 from petals.protocols.types import PeerId

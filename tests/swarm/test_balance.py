@@ -13,11 +13,11 @@ import torch
 import trio
 
 from petals.dht.records import ServerRecord, ServerState
-from petals.models.block import BlockSpan
-from petals.models.causal_lm import load_causal_lm
-from petals.models.checkpoint import Checkpoint
+from petals.models.blocks.block import BlockSpan
+from petals.models.client.causal_lm import load_causal_lm
 from petals.models.errors import ModelError
-from petals.peer.config import ServeConfig
+from petals.models.source.checkpoint import Checkpoint
+from petals.peer.base.config import ServeConfig
 from petals.peer.node import Peer
 from petals.peer.server import service
 from petals.peer.server.capacity import capacity_of

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from petals.cli.bench import describe
-from petals.peer.server.bench import BlockSpeed, Machine, Transport, as_json, run_bench
-from petals.peer.server.throughput import Throughput
+from petals.peer.engine.throughput import Throughput
+from petals.peer.server.measure import BlockSpeed, Machine, Transport, as_json, run_bench
 from petals.protocols.errors import UserError
 from tests.swarm.conftest import Truth
 

@@ -13,9 +13,9 @@ from subprocess import PIPE
 import pytest
 import trio
 
-from petals.peer.client.generation import GenerationOptions
-from petals.peer.config import PeerConfig, ServeConfig
-from petals.peer.identity import create_identity
+from petals.peer.base.config import PeerConfig, ServeConfig
+from petals.peer.base.identity import create_identity
+from petals.peer.client.generation.generation import GenerationOptions
 from petals.peer.node import open_peer
 from tests.swarm.conftest import Swarm
 

@@ -21,12 +21,12 @@ from petals import (
     AutoDistributedSpeculativeModel,
     LoraSettings,
 )
-from petals.models.causal_lm import load_causal_lm
-from petals.models.checkpoint import open_checkpoint
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.local import LocalChain
+from petals.models.client.tuning import Tuning
 from petals.models.errors import StepError
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.models.tuning import Tuning
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
 from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks, RemoteError, RemoteProtocolError, UserError
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
@@ -117,7 +117,7 @@ async def test_several_models_share_one_peer_and_slices_compute(make_swarm: Make
 async def test_training_over_the_swarm_is_training_at_home(
     make_swarm: MakeSwarm, tiny_truth: Truth, mode: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("petals.peer.client.batch.MICRO_BATCH_TOKENS", 5)  # every row travels by itself
+    monkeypatch.setattr("petals.peer.client.training.MICRO_BATCH_TOKENS", 5)  # every row travels by itself
     swarm, peer = await asked(make_swarm, tiny_truth)
     settings = {"tuning_mode": mode, "pre_seq_len": 3, "lora_config": LoraSettings(rank=2)}
     model = await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer, **settings)

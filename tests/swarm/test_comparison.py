@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from petals.models.loading import load_span
-from petals.peer.client.comparison import error_between, rounding_of, tolerance_of
+from petals.models.source.loading import load_span
+from petals.peer.client.audit.comparison import error_between, rounding_of, tolerance_of
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.tensors import travelled
 from tests.swarm.conftest import Truth

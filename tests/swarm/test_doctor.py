@@ -16,16 +16,16 @@ from types import SimpleNamespace
 import pytest
 import trio
 
-from petals.cli.doctor import describe
+from petals.cli.doctor import checks
+from petals.cli.doctor.checks import Finding, Subject, examine
+from petals.cli.doctor.doctor import describe
 from petals.cli.main import parse
-from petals.cli.picture import picture
-from petals.cli.status import as_json
-from petals.peer import checks
+from petals.cli.status.render import picture
+from petals.cli.status.status import as_json
+from petals.peer.base.identity import create_identity
 from petals.peer.bootstrap import open_bootstrap
-from petals.peer.checks import Finding, Subject, examine
-from petals.peer.host import HostConfig, open_host
-from petals.peer.identity import create_identity
-from petals.peer.status import open_observer
+from petals.peer.membership.observer import open_observer
+from petals.peer.net.host import HostConfig, open_host
 from tests.cli.test_commands import ENVIRONMENT, PETALS, ROOT
 from tests.swarm.conftest import Swarm, Truth
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from petals.cli.dry_run import show_plan
-from petals.models.checkpoint import Checkpoint
+from petals.models.source.checkpoint import Checkpoint
+from petals.peer.base.config import PeerConfig, ServeConfig, Timeouts
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.config import PeerConfig, ServeConfig, Timeouts
 from petals.protocols.errors import MissingBlocks, UserError
 from tests.cli.test_commands import run
 from tests.models.tiny import CASES, save_tiny

@@ -11,12 +11,12 @@ import torch
 import trio
 import trio.testing
 
-from petals.models.causal_lm import load_causal_lm
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.peer.client.generation import GenerationOptions
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.local import LocalChain
+from petals.models.source.loading import load_span
+from petals.peer.client.generation.generation import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.client.session import RemoteSession
+from petals.peer.client.session.session import RemoteSession
 from petals.protocols.errors import MissingBlocks, PeerUnreachable
 from petals.protocols.framing import encode_frame
 from petals.protocols.inference import INFERENCE_V1

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from petals.peer.pretrained import INITIAL_PEERS
+from petals.peer.client_config import INITIAL_PEERS
 from tests.models.tiny import CASES, save_tiny
 from tests.swarm.conftest import Swarm
 

@@ -14,11 +14,11 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM
 
-from petals.models.block import BlockSpan
-from petals.models.causal_lm import load_causal_lm
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.peer.client.generation import GenerationOptions
+from petals.models.blocks.block import BlockSpan
+from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.local import LocalChain
+from petals.models.source.loading import load_span
+from petals.peer.client.generation.generation import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks, UserError

@@ -10,7 +10,7 @@ import pytest
 import torch
 import trio
 
-from petals.peer.client.session import RemoteSession
+from petals.peer.client.session.session import RemoteSession
 from petals.peer.node import Peer
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.framing import encode_frame

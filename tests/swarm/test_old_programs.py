@@ -20,9 +20,9 @@ from petals import AutoDistributedConfig, AutoDistributedModelForCausalLM, Clien
 from petals.compat.data import ServerState, parse_uid
 from petals.compat.directory import get_remote_module_infos, get_remote_sequence
 from petals.compat.sequence_manager import RemoteSequenceManager
+from petals.models.client.local import LocalChain
 from petals.models.errors import BlockRangeError
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
+from petals.models.source.loading import load_span
 from petals.peer.client_config import WITHOUT_EFFECT
 from petals.peer.node import Peer
 from petals.protocols.errors import UserError
@@ -183,7 +183,7 @@ def test_retries_without_end_and_from_the_environment(monkeypatch: pytest.Monkey
 
 
 def test_names_of_checkpoints_that_were_converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from petals.models import hub
+    from petals.models.source import hub
 
     opened: list[str] = []
     monkeypatch.setattr(hub, "_open_hub", lambda name, *_: opened.append(name))

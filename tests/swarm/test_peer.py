@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import trio
 
-from petals.peer.server.lane import Priority
+from petals.peer.engine.scheduler import Priority
 from tests.swarm.conftest import Swarm, Truth
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import trio
 
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.peer.client.pipeline import PIECE_TOKENS
-from petals.peer.server.lane import Timed
+from petals.models.client.local import LocalChain
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
+from petals.peer.client.session.pipelined_step import PIECE_TOKENS
+from petals.peer.engine.scheduler import Timed
 from tests.fakes.memory_swarm import MemorySwarm, run_in_memory
 from tests.models.tiny import CASES, save_tiny
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned

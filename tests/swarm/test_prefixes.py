@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import trio
 
-from petals.peer.client.generation import GenerationOptions, TokenStream
+from petals.peer.client.generation.generation import GenerationOptions, TokenStream
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.node import Peer
 from petals.protocols.prefixes import PREFIX_TOKENS
@@ -111,7 +111,7 @@ async def test_a_server_lost_after_the_kept_beginning_costs_no_token(make_swarm:
 
 async def test_a_kept_beginning_gives_the_numbers_of_the_whole(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
     """Below the generation: a session that begins with what another left computes the same hidden states."""
-    from petals.models.generation import first_block_inputs
+    from petals.models.client.generation import first_block_inputs
     from petals.peer.client.model_client import Prefix
     from petals.protocols.prefixes import prefix_names
 

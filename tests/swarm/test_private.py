@@ -11,13 +11,13 @@ import pytest
 import torch
 import trio
 
-from petals.models.causal_lm import load_causal_lm
+from petals.models.client.causal_lm import load_causal_lm
+from petals.peer.base.config import PeerConfig, Timeouts
+from petals.peer.base.identity import create_identity
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.config import PeerConfig, Timeouts
-from petals.peer.identity import create_identity
-from petals.peer.invitation import issue
+from petals.peer.membership.invitation import issue
+from petals.peer.net.swarm_key import create_swarm_key, load_swarm_key
 from petals.peer.node import Peer, open_peer
-from petals.peer.swarm_key import create_swarm_key, load_swarm_key
 from petals.protocols.errors import Forbidden, PeerUnreachable, UserError
 from petals.protocols.types import PeerId
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned

@@ -10,11 +10,11 @@ import torch
 import trio
 
 from petals.peer.client.model_client import ClientOptions, ModelClient
-from petals.peer.client.session import RemoteSession
+from petals.peer.client.session.session import RemoteSession
+from petals.peer.engine.cache_budget import CacheBudget
+from petals.peer.engine.push_inbox import MAX_EARLY, Mailbox, Pushed
+from petals.peer.engine.push_sender import Pusher
 from petals.peer.node import Peer
-from petals.peer.server.leases import CacheBudget
-from petals.peer.server.mailbox import MAX_EARLY, Mailbox, Pushed
-from petals.peer.server.push import Pusher
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.push import PUSH_V1
 from petals.protocols.tensors import encode_tensor

@@ -12,12 +12,12 @@ import torch
 import trio
 
 from petals.gateway.config import HttpConfig
-from petals.gateway.serve import open_gateway
-from petals.peer import ledger, receipts
-from petals.peer.client.batch import Companions
+from petals.gateway.server import open_gateway
+from petals.peer.accounting import ledger, receipts
+from petals.peer.accounting.ledger import Account, ledger_path
+from petals.peer.base.identity import verify
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.identity import verify
-from petals.peer.ledger import Account, ledger_path
+from petals.peer.client.training import Companions
 from petals.peer.node import Peer
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.receipts import CLIENT_DOMAIN, MAX_MESSAGE_BYTES, RECEIPTS_V1, SERVER_DOMAIN, open_receipt

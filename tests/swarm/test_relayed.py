@@ -9,11 +9,11 @@ import torch
 import trio
 from torch import Tensor
 
-from petals.models.loading import load_span
+from petals.models.source.loading import load_span
+from petals.peer.base.config import NatConfig, RelayLimits
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.config import NatConfig, RelayLimits
+from petals.peer.net.wire.addresses import split_peer
 from petals.peer.node import Peer
-from petals.peer.transport.addresses import split_peer
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 LENGTHS = (5, *[1] * 15)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from petals.models.loading import load_span
-from petals.peer.client.hop import StepInput
-from petals.peer.client.replay import as_one_prompt
+from petals.models.source.loading import load_span
+from petals.peer.client.hops.hop import StepInput
+from petals.peer.client.hops.replay import as_one_prompt
 from tests.swarm.conftest import Truth
 
 BATCH, SIZE = 3, 32

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from petals.peer.client.hop import Hop, StepOutput
+from petals.peer.base.identity import verify
+from petals.peer.client.audit.signatures import Answer
+from petals.peer.client.hops.hop import Hop, StepOutput
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.client.signatures import Answer
-from petals.peer.identity import verify
 from tests.swarm.conftest import Swarm, Truth
 
 MakeSwarm = Callable[..., Swarm]

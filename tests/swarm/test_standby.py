@@ -9,9 +9,9 @@ import pytest
 import torch
 import trio
 
-from petals.peer.client.hop import Hop, StepInput
+from petals.peer.client.hops.hop import Hop, StepInput
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.client.session import RemoteSession
+from petals.peer.client.session.session import RemoteSession
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 

@@ -16,10 +16,10 @@ import torch
 import trio
 from torch.testing import assert_close
 
-from petals.models.checkpoint import open_checkpoint
-from petals.models.loading import load_span
-from petals.models.local import LocalChain
-from petals.peer.client.session import RemoteSession
+from petals.models.client.local import LocalChain
+from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.loading import load_span
+from petals.peer.client.session.session import RemoteSession
 from tests.fakes.memory_swarm import MemorySwarm, run_in_memory, storm
 from tests.fakes.plain_blocks import make_plain
 from tests.models.tiny import CASES, save_tiny
@@ -53,7 +53,7 @@ def some_turns(dice: random.Random, size: int) -> list[Turn]:
 
 
 def truth_of(chain: LocalChain, turns: list[Turn], piece_tokens: int = 0) -> list[torch.Tensor]:
-    """At home, in the same pieces: those of long prompts flow through several servers (pipeline.py)."""
+    """At home, in the same pieces: those of long prompts flow through several servers (pipelined_step.py)."""
     session = chain.open_session(batch_size=BATCH, max_length=LENGTH)
     answers = []
     for position, hidden, order in turns:

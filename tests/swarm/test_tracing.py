@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from petals.peer.client.generation import GenerationOptions
+from petals.peer.client.generation.generation import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
-from petals.peer.client.session import StepTrace
+from petals.peer.client.session.session import StepTrace
 from petals.peer.client.tracing import PARTS, TraceFile
 from petals.protocols.errors import UserError
 from tests.swarm.conftest import Swarm

@@ -18,13 +18,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from petals.models.checkpoint import INDEX, MANIFEST, Checkpoint, open_checkpoint
-from petals.models.weights import FIRST_BLOCK, SharedWeights, seal
-from petals.peer.client.generation import GenerationOptions
-from petals.peer.client.weights import SwarmWeights
-from petals.peer.config import ServeConfig
+from petals.models.source.checkpoint import INDEX, MANIFEST, Checkpoint, open_checkpoint
+from petals.models.source.weights import FIRST_BLOCK, SharedWeights, seal
+from petals.peer.base.config import ServeConfig
+from petals.peer.client.generation.generation import GenerationOptions
 from petals.peer.node import Peer
-from petals.peer.server.weights import WeightSender
+from petals.peer.weights.fetch import SwarmWeights
+from petals.peer.weights.share import WeightSender
 from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import UserError
 from petals.protocols.stream import MessageStream

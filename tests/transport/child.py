@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from petals.peer.host import HostConfig, open_host
+from petals.peer.net.host import HostConfig, open_host
 from petals.protocols.stream import ByteStream
 
 

@@ -10,8 +10,8 @@ import pytest
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.transport.pnet import SwarmKey
+from petals.peer.net.host import Host, HostConfig, open_host
+from petals.peer.net.wire.pnet import SwarmKey
 from petals.protocols.stream import ByteStream
 from tests.fakes.streams import memory_stream_pair
 

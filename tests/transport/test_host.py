@@ -22,9 +22,9 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
 from trio.testing import wait_all_tasks_blocked
 
-from petals.peer.host import PING, PING_BYTES, Host, HostConfig, open_host
-from petals.peer.transport.multistream import MULTISTREAM, encode_line, proposal
-from petals.peer.transport.network import LibraryConn
+from petals.peer.net.host import PING, PING_BYTES, Host, HostConfig, open_host
+from petals.peer.net.libp2p.swarm import LibraryConn
+from petals.peer.net.wire.multistream import MULTISTREAM, encode_line, proposal
 from petals.protocols.errors import PeerUnreachable, RemoteProtocolError, RequestRefused, UserError
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId

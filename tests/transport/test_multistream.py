@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals.peer.transport.multistream import MULTISTREAM, Dialler, Listener, encode_line, proposal
+from petals.peer.net.wire.multistream import MULTISTREAM, Dialler, Listener, encode_line, proposal
 from petals.protocols.errors import ProtocolViolation
 
 

@@ -11,10 +11,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from petals.peer.transport.muxer import Connection, MuxedStream, MuxerConfig
-from petals.peer.transport.noise import NoiseFraming
-from petals.peer.transport.pipe import PortableTcpPipe, TcpPipe, tcp_pipe
-from petals.peer.transport.yamux import HEADER, FrameType, YamuxLimits
+from petals.peer.net.wire.byte_pipe import PortableTcpPipe, TcpPipe, tcp_pipe
+from petals.peer.net.wire.muxer import Connection, MuxedStream, MuxerConfig
+from petals.peer.net.wire.noise import NoiseFraming
+from petals.peer.net.wire.yamux import HEADER, FrameType, YamuxLimits
 from petals.protocols.errors import PeerUnreachable, RemoteProtocolError
 from petals.protocols.types import PeerId
 

@@ -9,7 +9,7 @@ from noise.backends.default import noise_backend
 from noise.noise_protocol import NoiseProtocol
 from noise.state import CipherState
 
-from petals.peer.transport.noise import MAX_PLAINTEXT_BYTES, NoiseFraming
+from petals.peer.net.wire.noise import MAX_PLAINTEXT_BYTES, NoiseFraming
 from petals.protocols.errors import ProtocolViolation
 
 KEYS = bytes(range(32)), bytes(range(32, 64))

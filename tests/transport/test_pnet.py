@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from petals.peer.host import HostConfig, open_host
-from petals.peer.swarm_key import create_swarm_key, load_swarm_key
-from petals.peer.transport.multistream import Listener
-from petals.peer.transport.pnet import (
+from petals.peer.net.host import HostConfig, open_host
+from petals.peer.net.swarm_key import create_swarm_key, load_swarm_key
+from petals.peer.net.wire.multistream import Listener
+from petals.peer.net.wire.pnet import (
     NONCE_BYTES,
     SwarmCipher,
     SwarmKey,
@@ -26,8 +26,8 @@ from petals.peer.transport.pnet import (
     make_nonce,
     parse_swarm_key,
 )
-from petals.peer.transport.pnet import xsalsa20 as stream_of
-from petals.peer.transport.private import PrivatePipe
+from petals.peer.net.wire.pnet import xsalsa20 as stream_of
+from petals.peer.net.wire.pnet_stream import PrivatePipe
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, UserError
 from tests.transport.conftest import LOOPBACK, two_hosts
 from tests.transport.test_host import until

@@ -13,13 +13,13 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from petals.peer.concurrency import together
-from petals.peer.config import RelayLimits
-from petals.peer.host import Host, HostConfig, open_host
-from petals.peer.transport import circuit
-from petals.peer.transport.addresses import circuit_of, split_peer
-from petals.peer.transport.pnet import SwarmKey
-from petals.peer.transport.relay import Relay
+from petals.peer.base.concurrency import together
+from petals.peer.base.config import RelayLimits
+from petals.peer.net.host import Host, HostConfig, open_host
+from petals.peer.net.nat.relay import Relay
+from petals.peer.net.wire import circuit
+from petals.peer.net.wire.addresses import circuit_of, split_peer
+from petals.peer.net.wire.pnet import SwarmKey
 from petals.protocols.errors import PeerUnreachable, RemoteError, RequestRefused
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId

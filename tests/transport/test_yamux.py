@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petals.peer.transport.yamux import (
+from petals.peer.net.wire.yamux import (
     HEADER,
     INITIAL_WINDOW,
     Event,

@@ -7,7 +7,7 @@ from petals.compat.moved import moved
 __getattr__, __dir__ = moved(
     __name__,
     {
-        "RemoteGenerationMixin": "petals.models.causal_lm:GenerationMixin",
-        "RemotePastKeyValues": "petals.models.generation:ChainCache",
+        "RemoteGenerationMixin": "petals.models.client.causal_lm:GenerationMixin",
+        "RemotePastKeyValues": "petals.models.client.generation:ChainCache",
     },
 )

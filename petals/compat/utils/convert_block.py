@@ -8,6 +8,6 @@ __getattr__, __dir__ = moved(
     __name__,
     {
         "QuantType": "petals.compat.data:QuantType",
-        "convert_block": Gone("petals.models.loading.load_span loads and quantises blocks"),
+        "convert_block": Gone("petals.models.source.loading.load_span loads and quantises blocks"),
     },
 )

@@ -7,6 +7,6 @@ from petals.compat.moved import moved
 __getattr__, __dir__ = moved(
     __name__,
     {
-        "load_peft": "petals.models.adapters:load_lora",
+        "load_peft": "petals.models.blocks.adapters:load_lora",
     },
 )

@@ -1,0 +1,1 @@
+"""The client's half of a model: embeddings, heads and training over a chain of blocks."""

@@ -1,0 +1,1 @@
+"""Matrix products and weight formats that are faster or smaller than the stock ones."""

@@ -1,0 +1,1 @@
+"""Who has done how much work for whom: signed receipts and the ledger that sums them."""

@@ -1,0 +1,1 @@
+"""What every part of a peer uses: configuration, identity, concurrency and rate limits."""

@@ -1,0 +1,1 @@
+"""Checks servers' answers against each other and remembers who was wrong."""

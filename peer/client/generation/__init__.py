@@ -1,0 +1,1 @@
+"""From a prompt to text: chat, sampling and streams of tokens."""

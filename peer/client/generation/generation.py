@@ -1,0 +1,412 @@
+"""Text from the swarm, token by token: the decode loop in a worker thread, an async iterator in front."""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import outcome
+import torch
+import trio
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+
+from petals.models.client.decoding import Draw, criteria_of, decode, greedy, processors_of
+from petals.models.client.generation import ChainCache, InferenceSession, first_block_inputs
+from petals.models.source.checkpoint import Checkpoint
+from petals.peer.client.generation.sampling import ChanceRecorder, Chances, Enough, Penalties
+from petals.peer.client.generation.text import Decoder, StopStrings
+from petals.peer.client.model_client import ClientOptions, ModelClient, Prefix
+from petals.peer.client.remote_chain import RemoteChain, RemoteChainSession
+from petals.peer.client.routing.routing import RouteChoice
+from petals.peer.client.session.session import HopTrace
+from petals.protocols.errors import UserError
+from petals.protocols.prefixes import PREFIX_TOKENS, prefix_names
+
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus
+
+LOOKAHEAD = 4
+"""Tokens generated before the first of them is taken; then the generation waits for its reader."""
+
+
+MAX_STOP_CHARACTERS = 1000
+
+
+class PromptTooLong(UserError):
+    """Prompt and answer are more than the model can look back on, or than the session was given room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, written down as the model's own chat template wants it, with the assistant to speak next."""
+
+    messages: Sequence[Mapping[str, str]]
+    """Each with "role" (system, user, assistant) and "content"."""
+
+
+Prompt = str | Sequence[int] | Chat
+"""Text, token ids, or a conversation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """What `transformers.generate` is asked for. Without temperature, top_k, top_p or seed the likeliest token wins."""
+
+    max_new_tokens: int = 64
+    temperature: float | None = None
+    top_k: int | None = None
+    """0: among all tokens; None: what the model's `generation_config.json` says."""
+    top_p: float | None = None
+    seed: int | None = None
+    max_length: int | None = None
+    """Room of the session in tokens, prompt included; None: just what is needed."""
+    fit: bool = False
+    """Rather fewer than `max_new_tokens` than a refusal, where the model can not look back on all of it."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these; they may span tokens."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of every token that was generated before; from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """The same for each time it was generated."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell with each token; 0: only the one chosen; None: nothing."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError("max_new_tokens must be at least 1")
+        if self.temperature is not None and not self.temperature > 0:
+            raise UserError("temperature must be above 0; leave it out to take the likeliest token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError("top_p must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError("top_k must be at least 1, or 0 for all tokens")
+        if not all(self.stop) or sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
+            raise UserError(
+                f"stop strings must not be empty, nor longer than {MAX_STOP_CHARACTERS} characters together"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} must be from -2 to 2")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UserError("logprobs must not be negative")
+
+    @property
+    def samples(self) -> bool:
+        return any(each is not None for each in (self.temperature, self.top_k, self.top_p, self.seed))
+
+    def applied_to(self, config: GenerationConfig) -> GenerationConfig:
+        """A model's own settings with what was asked for on top."""
+        config = copy.deepcopy(config)
+        config.do_sample = self.samples
+        for name in ("temperature", "top_k", "top_p"):
+            if getattr(self, name) is not None:
+                setattr(config, name, getattr(self, name))
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One step of a generation: its id, and what text it completes.
+
+    The text is empty in the middle of a character, and where a stop string may have begun.
+    """
+
+    id: int
+    text: str
+    chances: Chances | None = None
+    """What the model thought of it; where `GenerationOptions.logprobs` asked."""
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Where a generation's time went."""
+
+    prepare: float = 0.0
+    """Embeddings and head loaded, prompt tokenised."""
+    first_token: float = 0.0
+    """Session opened, prompt computed, first token chosen."""
+    decode: float = 0.0
+    """All tokens after the first."""
+
+
+@dataclass(eq=False)
+class TokenStream:
+    """An async iterator over tokens. Leaving its context, cancelling or dropping it ends the generation at once."""
+
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """Everything generated so far, without the prompt."""
+    seconds: Seconds = field(default_factory=Seconds)
+    route: tuple[HopTrace, ...] = ()
+    """The servers of the last step and where its time went."""
+    reused_tokens: int = 0
+    """Of the prompt; the servers had kept them from an earlier generation."""
+    choice: RouteChoice | None = None
+    """Why the session was opened with the route it was."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """Why it ended: the model's own end or a stop string, or `max_new_tokens`; None: it has not, or was cut off."""
+    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _ended: trio.Event = field(default_factory=trio.Event)
+    _error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[Token](LOOKAHEAD)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed, the first token left out; 0 where there was only one."""
+        return (len(self.token_ids) - 1) / self.seconds.decode if self.seconds.decode else 0.0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            if self._error is not None:
+                raise self._error from None
+            raise StopAsyncIteration from None
+        except trio.Cancelled:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """End the generation; returns when every server has been told."""
+        self._scope.cancel()
+        with trio.CancelScope(shield=True):  # bounded: telling a server is
+            await self._ended.wait()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if not self._ended.is_set():  # the loop over us was left with `break`
+            self._scope.cancel()
+
+
+async def run_generation(
+    client: ModelClient,
+    prompt: Prompt,
+    options: GenerationOptions,
+    wanted: ClientOptions,
+    *,
+    task_status: TaskStatus[TokenStream] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Generate in a worker thread until done or cancelled. Started: the prompt is tokenised and the stream is there.
+
+    Errors go to whoever iterates, not to the nursery this runs in.
+
+    Raises:
+        UserError: the prompt is empty, not for this model, or does not fit the session; before `started`.
+    """
+    began = time.perf_counter()
+    model, tokenizer = await client.language_model(wanted.head_quant)
+    prompt_ids = await trio.to_thread.run_sync(partial(_tokenise, tokenizer, prompt, client.checkpoint))
+    new_tokens = _room_for(len(prompt_ids), options, client.checkpoint)
+    room = options.max_length or len(prompt_ids) + new_tokens
+    stream = TokenStream(prompt_ids)
+    stream.seconds.prepare = time.perf_counter() - began
+    scope, ended = stream._scope, stream._ended
+    chain = client.chain(wanted)
+    session = InferenceSession(ChainCache(chain, room), room)
+    reused = chain if wanted.prefix_cache else None
+    work = _Work(client, model, tokenizer, prompt, new_tokens, options, session, stream, reused)
+    task_status.started(stream)
+    del stream, task_status  # whoever iterates holds the last reference: dropping it ends us
+    try:
+        with scope:
+            work.result = await client.portal.run_sync(outcome.capture, work.run, client.portal)
+    finally:
+        await work.finish()
+        ended.set()
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, checkpoint: Checkpoint) -> list[int]:
+    """In a worker thread: a long text takes its time."""
+    if isinstance(prompt, Chat):
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(f"{checkpoint.name} has no chat template; ask it to go on with a plain text")
+        messages = [dict(message) for message in prompt.messages]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # templates refuse what their model has not learned, such as two users in a row
+            raise UserError(f"the chat template of {checkpoint.name} refuses this conversation: {error}") from None
+        ids: list[int] = tokenizer(str(text), add_special_tokens=False)["input_ids"]  # the template has written them
+    elif isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids, vocabulary = list(prompt), checkpoint.config.get_text_config().vocab_size
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise UserError(f"{checkpoint.name} has tokens 0 to {vocabulary - 1}; the prompt names others")
+    if not ids:
+        raise UserError("the prompt is empty")
+    return ids
+
+
+def _room_for(length: int, options: GenerationOptions, checkpoint: Checkpoint) -> int:
+    """How many tokens to generate after a prompt of `length`."""
+    limit = getattr(checkpoint.config, "max_position_embeddings", None)
+    allowed = min((each for each in (options.max_length, limit) if each is not None), default=None)
+    if allowed is None or length + options.max_new_tokens <= allowed:
+        return options.max_new_tokens
+    if options.fit and length < allowed:
+        return int(allowed) - length
+    if options.max_length == allowed:
+        raise PromptTooLong(
+            f"a prompt of {length} tokens and {options.max_new_tokens} new ones do not fit into {options.max_length}"
+        )
+    raise PromptTooLong(
+        f"a prompt of {length} tokens and {options.max_new_tokens} new ones are more than the {limit} "
+        f"that {checkpoint.name} can look back on; shorten the prompt or lower max_new_tokens"
+    )
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """What ends an answer: the model's own ends, and in a conversation also the tokenizer's, which chat models name
+    there when their base model's `generation_config.json` does not."""
+    named = model.generation_config.eos_token_id
+    ends = {named} if isinstance(named, int) else set(named or ())
+    if isinstance(prompt, Chat) and isinstance(tokenizer.eos_token_id, int):
+        ends.add(tokenizer.eos_token_id)
+    return sorted(ends)
+
+
+class _Work:
+    """One generation: its thread half and the bookkeeping around it."""
+
+    def __init__(
+        self,
+        client: ModelClient,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        new_tokens: int,
+        options: GenerationOptions,
+        session: InferenceSession,
+        stream: TokenStream,
+        reused: RemoteChain | None,
+    ) -> None:
+        """
+        Args:
+            reused: the chain, whose servers may still have some of the prompt; None: they are not asked.
+        """
+        self.result: outcome.Outcome[None] | None = None
+        self._client = client
+        self._model = model
+        self._prompt_ids = stream.prompt_ids
+        self._new_tokens = new_tokens
+        self._options = options
+        self._session = session
+        self._ends = _end_tokens(model, tokenizer, prompt)
+        self._config = options.applied_to(model.generation_config)
+        self._tokenizer = tokenizer
+        self._decoder = Decoder(tokenizer)
+        self._stop = StopStrings(options.stop)
+        self._enough = Enough()
+        self._recorder = ChanceRecorder(options.logprobs, tokenizer) if options.logprobs is not None else None
+        self._stream = weakref.ref(stream)
+        self._send = stream._send
+        self._seconds = stream.seconds
+        self._began = time.perf_counter()
+        self._reused = reused
+        self._reused_tokens = 0
+        self._token_ids = list(stream.prompt_ids)
+        """Of the whole sequence."""
+
+    def run(self, portal: Any) -> None:
+        """In the worker thread."""
+
+        def on_token(token: int) -> None:
+            portal.run(self._deliver, token, None if self._recorder is None else self._recorder.of(token))
+
+        prompt = torch.tensor([self._prompt_ids])
+        length = prompt.shape[1]
+        if self._reused is not None:
+            self._session.cache.session = self._begin_with_kept(self._reused, prompt)
+        config, ends = self._config, self._ends
+        processors = processors_of(
+            config, prompt_length=length, max_length=length + self._new_tokens, ends=ends, more=self._processors()
+        )
+        if self._recorder is not None:  # first, so that it sees what the model said
+            processors.insert(0, self._recorder)
+        decode(
+            self._model,
+            self._session.cache,
+            prompt,
+            max_new_tokens=self._new_tokens,
+            processors=processors,
+            criteria=criteria_of(config, ends=ends, tokenizer=self._tokenizer, more=[self._enough]),
+            choose=Draw(self._options.seed) if self._options.samples else greedy,
+            on_token=on_token,
+        )
+
+    def _begin_with_kept(self, chain: RemoteChain, prompt: Tensor) -> RemoteChainSession:
+        """A session that begins with what the servers have kept of the prompt; its last token is computed anyway."""
+        names = tuple(prefix_names(self._prompt_ids[:-1]))
+        inputs = partial(first_block_inputs, self._model, prompt[:, : len(names) * PREFIX_TOKENS])
+        prefix = Prefix(names, lambda: inputs().cpu())
+        session = chain.open_session(batch_size=1, max_length=self._session.max_length, prefix=prefix)
+        self._reused_tokens = session.position
+        return session
+
+    def _processors(self) -> list[LogitsProcessor]:
+        presence, frequency = self._options.presence_penalty, self._options.frequency_penalty
+        if not (presence or frequency):
+            return []
+        return [Penalties(len(self._prompt_ids), presence=presence, frequency=frequency)]
+
+    async def _deliver(self, token: int, chances: Chances | None) -> None:
+        now = time.perf_counter()
+        self._token_ids.append(token)
+        stream = self._stream()
+        if stream is None:  # our scope is being cancelled
+            await trio.lowlevel.checkpoint()
+            raise UserError("nobody is listening any more")
+        ended = token in self._ends
+        last = ended or len(stream.token_ids) + 1 == self._new_tokens
+        text = self._stop.add(self._decoder.add(token, last=last), last=last)
+        self._enough.reached = self._stop.found
+        if ended or self._stop.found:
+            stream.finish_reason = "stop"
+        elif last:
+            stream.finish_reason = "length"
+        if not stream.token_ids:
+            self._seconds.first_token = now - self._began
+        else:
+            self._seconds.decode = now - self._began - self._seconds.first_token
+        stream.token_ids.append(token)
+        stream.text += text
+        stream.reused_tokens = self._reused_tokens
+        remote = self._session.cache.session
+        if isinstance(remote, RemoteChainSession):
+            stream.route = remote.trace
+            stream.choice = remote.remote.choice
+        del stream
+        await self._send.send(Token(token, text, chances))
+
+    async def finish(self) -> None:
+        """Give the caches back and tell whoever iterates."""
+        remote = self._session.cache.session
+        if isinstance(remote, RemoteChainSession):
+            cut = isinstance(self.result, outcome.Error) or self.result is None
+            if cut:
+                await remote.remote.reset()
+            else:
+                known = self._token_ids[: remote.position] if self._reused is not None else []
+                await self._client.leave(remote.remote, prefix_names(known))
+        stream = self._stream()
+        if stream is not None and isinstance(self.result, outcome.Error):
+            stream._error = self.result.error
+        self._send.close()

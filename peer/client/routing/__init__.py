@@ -1,0 +1,1 @@
+"""Chooses the servers of a route from a live view of the swarm."""

@@ -1,0 +1,1 @@
+"""A session over all hops of a route, and what it does when one fails."""

@@ -1,0 +1,1 @@
+"""The plug into py-libp2p: a Swarm of the library that runs on our connections."""

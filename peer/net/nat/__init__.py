@@ -1,0 +1,1 @@
+"""Ways around routers: relays, reachability probes and hole punching."""
