@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from petals.cli.base.addresses import check_addresses
 from petals.cli.base.argument_types import SEEDS, at_least_1, number, positive, whole
+from petals.cli.base.file_arguments import read_argument, token_of
 from petals.cli.base.help_format import Formatter
 from petals.cli.base.terminal import hush
 from petals.cli.base.terminal import say as _say
@@ -57,25 +58,13 @@ def block_range(text: str) -> range:
     )
 
 
-def token_of(word: str | None) -> str | None:
-    """An invitation as it is given; @FILE stands for the one in a file."""
-    return _read(word[1:]) if word is not None and word.startswith("@") else word
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can not read {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def peer_ids(words: Sequence[str]) -> frozenset[PeerId]:
     """Peer IDs as they are written; @FILE stands for those in a file, one per line, # and what follows aside."""
     from petals.peer.base.identity import parse_peer_id
 
     found: set[PeerId] = set()
     for word in words:
-        lines = _read(word[1:]).splitlines() if word.startswith("@") else [word]
+        lines = read_argument(word[1:]).splitlines() if word.startswith("@") else [word]
         found.update(parse_peer_id(text) for line in lines if (text := line.partition("#")[0].strip()))
     return frozenset(found)
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from petals.cli.base.file_arguments import token_of
 from petals.cli.imports import importing
 from petals.cli.main import main
 from petals.cli.run_server import translated
@@ -16,7 +17,7 @@ async def keep_directory(options: argparse.Namespace) -> None:
     with importing():
         import trio
 
-        from petals.cli.peer import lan_config, nat_config, peer_ids, token_of
+        from petals.cli.peer import lan_config, nat_config, peer_ids
         from petals.peer.bootstrap import open_bootstrap
 
     async with open_bootstrap(

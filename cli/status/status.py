@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petals.cli.base.argument_types import positive
+from petals.cli.base.file_arguments import token_of
 from petals.cli.base.help_format import Formatter
 from petals.cli.base.terminal import say
 from petals.cli.status.render import picture
@@ -102,8 +103,6 @@ async def run(options: argparse.Namespace) -> None:
 async def _open(options: argparse.Namespace) -> AsyncIterator[Look]:
     """Whom the flags want asked."""
     import trio
-
-    from petals.cli.peer import token_of
 
     if options.url is not None:
         from petals.cli.status.client import ask_swarm, read_address
