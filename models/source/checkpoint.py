@@ -120,7 +120,7 @@ class Checkpoint:
                         f"{self.name}: {INDEX} names {file!r}, which is no safetensors file beside it"
                     )
             return found
-        _refuse_pickles(self.name, self.directory)
+        _refuse_others(self.name, self.directory)
         return dict.fromkeys(self._header(SINGLE), SINGLE)
 
     def tensor_names(self) -> tuple[str, ...]:
@@ -362,9 +362,15 @@ def _load_config(name: str, directory: Path) -> PretrainedConfig:
     return text
 
 
-def _refuse_pickles(name: str, directory: Path) -> None:
+def _refuse_others(name: str, directory: Path) -> None:
+    """Say what is there where no safetensors model is."""
     if (directory / SINGLE).exists():
         return
+    shards = sorted(directory.glob("*-of-*.safetensors"))
+    if shards:
+        raise CheckpointError(
+            f"{name} holds {shards[0].name}, but no {INDEX}, which names the other parts; fetch it, too"
+        )
     pickles = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt")) + sorted(directory.glob("*.pth"))
     if pickles:
         raise CheckpointError(

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -41,8 +42,30 @@ from petals.models.source.sources import block_sources
 
 log = logging.getLogger(__name__)
 
-_STRANGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+_STRANGE = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, OSError),
+    StrictDataclassError,
+)
 """What model code that was not written for this may raise."""
+
+
+@contextmanager
+def foreign_errors(doing: str) -> Iterator[None]:
+    """Turn what the library or a model's code raises in here into an UnsupportedModel of one line.
+
+    `doing`: what failed, such as "llama0 cannot be served".
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedModel(f"{doing}: it needs a Python package: {first_line(error)}") from error
+    except _STRANGE as error:
+        raise UnsupportedModel(f"{doing}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, without the rest."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_span(
@@ -82,21 +105,25 @@ def _prepare(span: BlockSpan, checkpoint: Checkpoint, proofs: list[Proof] | None
     family = family_of(checkpoint.config)
     title = f"{checkpoint.name} ({family.title})"
     try:
-        span.measure_shapes()
-        if proofs is not None:
-            check_span(span, title=title, thorough=not family.verified)
-            check_weights(span, proofs, title=title)
-        span.find_lean_path(measured=not deterministic)
-        if span.lean and not agrees(span):
-            span.drop_lean_path()
-            log.warning("%s: the lean path differs from transformers' own, so that one is used; it is slower", title)
-        if not span.lean and not deterministic:  # then nobody shares a pass
-            share_layers(span, checkpoint)
+        with foreign_errors(f"{title} cannot be served"):
+            _prove(span, checkpoint, proofs, deterministic, title)
     except UnsupportedModel as error:
         raise error if title in str(error) else UnsupportedModel(f"{title} cannot be served: {error}") from None
-    except _STRANGE as error:
-        said = next(iter(str(error).strip().splitlines()), "")
-        raise UnsupportedModel(f"{title} cannot be served: {type(error).__name__}: {said}") from error
+
+
+def _prove(
+    span: BlockSpan, checkpoint: Checkpoint, proofs: list[Proof] | None, deterministic: bool, title: str
+) -> None:
+    span.measure_shapes()
+    if proofs is not None:
+        check_span(span, title=title, thorough=not family_of(checkpoint.config).verified)
+        check_weights(span, proofs, title=title)
+    span.find_lean_path(measured=not deterministic)
+    if span.lean and not agrees(span):
+        span.drop_lean_path()
+        log.warning("%s: the lean path differs from transformers' own, so that one is used; it is slower", title)
+    if not span.lean and not deterministic:  # then nobody shares a pass
+        share_layers(span, checkpoint)
 
 
 def share_layers(span: BlockSpan, checkpoint: Checkpoint) -> None:
@@ -164,15 +191,11 @@ def load_shortened(
     base_class = base_class_of(config)
     path = find_layers(base_class, config)
     state = stand_for_blocks(checkpoint, blocks, path)
-    with quiet_library():
-        try:
-            loaded: Any = span_class(base_class, path, blocks).from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-            )
-        except _STRANGE as error:
-            raise UnsupportedModel(
-                f"{base_class.__name__} cannot take the blocks of {checkpoint.name}: {error}"
-            ) from error
+    with quiet_library(), foreign_errors(f"{base_class.__name__} cannot take the blocks of {checkpoint.name}"):
+        # mismatches are ignored by the library, not by `_check_loaded`, which names them
+        loaded: Any = span_class(base_class, path, blocks).from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     _check_loaded(checkpoint, info, path, blocks.start)
@@ -235,7 +258,7 @@ def skeleton_blocks(config: PretrainedConfig) -> nn.ModuleList:
     """A model's blocks without their weights."""
     base_class = base_class_of(config)
     path = find_layers(base_class, config)
-    with torch.device("meta"), quiet_library():
+    with torch.device("meta"), quiet_library(), foreign_errors(f"{base_class.__name__} cannot be built"):
         return get_layers(base_class(config), path)
 
 
@@ -256,7 +279,7 @@ def find_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> 
 
 def _search_layers(base_class: type[PreTrainedModel], config: PretrainedConfig) -> str:
     total = config.num_hidden_layers
-    with torch.device("meta"), quiet_library():
+    with torch.device("meta"), quiet_library(), foreign_errors(f"{base_class.__name__} cannot be built"):
         skeleton = base_class(config)
     for name, module in skeleton.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:

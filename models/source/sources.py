@@ -38,7 +38,17 @@ def sources_of(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Source
         shapes = {name: checkpoint.entry(name).shape for name in names}
         packed, names = checkpoint.scheme.sources(names, shapes)
     sources = {name: _plain(checkpoint, name) for name in names}
+    for name, source in sources.items():
+        if name.endswith("weight") and len(source.shape) > 1 and source.dtype in _CODES:
+            raise CheckpointError(
+                f"{checkpoint.name}: {name} is stored as {checkpoint.entry(name).dtype}, and nothing says how its "
+                "codes become numbers: its scales, or a quantization_config in config.json, are missing"
+            )
     return sources | {name: _packed(checkpoint, source) for name, source in packed.items()}
+
+
+_CODES = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
+"""Dtypes of which a weight is not what it says."""
 
 
 def _plain(checkpoint: Checkpoint, name: str) -> Source:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from petals.models.blocks.block import BlockSpan
+from petals.models.errors import CheckpointError, ModelError
+from petals.models.kernels import packed
 from petals.models.source.checkpoint import Checkpoint, open_checkpoint
 from petals.models.source.loading import load_span
 from tests.models.packers import CASES, FormatCase, mxfp4, quantise, write
@@ -138,3 +143,145 @@ def test_gpt_oss(tmp_path: Path) -> None:
     reference = with_weights(model, wide, tmp_path / "truth")
     span = check_against(reference, open_checkpoint(tmp_path / "packed"))
     assert span.weight_bytes <= 1.15 * file_bytes(open_checkpoint(tmp_path / "packed"))
+
+
+Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
+
+
+def damaged(form: str, change: Change, tmp_path: Path, case: Case = LLAMA) -> Checkpoint:
+    """A checkpoint in a format, its tensors and its config.json changed."""
+    _, checkpoint = made(case, next(each for each in CASES if each.id == form), tmp_path)
+    tensors, path = load_file(checkpoint.directory / "model.safetensors"), checkpoint.directory / "config.json"
+    config = json.loads(path.read_text())
+    change(tensors, config)
+    path.write_text(json.dumps(config))
+    save_file(tensors, checkpoint.directory / "model.safetensors")
+    return open_checkpoint(checkpoint.directory)
+
+
+def drop(suffix: str) -> Change:
+    def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        del tensors[f"model.layers.1.mlp.up_proj{suffix}"]
+
+    return change
+
+
+def set_entry(**entries: Any) -> Change:
+    return lambda tensors, config: config["quantization_config"].update(entries)
+
+
+def replace_scales(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    tensors[name] = tensors[name].t().contiguous()
+
+
+def spoil_a_code(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[3, 5] = 127
+
+
+def forget_the_format(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    del config["quantization_config"]
+
+
+def shrink(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:, :-128].contiguous()
+
+
+def mix_groups(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.up_proj.g_idx"][:] = 0
+
+
+def other_kinds(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    config["quantization_config"]["config_groups"]["group_1"] = {"weights": {"num_bits": 8}}
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("fp8-blocks", set_entry(quant_method="made-up"), "quantised as 'made-up'; supported are fp8, "),
+        ("fp8-blocks", set_entry(fmt="e5m2"), "only e4m3 is supported"),
+        ("fp8-blocks", set_entry(weight_block_size=None), "no weight_block_size in its config.json"),
+        ("fp8-blocks", set_entry(weight_block_size=[64, 64]), r"in blocks of \[64, 64\] have \(4, 7\)"),
+        ("fp8-blocks", replace_scales, r"scales of shape \[2, 4\]"),
+        ("fp8-blocks", drop(".weight_scale_inv"), "up_proj.weight is stored as F8_E4M3, and nothing says"),
+        ("fp8-blocks", forget_the_format, "is stored as F8_E4M3, and nothing says"),
+        ("fp8-blocks", spoil_a_code, "up_proj has weights that are no numbers"),
+        ("fp8-blocks", shrink, r"up_proj is no FP8 weight: scales of shape \[4, 2\]"),
+        ("gptq-4", set_entry(bits=3), "gptq in 3 bits; supported are 4 and 8"),
+        ("gptq-4", drop(".qzeros"), r"up_proj is no GPTQ weight: lacks '\.qzeros'"),
+        ("gptq-4", drop(".scales"), r"up_proj is no GPTQ weight: lacks '\.scales'"),
+        ("gptq-4", mix_groups, "g_idx does not deal the inputs to equal groups"),
+        ("awq", set_entry(version="gemv"), "only gemm is supported"),
+        ("awq", drop(".qweight"), r"lacks block tensors: layers\.1\.mlp\.up_proj\.weight"),
+        ("compressed-int4", set_entry(format="marlin-24"), "supported are pack-quantized"),
+        ("compressed-int4", other_kinds, "2 kinds of quantised weights"),
+        ("compressed-int8", drop(".weight_scale"), "is stored as I8, and nothing says"),
+        ("bitsandbytes-int8", drop(".SCB"), "is stored as I8, and nothing says"),
+        ("bitsandbytes-nf4", drop(".weight.absmax"), "is stored as U8, and nothing says"),
+        ("bitsandbytes-nf4", drop(".weight.quant_map"), r"lacks '\.weight\.quant_map'"),
+    ],
+)
+def test_a_defect_is_one_line(form: str, change: Change, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        load_span(damaged(form, change, tmp_path), range(3))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_first_shard_alone(tmp_path: Path) -> None:
+    _, checkpoint = made(LLAMA, CASES[0], tmp_path)
+    whole = checkpoint.directory / "model.safetensors"
+    whole.rename(checkpoint.directory / "model-00001-of-00003.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"holds model-00001-of-00003\.safetensors, but no model\.safetensors\.index"
+    ):
+        load_span(open_checkpoint(checkpoint.directory), range(1))
+
+
+def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model's own code imports when it is built."""
+    _, checkpoint = made(LLAMA, CASES[0], tmp_path)
+
+    def build(*args: object, **kwargs: object) -> None:
+        raise ImportError("requires the kernels library\nsecond line")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.__init__", build)
+    with pytest.raises(ModelError, match=r"it needs a Python package: requires the kernels library$"):
+        load_span(checkpoint, range(1))
+
+
+def test_weights_that_are_not_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that is wrong on this machine: the self-test reads the numbers again."""
+    _, checkpoint = made(LLAMA, CASES[0], tmp_path)
+    right = packed.Fp8Matrix.times
+    monkeypatch.setattr(packed.Fp8Matrix, "times", lambda self, rows: right(self, rows).roll(1, -1))
+    with pytest.raises(ModelError, match=r"block 0 multiplies by another self_attn\.q_proj than the checkpoint has"):
+        load_span(checkpoint, range(1))
+
+
+@pytest.mark.parametrize("quant_type", ["int8", "nf4"])
+@pytest.mark.parametrize(("form", "case"), [("fp8-blocks", LLAMA), ("awq", MOE)])
+def test_quantised_once_more(form: str, case: Case, quant_type: str, tmp_path: Path) -> None:
+    _, checkpoint = made(case, next(each for each in CASES if each.id == form), tmp_path)
+    own = load_span(checkpoint, range(1), dtype=torch.float32)
+    again = load_span(checkpoint, range(1), dtype=torch.float32, quant_type=quant_type)
+    hidden = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(3))
+    ours, theirs = (span.forward(hidden, range(1)) for span in (again, own))
+    assert float((ours - theirs).norm() / theirs.norm()) < {"int8": 0.1, "nf4": 0.5}[quant_type]
+
+
+@pytest.mark.parametrize("form", ["fp8-blocks", "gptq-4", "bitsandbytes-nf4"])
+def test_the_head_and_other_tensors_are_dequantised(form: str, tmp_path: Path) -> None:
+    """Some packages quantise the head, too; clients read it as numbers."""
+    case = next(each for each in CASES if each.id == form)
+    model = make_model(LLAMA.config())
+    state = in_checkpoint(model, tmp_path / "plain")
+    parts, wide = case.pack(state["lm_head.weight"].float())
+    stored = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    stored.update({"lm_head" + suffix: part for suffix, part in parts.items()})
+    write(tmp_path / "packed", model, case.settings, stored)
+    checkpoint = open_checkpoint(tmp_path / "packed")
+    read = checkpoint.read(checkpoint.other_tensor_names())
+    assert_close(read["lm_head.weight"], wide, rtol=1e-6, atol=1e-6)
+    assert set(read) == {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
