@@ -97,7 +97,7 @@ class Checkpoint:
         self.directory = directory
         self._identity = identity
         self._licence = licence
-        self._fetch: Fetch = fetch or (lambda file: directory / file)
+        self._fetch: Fetch = fetch or self._path_of
         self._raw_config = _read_json(directory / "config.json")
         self.config = _load_config(name, directory)
         self.num_blocks: int = self.config.num_hidden_layers
@@ -238,7 +238,7 @@ class Checkpoint:
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether the shards of these tensors are on this disk; nothing is fetched."""
-        return all((self.directory / file).exists() for file in {self._weight_map[name] for name in names})
+        return all(self._path_of(file).exists() for file in {self._weight_map[name] for name in names})
 
     def locate(self, name: str) -> tuple[Path, TensorEntry]:
         """The shard of a tensor that `has` knows to be here, and where in it.
@@ -246,7 +246,7 @@ class Checkpoint:
         Raises: CheckpointError for a damaged shard.
         """
         file = self._weight_map[name]
-        return self.directory / file, self._entry(file, name)
+        return self._path_of(file), self._entry(file, name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the checkpoint. Raises CheckpointError when there is none."""
@@ -257,6 +257,10 @@ class Checkpoint:
         except Exception as error:  # three libraries read what somebody wrote, and raise what they like
             raise CheckpointError(f"{self.name} has no usable tokenizer: {_first_line(error)}") from error
         return tokenizer
+
+    def _path_of(self, file: str) -> Path:
+        """Where a shard is, or will be."""
+        return self.directory / file
 
     def _header(self, file: str) -> dict[str, TensorEntry]:
         if file not in self._headers:
@@ -291,7 +295,7 @@ class Checkpoint:
         self, file: str, block_of: dict[str, tuple[int, str]], known: dict[str, Any] | None
     ) -> dict[str, Any]:
         try:
-            stat = (self.directory / file).stat()
+            stat = self._path_of(file).stat()
         except OSError:
             if known is None:
                 raise CheckpointError(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from petals.models.errors import CheckpointError
-from petals.models.kernels.packed import E2M1, INTEGERS, Fp8Matrix, Int8Matrix, NibbleMatrix, Packed
+from petals.models.kernels.ggml import GGML_TYPES
+from petals.models.kernels.packed import E2M1, INTEGERS, Fp8Matrix, GgmlMatrix, Int8Matrix, NibbleMatrix, Packed
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of a checkpoint's tensors by name."""
@@ -85,7 +86,7 @@ class Scheme:
         """
         families: dict[str, dict[str, str]] = {}
         for name in names:
-            for suffix in _SUFFIXES:
+            for suffix in (*_SUFFIXES, *_GGUF_SUFFIXES):
                 if name.endswith(suffix):
                     families.setdefault(name.removesuffix(suffix), {})[suffix] = name
                     break
@@ -425,6 +426,32 @@ def shape_of_four_bits(state: Tensor) -> tuple[int, ...]:
     return tuple(int(size) for size in json.loads(bytes(state.tolist()))["shape"])
 
 
+# GGUF
+
+
+def _gguf(stem: str, members: Mapping[str, str], shapes: Shapes, settings: Settings) -> PackedSource | None:
+    """Blocks of a GGUF file (gguf_file.py), whose name says their type."""
+    suffix = next(suffix for suffix in members if suffix.startswith(".weight.ggml_"))
+    turned = suffix.endswith("_turned")
+    kind = suffix.removeprefix(".weight.ggml_").removesuffix("_turned")
+    rows, nbytes = shapes[members[suffix]]
+    weights, per_block = GGML_TYPES[kind]
+    heads = int(settings["heads"] if stem.endswith("q_proj") else settings["key_heads"])
+    if nbytes % per_block or (turned and rows % (2 * heads)):
+        raise ValueError(f"{rows} rows of {nbytes} bytes")
+
+    def build(parts: Parts) -> Packed:
+        blocks = GgmlMatrix(parts["codes"], kind)
+        if not turned:
+            return blocks
+        return blocks.take(torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1))
+
+    shape = (rows, nbytes // per_block * weights)
+    return PackedSource(f"{stem}.weight", shape, {"codes": members[suffix]}, build)
+
+
+_GGUF_SUFFIXES = tuple(f".weight.ggml_{kind}{turned}" for kind in GGML_TYPES for turned in ("_turned", ""))
+
 FORMATS: Sequence[Format] = (
     Format("fp8", "FP8", (".weight_scale_inv", ".weight_scale", "_scale_inv"), _fp8),
     Format("fbgemm_fp8", "FBGEMM FP8", (".weight_scale",), _fp8),
@@ -433,6 +460,7 @@ FORMATS: Sequence[Format] = (
     Format("awq", "AWQ", (".qweight",), _awq),
     Format("compressed-tensors", "compressed-tensors", (".weight_packed", ".weight_scale"), _compressed),
     Format("bitsandbytes", "bitsandbytes", (".SCB", ".weight.absmax"), _bitsandbytes),
+    Format("gguf", "GGUF", _GGUF_SUFFIXES, _gguf),
 )
 _CHECKS: Mapping[str, Callable[[str, Settings], None]] = {
     "fp8": _check_fp8,

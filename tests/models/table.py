@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from petals.models.families import families
+from petals.models.kernels.ggml import GGML_TYPES
 from petals.models.source.formats import FORMATS
 from tests.models import packers
 from tests.models.tiny import CASES
@@ -30,7 +31,11 @@ def format_table() -> str:
     """Markdown, one row per way to write a checkpoint."""
     titles = {each.method: each.title for each in FORMATS}
     rows = [f"| {titles[case.settings['quant_method']]} | {case.holds} |" for case in packers.CASES]
-    return "\n".join(["| `quant_method` | the checkpoint holds |", "|---|---|", *rows, "| MXFP4 | experts (gpt-oss) |"])
+    rows.append("| MXFP4 | experts (gpt-oss) |")
+    rows += [
+        f"| GGUF | {kind}, {nbytes} bytes for {weights} weights |" for kind, (weights, nbytes) in GGML_TYPES.items()
+    ]
+    return "\n".join(["| format | the checkpoint holds |", "|---|---|", *rows])
 
 
 def with_table(document: str) -> str:

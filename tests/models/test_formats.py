@@ -80,10 +80,12 @@ def with_weights(model: PreTrainedModel, state: dict[str, Tensor], directory: Pa
     return Reference(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval())
 
 
-def check_against(reference: Reference, checkpoint: Checkpoint, *, tolerance: float = 2e-4) -> BlockSpan:
+def check_against(
+    reference: Reference, checkpoint: Checkpoint, *, tolerance: float = 2e-4, vocabulary: int = 128
+) -> BlockSpan:
     """Blocks, in one go and in steps, and the gradient, against the truth."""
     span = load_span(checkpoint, range(checkpoint.num_blocks), dtype=torch.float32)
-    ids = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         hidden, _ = reference.run(ids)
     limit = {"rtol": tolerance, "atol": tolerance * float(hidden[-1].abs().max())}
