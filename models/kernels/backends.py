@@ -1,12 +1,13 @@
-"""Products of few rows with packed matrices, compiled where numba is installed.
+"""Products with packed matrices, compiled where numba is installed.
 
 A decode step is bound by reading weights. torch has no products for most packed formats, and dequantising a piece with
-its operations passes over the piece several times. These kernels read each byte once: a row of the matrix is decoded
-into a buffer that stays in the first cache, and multiplied by all rows of the input. They are written in Python; numba,
-which has wheels for every platform, compiles them for the machine on first use (a second for each format, then kept in
-the user's cache). Sums are float32's, in an order of their own.
+its operations passes over the piece several times. These kernels read each byte once. For few rows of the input, a row
+of the matrix is decoded into a buffer that stays in the first cache, and multiplied by all of them. For many, a piece
+of the matrix is decoded, and multiplied by torch.
 
-Without numba, or for other devices, every function returns None, and the caller dequantises in pieces.
+They are written in Python (compiled.py); numba, which has wheels for every platform, compiles them for the machine when
+they are first used, a second for each format. Sums are float32's, in an order of their own. Without numba, or on other
+devices, a matrix is dequantised in pieces by its reference.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from petals.models.source.disk import cache_directory
-
-FEW_ROWS = 12
-"""Above this many, pieces that are dequantised once for all rows and multiplied by torch are faster."""
+FEW_ROWS = 8
+"""Above this many a piece that is decoded once for all rows is faster."""
+_PIECE = 1 << 18
+"""Weights that are decoded at a time for many rows: a megabyte of float32."""
+_SHARE = 1 << 18
+"""Weights that are worth a thread."""
 _OFF = "PETALS_NO_KERNELS"
 """An environment variable: dequantise in pieces whatever is installed."""
 
@@ -34,74 +38,99 @@ def available() -> bool:
     return not os.environ.get(_OFF) and find_spec("numba") is not None
 
 
-def fp8(rows: Tensor, codes: Tensor, scale: Tensor, block: tuple[int, int], skipped: int) -> Tensor | None:
-    """rows (rows, in) float32 times an `Fp8Matrix`: (rows, out) float32; None: no kernel for this."""
-    height, width = block
-    if skipped or not _can(rows, codes) or (scale.shape[1] > 1 and height < 16):
-        return None
-    scales = scale if scale.shape[1] > 1 or height > 1 else scale.new_ones(1, 1)
-    height = height if scale.shape[1] > 1 or height > 1 else len(codes)
-    product = _run("fp8", rows, len(codes), (codes.view(torch.uint8), scales, height, width))
-    return product if scales is scale else product.mul_(scale[:, 0])
+class Compiled:
+    """A packed matrix as the kernels see it: its kind, and arrays that share its memory."""
+
+    def __init__(
+        self,
+        kind: str,
+        shape: tuple[int, int],
+        parts: tuple[Any, ...],
+        order: Tensor | None = None,
+        *,
+        few_parts: tuple[Any, ...] | None = None,
+        row_scale: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            kind: a name that compiled.py knows.
+            parts: tensors on the CPU, and numbers, as that kernel takes them.
+            order: (in,) int64: which input each weight of a decoded row belongs to; None: in turn.
+            few_parts: other parts for few rows, whose products are multiplied by `row_scale` (out,) afterwards.
+        """
+        self._few, self._unpack = _compiled(kind)
+        self._shape = shape
+        self._parts = _arrays(parts)
+        self._few_parts = self._parts if few_parts is None else _arrays(few_parts)
+        self._row_scale = row_scale
+        self._order = order
+
+    def times(self, rows: Tensor) -> Tensor:
+        """rows (rows, in) float32 times the matrix: (rows, out) float32."""
+        if self._order is not None:
+            rows = rows[:, self._order]
+        out, width = self._shape
+        product = torch.empty(len(rows), out)
+        if len(rows) <= FEW_ROWS:
+            given, into = rows.contiguous().numpy(), product.numpy()
+            _share_out(out, width, lambda first, last: self._few(given, into, first, last, self._few_parts))
+            return product if self._row_scale is None else product.mul_(self._row_scale)
+        step = max(8, _PIECE // width)
+        buffer = torch.empty(step, width)
+        for begin in range(0, out, step):
+            piece = buffer[: min(step, out - begin)]
+            self._decode(piece, begin)
+            torch.mm(rows, piece.t(), out=product[:, begin : begin + len(piece)])
+        return product
+
+    def times_transposed(self, rows: Tensor) -> Tensor:
+        """rows (rows, out) float32 times the matrix, the other way round: (rows, in) float32."""
+        out, width = self._shape
+        product = torch.zeros(len(rows), width)
+        step = max(8, _PIECE // width)
+        buffer = torch.empty(step, width)
+        for begin in range(0, out, step):
+            piece = buffer[: min(step, out - begin)]
+            self._decode(piece, begin)
+            product.addmm_(rows[:, begin : begin + len(piece)], piece)
+        if self._order is None:
+            return product
+        return torch.empty_like(product).index_copy_(1, self._order, product)
+
+    def _decode(self, piece: Tensor, begin: int) -> None:
+        into = piece.numpy()
+        _share_out(
+            len(piece),
+            self._shape[1],
+            lambda first, last: self._unpack(into[first:last], begin + first, begin + last, self._parts),
+        )
 
 
-def nibbles(
-    rows: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor, group: int
-) -> Tensor | None:
-    """The same of a `NibbleMatrix`, whose inputs are in the order of its codes."""
-    if not _can(rows, codes) or (2 * codes.shape[1]) % group:
-        return None
-    planes = torch.cat([rows[:, ::2], rows[:, 1::2]], 1)
-    scale = _floats(scale)
-    offset = scale.new_zeros(1, 1) if zero is None else zero.float()
-    kind = _kind_of(tuple(table.tolist()))
-    return _run(kind, planes, len(codes), (codes, scale, offset, table, group // 2))
+_KNOWN = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 
 
-def ggml(rows: Tensor, blocks: Tensor, kind: str) -> Tensor | None:
-    """The same of a `GgmlMatrix`."""
-    return _run(kind, rows, len(blocks), (blocks,)) if _can(rows, blocks) else None
-
-
-def _can(rows: Tensor, codes: Tensor) -> bool:
-    on_cpu = rows.device.type == "cpu" and codes.device.type == "cpu" and codes.is_contiguous()
-    return on_cpu and 0 < len(rows) <= FEW_ROWS and _kernels() is not None
-
-
-def _floats(scale: Tensor) -> Tensor:
-    if scale.dtype == torch.uint8:  # exponents, see packed.py
-        return (scale.to(torch.int32) << 23).masked_fill_(scale == 0, 1 << 22).view(torch.float32)
-    return scale.float()
-
-
-@cache
-def _kind_of(table: tuple[float, ...]) -> str:
-    if table == tuple(map(float, range(16))):
-        return "integers"
-    return (
-        "e2m1"
-        if table[:8] == (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0) and table[9:] == tuple(-value for value in table[1:8])
-        else "table"
+def _arrays(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same memory, in dtypes that numba knows: float16 as uint16, bfloat16 as int16."""
+    return tuple(
+        np.ascontiguousarray(part.view(_KNOWN.get(part.dtype, part.dtype)).numpy())
+        if isinstance(part, Tensor)
+        else part
+        for part in parts
     )
 
 
-def _run(kind: str, rows: Tensor, out: int, parts: tuple[Any, ...]) -> Tensor:
-    """Each thread multiplies by its share of the matrix's rows."""
-    kernel = _kernel(kind)
-    product = torch.empty(len(rows), out)
-    into, given = product.numpy(), rows.contiguous().numpy()
-    arguments = tuple(part.numpy() if isinstance(part, Tensor) else part for part in parts)
-    threads = min(torch.get_num_threads(), max(1, out * rows.shape[1] >> 18))
+def _share_out(rows: int, width: int, work: Callable[[int, int], None]) -> None:
+    """Each thread does its share of the rows; the calling one, too."""
+    threads = min(torch.get_num_threads(), max(1, rows * width // _SHARE))
     if threads == 1:
-        kernel(given, into, 0, out, arguments)
-        return product
-    step = -(-out // threads)
-    edges = [(first, min(first + step, out)) for first in range(0, out, step)]
-    helpers = [_pool().submit(kernel, given, into, first, last, arguments) for first, last in edges[1:]]
-    kernel(given, into, *edges[0], arguments)
+        work(0, rows)
+        return
+    step = -(-rows // threads)
+    edges = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    helpers = [_pool().submit(work, first, last) for first, last in edges[1:]]
+    work(*edges[0])
     for helper in helpers:
         helper.result()
-    return product
 
 
 @cache
@@ -110,21 +139,19 @@ def _pool() -> ThreadPoolExecutor:
 
 
 @cache
-def _kernel(kind: str) -> Callable[..., None]:
-    kernels = _kernels()
-    assert kernels is not None
-    made: Callable[..., None] = kernels(kind)
-    return made
+def _compiled(kind: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    from petals.models.kernels.compiled import kernels
+
+    return kernels(kind)
 
 
 @cache
-def _kernels() -> Callable[[str], Callable[..., None]] | None:
-    """The factory of kernels by name; None without numba."""
+def usable() -> bool:
+    """Whether kernels can be compiled here: numba may be there, and not work with this Python or numpy."""
     if not available():
-        return None
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba"))
+        return False
     try:
-        from petals.models.kernels.compiled import kernel
-    except ImportError:  # it is there, but does not work with this Python or numpy
-        return None
-    return kernel
+        import petals.models.kernels.compiled  # noqa: F401  # to see whether it can be
+    except Exception:  # its own errors, and those of LLVM's library
+        return False
+    return True

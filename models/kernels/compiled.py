@@ -17,7 +17,6 @@ from numba import types
 from numba.extending import intrinsic
 
 _I32, _F32 = ir.IntType(32), ir.FloatType()
-_jit: Any = numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy", cache=True)
 _part: Any = numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy")
 _U: Any = np.uint64
 _F: Any = np.float32
@@ -69,6 +68,7 @@ _low_e2m1 = _of_byte(_e2m1)
 _high_e2m1 = _of_byte(lambda builder, byte: _e2m1(builder, _high(builder, byte)))
 _low = _of_byte(lambda builder, byte: _number(builder, builder.and_(byte, _word(15))))
 _high_float = _of_byte(lambda builder, byte: _number(builder, _high(builder, byte)))
+_unsigned = _of_byte(_number)
 _signed = _of_byte(lambda builder, byte: _number(builder, builder.ashr(builder.shl(byte, _word(24)), _word(24))))
 
 
@@ -110,74 +110,130 @@ def _half(context: Any, low: Any, high: Any) -> Any:
     return types.float32(types.uint8, types.uint8), generate
 
 
-@_part
-def _integer_row(r: Any, out: Any, parts: Any) -> None:
-    codes, scale, zero, _, half = parts
-    row, scales, plane = codes[r], scale[r], _U(codes.shape[1])
-    zeros = zero[r if zero.shape[0] > 1 else 0]
-    for g in range(_U(scales.shape[0])):
-        f = scales[g]
-        taken = zeros[g if zero.shape[0] > 1 else _U(0)] * f
-        at = g * _U(half)
-        for k in range(_U(half)):
-            out[at + k] = _low(row[at + k]) * f - taken
-            out[plane + at + k] = _high_float(row[at + k]) * f - taken
+def _of_bits(kind: Any, bits: int, build: Callable[[Any, Any], Any]) -> Any:
+    """An intrinsic from an integer type to float32."""
+
+    def typed(context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return build(builder, arguments[0])
+
+        return types.float32(kind), generate
+
+    return intrinsic(typed)
+
+
+def _exponent(builder: Any, byte: Any) -> Any:
+    wide = builder.zext(byte, _I32)
+    least = builder.icmp_unsigned("==", wide, _word(0))
+    return builder.bitcast(builder.select(least, _word(1 << 22), builder.shl(wide, _word(23))), _F32)
+
+
+_e8m0 = _of_bits(types.uint8, 8, _exponent)
+_float16 = _of_bits(types.uint16, 16, lambda builder, bits: builder.fpext(builder.bitcast(bits, ir.HalfType()), _F32))
+_bfloat16 = _of_bits(
+    types.int16, 16, lambda builder, bits: builder.bitcast(builder.shl(builder.zext(bits, _I32), _word(16)), _F32)
+)
 
 
 @_part
-def _e2m1_row(r: Any, out: Any, parts: Any) -> None:
-    codes, scale, _, _, half = parts
-    row, scales, plane = codes[r], scale[r], _U(codes.shape[1])
-    for g in range(_U(scales.shape[0])):
-        f = scales[g] * _F(0.5)
-        at = g * _U(half)
-        for k in range(_U(half)):
-            out[at + k] = _low_e2m1(row[at + k]) * f
-            out[plane + at + k] = _high_e2m1(row[at + k]) * f
+def _float32(value: Any) -> Any:
+    return value
 
 
-@_part
-def _table_row(r: Any, out: Any, parts: Any) -> None:
-    codes, scale, _, table, half = parts
-    row, scales, plane = codes[r], scale[r], _U(codes.shape[1])
-    for g in range(_U(scales.shape[0])):
-        f = scales[g]
-        at = g * _U(half)
-        for k in range(_U(half)):
-            code = row[at + k]
-            out[at + k] = table[code & np.uint8(15)] * f
-            out[plane + at + k] = table[code >> np.uint8(4)] * f
+_SCALES = {"uint8": _e8m0, "uint16": _float16, "int16": _bfloat16, "float32": _float32}
+"""What makes float32 of a scale, by the dtype that numpy sees it in."""
+
+
+def _nibble_row(kind: str, scale_of: Any) -> Any:
+    """The decoder of a `NibbleMatrix`: weights of even inputs first, then those of odd ones."""
+    low, high = (_low_e2m1, _high_e2m1) if kind == "e2m1" else (_low, _high_float)
+    factor = 0.5 if kind == "e2m1" else 1.0
+
+    @_part
+    def by_number(r: Any, out: Any, parts: Any) -> None:
+        codes, scale, zero, _, half = parts
+        row, scales, plane = codes[r], scale[r], _U(codes.shape[1])
+        zeros = zero[r if zero.shape[0] > 1 else 0]
+        for g in range(_U(scales.shape[0])):
+            f = scale_of(scales[g]) * _F(factor)
+            taken = _F(zeros[g if zero.shape[0] > 1 else _U(0)]) * f
+            at = g * _U(half)
+            for k in range(_U(half)):
+                out[at + k] = low(row[at + k]) * f - taken
+                out[plane + at + k] = high(row[at + k]) * f - taken
+
+    @_part
+    def by_table(r: Any, out: Any, parts: Any) -> None:
+        codes, scale, _, table, half = parts
+        row, scales, plane = codes[r], scale[r], _U(codes.shape[1])
+        for g in range(_U(scales.shape[0])):
+            f = scale_of(scales[g])
+            at = g * _U(half)
+            for k in range(_U(half)):
+                code = row[at + k]
+                out[at + k] = table[code & np.uint8(15)] * f
+                out[plane + at + k] = table[code >> np.uint8(4)] * f
+
+    return by_table if kind == "table" else by_number
+
+
+def _byte_row(scale_of: Any, *, signed: bool) -> Any:
+    """The decoder of an `Int8Matrix`."""
+    number = _signed if signed else _unsigned
+
+    @_part
+    def decode(r: Any, out: Any, parts: Any) -> None:
+        codes, scale, zero, _, width = parts
+        row, scales = codes[r], scale[r]
+        zeros = zero[r if zero.shape[0] > 1 else 0]
+        for g in range(_U(scales.shape[0])):
+            f = scale_of(scales[g])
+            taken = _F(zeros[g if zero.shape[0] > 1 else _U(0)]) * f
+            at = g * _U(width)
+            for k in range(_U(width)):
+                out[at + k] = number(row[at + k]) * f - taken
+
+    return decode
 
 
 @_part
 def _q4_0_row(r: Any, out: Any, parts: Any) -> None:
-    row = parts[0][r]
+    row, run = (
+        parts[0][r],
+        _U(parts[1]),
+    )  # not a constant: else loops are unrolled
     for b in range(_U(row.shape[0]) // _U(18)):
         at, o = b * _U(18), b * _U(32)
         d = _half(row[at], row[at + _U(1)])
-        for k in range(_U(16)):
+        for k in range(run):
             out[o + k] = (_low(row[at + _U(2) + k]) - _F(8)) * d
             out[o + _U(16) + k] = (_high_float(row[at + _U(2) + k]) - _F(8)) * d
 
 
 @_part
 def _q4_1_row(r: Any, out: Any, parts: Any) -> None:
-    row = parts[0][r]
+    row, run = (
+        parts[0][r],
+        _U(parts[1]),
+    )  # not a constant: else loops are unrolled
     for b in range(_U(row.shape[0]) // _U(20)):
         at, o = b * _U(20), b * _U(32)
         d, m = _half(row[at], row[at + _U(1)]), _half(row[at + _U(2)], row[at + _U(3)])
-        for k in range(_U(16)):
+        for k in range(run):
             out[o + k] = _low(row[at + _U(4) + k]) * d + m
             out[o + _U(16) + k] = _high_float(row[at + _U(4) + k]) * d + m
 
 
 @_part
 def _q8_0_row(r: Any, out: Any, parts: Any) -> None:
-    row = parts[0][r]
+    row, run = (
+        parts[0][r],
+        _U(parts[1]),
+    )  # not a constant: else loops are unrolled
     for b in range(_U(row.shape[0]) // _U(34)):
         at, o = b * _U(34), b * _U(32)
         d = _half(row[at], row[at + _U(1)])
-        for k in range(_U(32)):
+        for k in range(run):
             out[o + k] = _signed(row[at + _U(2) + k]) * d
 
 
@@ -195,7 +251,10 @@ def _k_scale(row: Any, at: Any, j: Any) -> Any:
 
 @_part
 def _q4_k_row(r: Any, out: Any, parts: Any) -> None:
-    row = parts[0][r]
+    row, run = (
+        parts[0][r],
+        _U(parts[1]),
+    )  # not a constant: else loops are unrolled
     for b in range(_U(row.shape[0]) // _U(144)):
         at = b * _U(144)
         d, dmin = _half(row[at], row[at + _U(1)]), _half(row[at + _U(2)], row[at + _U(3)])
@@ -204,14 +263,17 @@ def _q4_k_row(r: Any, out: Any, parts: Any) -> None:
             s1, m1 = _k_scale(row, at + _U(4), _U(2) * j + _U(1))
             s0, m0, s1, m1 = s0 * d, m0 * dmin, s1 * d, m1 * dmin
             q, o = at + _U(16) + _U(32) * j, b * _U(256) + _U(64) * j
-            for k in range(_U(32)):
+            for k in range(run):
                 out[o + k] = _low(row[q + k]) * s0 - m0
                 out[o + _U(32) + k] = _high_float(row[q + k]) * s1 - m1
 
 
 @_part
 def _q5_k_row(r: Any, out: Any, parts: Any) -> None:
-    row = parts[0][r]
+    row, run = (
+        parts[0][r],
+        _U(parts[1]),
+    )  # not a constant: else loops are unrolled
     for b in range(_U(row.shape[0]) // _U(176)):
         at = b * _U(176)
         d, dmin = _half(row[at], row[at + _U(1)]), _half(row[at + _U(2)], row[at + _U(3)])
@@ -221,14 +283,17 @@ def _q5_k_row(r: Any, out: Any, parts: Any) -> None:
             s0, m0, s1, m1 = s0 * d, m0 * dmin, s1 * d, m1 * dmin
             q, o, h = at + _U(48) + _U(32) * j, b * _U(256) + _U(64) * j, at + _U(16)
             first, second = np.uint8(_U(2) * j), np.uint8(_U(2) * j + _U(1))
-            for k in range(_U(32)):
+            for k in range(run):
                 out[o + k] = _fifth(row[q + k], row[h + k], first) * s0 - m0
                 out[o + _U(32) + k] = _fifth(row[q + k] >> np.uint8(4), row[h + k], second) * s1 - m1
 
 
 @_part
 def _q6_k_row(r: Any, out: Any, parts: Any) -> None:
-    row = parts[0][r]
+    row, run = (
+        parts[0][r],
+        _U(parts[1]),
+    )  # not a constant: else loops are unrolled
     for b in range(_U(row.shape[0]) // _U(210)):
         at = b * _U(210)
         d = _half(row[at + _U(208)], row[at + _U(209)])
@@ -239,7 +304,7 @@ def _q6_k_row(r: Any, out: Any, parts: Any) -> None:
                 i = _U(16) * part
                 f0, f1 = _signed(row[s + part]) * d, _signed(row[s + _U(2) + part]) * d
                 f2, f3 = _signed(row[s + _U(4) + part]) * d, _signed(row[s + _U(6) + part]) * d
-                for k in range(i, i + _U(16)):
+                for k in range(i, i + run):
                     a, c, h = row[low + k], row[low + _U(32) + k], row[high + k]
                     out[o + k] = (_joined(a, h, np.uint8(0)) - _F(32)) * f0
                     out[o + _U(32) + k] = (_joined(c, h, np.uint8(2)) - _F(32)) * f1
@@ -248,9 +313,6 @@ def _q6_k_row(r: Any, out: Any, parts: Any) -> None:
 
 
 _ROWS = {
-    "integers": _integer_row,
-    "e2m1": _e2m1_row,
-    "table": _table_row,
     "Q4_0": _q4_0_row,
     "Q4_1": _q4_1_row,
     "Q8_0": _q8_0_row,
@@ -260,9 +322,44 @@ _ROWS = {
 }
 
 
-@_jit
-def _fp8(x: Any, y: Any, first: Any, last: Any, parts: Any) -> None:
-    """Blocks of rows share their scales, so the input is scaled instead of the weights."""
+@_part
+def _fp8_row(r: Any, out: Any, parts: Any) -> None:
+    codes, scale, height, width = parts
+    row, scales, n = codes[r], scale[r // height], _U(codes.shape[1])
+    for g in range(_U(scales.shape[0])):
+        f = scales[g] * _F(2.0**120)
+        at = g * _U(width)
+        for k in range(at, min(at + _U(width), n)):
+            out[k] = _from_e4m3(row[k]) * f
+
+
+@_part
+def _dots(wide: Any, x: Any, y: Any, r: Any) -> None:
+    """y[:, r] = x @ wide, four rows of x at a time."""
+    n, count = _U(x.shape[1]), x.shape[0]
+    done = 0
+    while done + 4 <= count:
+        a, b, c, d = x[done], x[done + 1], x[done + 2], x[done + 3]
+        s, t, u, v = _F(0), _F(0), _F(0), _F(0)
+        for k in range(n):
+            w = wide[k]
+            s += w * a[k]
+            t += w * b[k]
+            u += w * c[k]
+            v += w * d[k]
+        y[done, r], y[done + 1, r], y[done + 2, r], y[done + 3, r] = s, t, u, v
+        done += 4
+    while done < count:
+        a, s = x[done], _F(0)
+        for k in range(n):
+            s += wide[k] * a[k]
+        y[done, r] = s
+        done += 1
+
+
+@_part
+def _fp8_few(x: Any, y: Any, first: Any, last: Any, parts: Any) -> None:
+    """Blocks of rows share their scales, so the input is scaled instead of the weights, and one row needs no buffer."""
     codes, scale, height, width = parts
     n = _U(x.shape[1])
     scaled = np.empty(x.shape, np.float32)
@@ -282,30 +379,35 @@ def _fp8(x: Any, y: Any, first: Any, last: Any, parts: Any) -> None:
             y[0, r] = total * _F(2.0**60)
         else:
             for k in range(n):
-                wide[k] = _from_e4m3(row[k])
-            for i in range(x.shape[0]):
-                one, total = scaled[i], _F(0)
-                for k in range(n):
-                    total += wide[k] * one[k]
-                y[i, r] = total * _F(2.0**60)
+                wide[k] = _from_e4m3(row[k]) * _F(2.0**60)
+            _dots(wide, scaled, y, r)
 
 
-def kernel(kind: str) -> Callable[..., None]:
-    """The product by name: (x (rows, in), y (rows, out), first, last, parts) writes y[:, first:last]."""
+def _decoder(kind: str) -> Any:
     if kind == "fp8":
-        return _fp8  # type: ignore[no-any-return]
-    decode = _ROWS[kind]
+        return _fp8_row
+    if kind in _ROWS:
+        return _ROWS[kind]
+    name, _, scale = kind.partition("/")
+    scale_of = _SCALES[scale]
+    return _byte_row(scale_of, signed=name == "int8") if name.endswith("int8") else _nibble_row(name, scale_of)
+
+
+def kernels(kind: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """By name: few(x (rows, in), y (rows, out), first, last, parts) writes y[:, first:last], the product of those rows;
+    unpack(out (last - first, in), first, last, parts) writes those rows."""
+    decode = _decoder(kind)
 
     @_part
-    def product(x: Any, y: Any, first: Any, last: Any, parts: Any) -> None:
-        n = _U(x.shape[1])
+    def few(x: Any, y: Any, first: Any, last: Any, parts: Any) -> None:
         wide = np.empty(x.shape[1], np.float32)
         for r in range(first, last):
             decode(r, wide, parts)
-            for i in range(x.shape[0]):
-                one, total = x[i], _F(0)
-                for k in range(n):
-                    total += wide[k] * one[k]
-                y[i, r] = total
+            _dots(wide, x, y, r)
 
-    return product  # type: ignore[no-any-return]
+    @_part
+    def unpack(out: Any, first: Any, last: Any, parts: Any) -> None:
+        for r in range(first, last):
+            decode(r, out[r - first], parts)
+
+    return _fp8_few if kind == "fp8" else few, unpack

@@ -18,18 +18,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from petals.models.errors import CheckpointError
-from petals.models.kernels import backends
+from petals.models.kernels.backends import Compiled, usable
 from petals.models.kernels.ggml import GGML_TYPES, dequantise_rows
 
 _PIECE = 1 << 18
 """Weights that are dequantised at a time on a CPU: as float32 they stay in its cache."""
 _PIECE_ELSEWHERE = 1 << 26
+_SCALES = {
+    torch.uint8: "uint8",
+    torch.float16: "uint16",
+    torch.bfloat16: "int16",
+    torch.float32: "float32",
+}
+"""Dtypes of scales, as the kernels see them."""
 _E4M3_TO_HALF = 256.0
 """An e4m3 byte's seven low bits, moved to a float16's, are a value that is this many times too small: the exponents'
 biases differ by 8. That holds for subnormal values, too."""
@@ -56,9 +64,13 @@ class Packed(ABC):
     def to(self, device: torch.device) -> Packed:
         """The same on `device`."""
 
-    def few(self, rows: Tensor) -> Tensor | None:
-        """rows (rows, in) float32 times the matrix by a compiled kernel; None: there is none for this."""
+    def _compile(self) -> Compiled | None:
+        """As the compiled kernels take it (backends.py), on a CPU; None: there are none for this layout."""
         return None
+
+    @cached_property
+    def _compiled(self) -> Compiled | None:
+        return self._compile() if self.device.type == "cpu" and usable() else None
 
     @property
     def nbytes(self) -> int:
@@ -75,8 +87,9 @@ class Packed(ABC):
     def times(self, rows: Tensor) -> Tensor:
         """rows (..., in) @ matrix.T: (..., out) in the dtype of `rows`; no gradient."""
         flat = rows.reshape(-1, rows.shape[-1]).float()
-        product = self.few(flat)
-        if product is None:
+        if self._compiled is not None:
+            product = self._compiled.times(flat)
+        else:
             product = flat.new_empty(len(flat), self.shape[0])
             for first, last in self._pieces():
                 torch.mm(flat, self.floats(first, last).t(), out=product[:, first:last])
@@ -85,9 +98,12 @@ class Packed(ABC):
     def times_transposed(self, rows: Tensor) -> Tensor:
         """rows (..., out) @ matrix: (..., in) in the dtype of `rows`; no gradient."""
         flat = rows.reshape(-1, rows.shape[-1]).float()
-        product = flat.new_zeros(len(flat), self.shape[1])
-        for first, last in self._pieces():
-            product.addmm_(flat[:, first:last], self.floats(first, last))
+        if self._compiled is not None:
+            product = self._compiled.times_transposed(flat)
+        else:
+            product = flat.new_zeros(len(flat), self.shape[1])
+            for first, last in self._pieces():
+                product.addmm_(flat[:, first:last], self.floats(first, last))
         return product.to(rows.dtype).view(*rows.shape[:-1], self.shape[1])
 
     def _pieces(self) -> list[tuple[int, int]]:
@@ -131,8 +147,15 @@ class Fp8Matrix(Packed):
             return wide
         return wide.mul_(scale.repeat_interleave(width, 1)[:, : self.shape[1]])
 
-    def few(self, rows: Tensor) -> Tensor | None:
-        return backends.fp8(rows, self._codes, self._scale, self._block, self._skipped)
+    def _compile(self) -> Compiled | None:
+        height, width = self._block
+        if self._skipped or (1 < height < 16) or (height == 1 and self._scale.shape[1] > 1):
+            return None  # the kernel for few rows scales the input for every block of rows: it would be slow
+        parts = (self._codes, self._scale, height, width)
+        if height > 1:
+            return Compiled("fp8", self.shape, parts)
+        few = (self._codes, torch.ones(1, 1), self.shape[0], width)
+        return Compiled("fp8", self.shape, parts, few_parts=few, row_scale=self._scale[:, 0])
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self._codes, self._scale
@@ -196,10 +219,16 @@ class NibbleMatrix(Packed):
         wide = cut.view(last - first, -1)[:, : self.shape[1]]
         return wide if self._inverse is None else wide[:, self._inverse]
 
-    def few(self, rows: Tensor) -> Tensor | None:
+    def _compile(self) -> Compiled | None:
         codes, scale, zero, order = self._parts
-        rows = rows if order is None else rows[:, order]
-        return backends.nibbles(rows, codes, scale, zero, self._table, self._group)
+        if self.shape[1] % self._group or scale.dtype not in _SCALES:
+            return None
+        kind = {E2M1: "e2m1", INTEGERS: "integers"}.get(tuple(self._table.tolist()), "table")
+        planes = torch.arange(self.shape[1]).view(-1, 2).t().reshape(-1)  # even inputs, then odd ones
+        order = planes if order is None else order[planes]
+        zeros = torch.zeros(1, 1, dtype=torch.uint8) if zero is None else zero
+        parts = (codes, scale, zeros, self._table, self._group // 2)
+        return Compiled(f"{kind}/{_SCALES[scale.dtype]}", self.shape, parts, order)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(part for part in (*self._parts, self._inverse) if part is not None)
@@ -241,6 +270,15 @@ class Int8Matrix(Packed):
         wide = cut.view(last - first, -1)[:, : self.shape[1]]
         return wide if self._inverse is None else wide[:, self._inverse]
 
+    def _compile(self) -> Compiled | None:
+        codes, scale, zero, order = self._parts
+        if self.shape[1] % self._group or scale.dtype not in _SCALES:
+            return None
+        kind = "int8" if codes.dtype == torch.int8 else "uint8"
+        zeros = torch.zeros(1, 1, dtype=torch.uint8) if zero is None else zero
+        parts = (codes.view(torch.uint8), scale, zeros, 0, self._group)
+        return Compiled(f"{kind}/{_SCALES[scale.dtype]}", self.shape, parts, order)
+
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(part for part in (*self._parts, self._inverse) if part is not None)
 
@@ -269,8 +307,9 @@ class GgmlMatrix(Packed):
     def floats(self, first: int, last: int) -> Tensor:
         return dequantise_rows(self._blocks[first:last], self.kind)
 
-    def few(self, rows: Tensor) -> Tensor | None:
-        return backends.ggml(rows, self._blocks, self.kind)
+    def _compile(self) -> Compiled | None:
+        run = 16 if self.kind in ("Q4_0", "Q4_1", "Q6_K") else 32
+        return Compiled(self.kind, self.shape, (self._blocks, run))
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self._blocks,)
