@@ -122,6 +122,8 @@ class Connected(Protocol):
 
     def charge(self, peer_id: PeerId, streams: int) -> None: ...
 
+    def plausible(self, namer: PeerId, addrs: Sequence[str]) -> tuple[str, ...]: ...
+
     async def open_stream(self, peer_id: PeerId, protocol: str, *, addrs: Sequence[str] = ()) -> ByteStream: ...
 
 
@@ -371,8 +373,8 @@ class Directory:
             ]
         ]
 
-        def note(_: PeerId, reply: Message) -> None:
-            lists.append(_peers(reply.providerPeers[:MAX_PROVIDERS]))
+        def note(namer: PeerId, reply: Message) -> None:
+            lists.append(self._named(namer, reply.providerPeers[:MAX_PROVIDERS]))
 
         request = Message(type=Message.MessageType.GET_PROVIDERS, key=key)
         await self._walk(key, request, note, want=READ_FROM)
@@ -382,6 +384,10 @@ class Directory:
             if entry is not None and entry[0] != self._host.peer_id and len(found) < MAX_PROVIDERS:
                 found.setdefault(entry[0], entry[1])
         return found
+
+    def _named(self, namer: PeerId, entries: Sequence[Message.Peer]) -> list[tuple[PeerId, tuple[str, ...]]]:
+        """Peers of an answer, with those of their addresses that who answers may name."""
+        return [(peer_id, self._host.plausible(namer, addrs)) for peer_id, addrs in _peers(entries)]
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -436,7 +442,7 @@ class Directory:
                 return None
             if note is not None:
                 note(peer_id, reply)
-            closer = _peers(reply.closerPeers[:MAX_CLOSER])
+            closer = self._named(peer_id, reply.closerPeers[:MAX_CLOSER])
             if len(self._addrs) > MAX_PROVIDERS:
                 self._addrs.clear()  # who has answered is in the routing table by now
             self._addrs.update(closer)

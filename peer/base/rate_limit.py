@@ -33,6 +33,11 @@ class Conduct(Generic[Who]):
         self._rate, self._burst, self._clock = rate, burst, clock
         self._buckets: dict[Who, TokenBucket] = {}
 
+    def wait_s(self, who: Who) -> float:
+        """For how many seconds `who` should wait before one more stream; nothing is taken."""
+        bucket = self._buckets.get(who)
+        return 0.0 if bucket is None else bucket.delay(1, self._clock())
+
     def charge(self, who: Who, streams: int = 1) -> float:
         """Take so many streams, or give them back if negative; returns for how many seconds `who` should wait."""
         now = self._clock()

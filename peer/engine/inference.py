@@ -240,7 +240,7 @@ class Sessions(Guard):
                 reply.signature = await session.notary.sign(step.step_id, done.value, encoding)
         conversation.reply(message)
         if step.HasField("push_to") and not step.silent:
-            push = partial(self._pusher.push, step.push_to, reply.hidden, pieces)
+            push = partial(self._pusher.push, step.push_to, reply.hidden, pieces, asker=messages.remote_peer)
             await together(push, partial(self._answer, messages, message, *pieces))
         else:
             await self._answer(messages, message, *pieces)

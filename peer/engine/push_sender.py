@@ -28,12 +28,17 @@ class Pusher:
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    async def push(self, to: pb.PushTo, hidden: pb.Tensor, payload: Sequence[memoryview]) -> None:
-        """Send `hidden` to the session that `to` names."""
+    async def push(
+        self, to: pb.PushTo, hidden: pb.Tensor, payload: Sequence[memoryview], *, asker: PeerId | None = None
+    ) -> None:
+        """Send `hidden` to the session that `to` names; `asker` is who named its addresses."""
         push = pb.Push(session_id=to.session_id, step_id=to.step_id, hidden=hidden)
+        addrs = tuple(to.addrs[:MAX_ADDRS])
+        if asker is not None:
+            addrs = self._host.plausible(asker, addrs)
         with trio.move_on_after(PUSH_S):
             try:
-                stream = await self._host.open_stream(PeerId(to.peer_id), PUSH_V1, addrs=to.addrs[:MAX_ADDRS])
+                stream = await self._host.open_stream(PeerId(to.peer_id), PUSH_V1, addrs=addrs)
                 messages = MessageStream(stream, max_message_bytes=MAX_MESSAGE_BYTES)
                 try:
                     await messages.write_message(push.SerializeToString(), *payload)

@@ -130,6 +130,8 @@ class Contacts:
 
     async def _dial(self, contact: Contact) -> None:
         try:
+            if contact.initial:
+                self._host.trust(contact.addrs)
             await self._host.connect_peer(contact.peer_id, contact.addrs)
         except SwarmError as error:
             contact.failures += 1

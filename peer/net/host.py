@@ -287,9 +287,22 @@ class Host:
             claimed = None
         if claimed is None:
             raise UserError(f"{addr} is no full address: /ip4/<ip>/tcp/<port>/p2p/<peer id>")
+        self.trust([addr])
         peer_id = PeerId(str(claimed))
         await self.connect_peer(peer_id, [addr])
         return peer_id
+
+    def trust(self, addrs: Sequence[str]) -> None:
+        """The user gave these addresses: they are dialled whatever their network, and however often."""
+        self._network.policy.trust(addrs)
+
+    def plausible(self, namer: PeerId, addrs: Sequence[str]) -> tuple[str, ...]:
+        """Those of other peers' addresses that `namer` may name (peer/net/wire/dial_policy.py)."""
+        try:
+            ip = self._network.ip_of_peer(library_id(namer))
+        except ValueError:
+            ip = None
+        return tuple(self._network.policy.plausible(addrs, ip))
 
     async def connect_peer(self, peer_id: PeerId, addrs: Sequence[str]) -> None:
         """Be connected to `peer_id`; at once when we are. `addrs` are raced, together with those already known.

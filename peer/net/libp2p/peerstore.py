@@ -7,7 +7,7 @@ long to be read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from libp2p.peer.envelope import Envelope
 from libp2p.peer.id import ID
@@ -16,15 +16,26 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 MAX_ADDRS = 32
 """Of one peer; more of them, and the old ones are forgotten."""
+MAX_NAMED = 1024
+"""Looked at, at once."""
 MAX_ADDR_BYTES = 256
 MAX_RECORD_BYTES = 8 << 10
 
 
 class BoundedPeerStore(PeerStore):
-    """The library's, with a bound for each peer."""
+    """The library's, with a bound for each peer.
+
+    Args:
+        plausible: (peer, addresses that it is said to have) -> those that may be true (dial_policy.py).
+    """
+
+    def __init__(self, plausible: Callable[[ID, Sequence[Multiaddr]], Sequence[Multiaddr]]) -> None:
+        super().__init__()
+        self._plausible = plausible
 
     def add_addrs(self, peer_id: ID, addrs: Sequence[Multiaddr], ttl: int = 0) -> None:
-        fitting = [addr for addr in addrs if len(addr.to_bytes()) <= MAX_ADDR_BYTES][:MAX_ADDRS]
+        fitting = [addr for addr in addrs[:MAX_NAMED] if len(addr.to_bytes()) <= MAX_ADDR_BYTES]
+        fitting = list(self._plausible(peer_id, fitting[:MAX_ADDRS]))
         known = self.peer_data_map.get(peer_id)
         if known is not None and len({*known.get_addrs(), *fitting}) > MAX_ADDRS:
             known.clear_addrs()

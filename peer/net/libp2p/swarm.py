@@ -16,7 +16,7 @@ import contextlib
 import logging
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
@@ -56,9 +56,10 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from petals.peer.base.concurrency import shielded_for
 from petals.peer.net.libp2p.peerstore import BoundedPeerStore
-from petals.peer.net.wire.addresses import Circuit, circuit_of, tcp_endpoint
+from petals.peer.net.wire.addresses import Circuit, circuit_of, ip_of, tcp_endpoint
 from petals.peer.net.wire.byte_pipe import CircuitPipe, Pipe, RawPipe, tcp_pipe
 from petals.peer.net.wire.circuit import CircuitConn
+from petals.peer.net.wire.dial_policy import PUNCH_ADDRS, PUNCH_DIALS, DialPolicy
 from petals.peer.net.wire.multistream import MULTISTREAM, Dialler, Listener, encode_line, proposal
 from petals.peer.net.wire.muxer import Connection, MuxedStream, MuxerConfig, at_once
 from petals.peer.net.wire.noise import MAX_FRAME_BYTES, NoiseFraming
@@ -471,7 +472,7 @@ class Network(Swarm):
         self._muxer, self._transport = muxer, transport
         self._connect_s, self._handshake_s = connect_s, handshake_s
         peer_id = ID.from_pubkey(key_pair.public_key)
-        peerstore: IPeerStore = BoundedPeerStore()
+        peerstore: IPeerStore = BoundedPeerStore(self._plausible)
         peerstore.add_key_pair(peer_id, key_pair)
         super().__init__(
             peer_id,
@@ -491,6 +492,25 @@ class Network(Swarm):
         self._punches: dict[ID, trio.CancelScope] = {}
         self._called_from: dict[tuple[str, int], ID] = {}
         """Endpoints that we dial at this moment as clients, while they dial us: whose socket wins is open."""
+        self.policy = DialPolicy(self._seen_ips, trio.current_time)
+        """Which addresses are dialled."""
+
+    def _seen_ips(self) -> Iterable[str]:
+        return filter(None, map(self.ip_of, map(_ours, self.get_connections())))
+
+    def ip_of(self, conn: NetworkConn) -> str | None:
+        """Where a connection comes from, or its relay; None: not known any more."""
+        if conn.circuit is not None:
+            way = circuit_of(conn.circuit.get_transport_addresses()[0])
+            relay = None if way is None else self.live_conn(way.relay)
+            return None if relay is None or relay is conn or relay.is_relayed else self.ip_of(relay)
+        endpoint = conn.muxed_conn.remote_endpoint if isinstance(conn.muxed_conn, LibraryConn) else None
+        return None if endpoint is None else endpoint[0]
+
+    def ip_of_peer(self, peer_id: ID) -> str | None:
+        """Where a peer talks to us from; None: it is not connected."""
+        conn = self.live_conn(peer_id)
+        return None if conn is None else self.ip_of(conn)
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -510,6 +530,14 @@ class Network(Swarm):
         """Whether there is a way to `peer_id` without a relay."""
         conn = self.live_conn(peer_id)
         return conn is not None and not conn.is_relayed
+
+    def _plausible(self, peer_id: ID, addrs: Sequence[Multiaddr]) -> list[Multiaddr]:
+        """Those of a peer's addresses that it may name, if it is connected: else the user, or a record, says them."""
+        ip = self.ip_of_peer(peer_id)
+        if ip is None:
+            return list(addrs)
+        fitting = set(self.policy.plausible([str(addr) for addr in addrs], ip))
+        return [addr for addr in addrs if str(addr) in fitting]
 
     def is_blocked(self, peer_id: ID) -> bool:
         return peer_id_text(peer_id) in self._blocked
@@ -735,9 +763,30 @@ class Network(Swarm):
         circuit = circuit_of(addr)
         if circuit is not None:
             raw: IRawConnection = await self.open_circuit(circuit, peer_id, addr)
-        else:
-            raw = RawConnection(TrioTCPStream(await trio.open_tcp_stream(*tcp_endpoint(addr))), True)
-        return cast(NetworkConn, await self._upgrade(raw, peer_id, is_client=True))
+            return cast(NetworkConn, await self._upgrade(raw, peer_id, is_client=True))
+        host, port = tcp_endpoint(addr)
+        ip, why_not = await self._resolve(host, port)
+        if why_not is not None:
+            raise SwarmException(why_not)
+        try:
+            raw = RawConnection(TrioTCPStream(await trio.open_tcp_stream(ip, port)), True)
+            return cast(NetworkConn, await self._upgrade(raw, peer_id, is_client=True))
+        except (*_HANDSHAKE_ERRORS, *_CONNECT_ERRORS):
+            self.policy.failed(ip)
+            raise
+        except trio.Cancelled:  # nobody answers, or another address was sooner: which of them is not known
+            if self.live_conn(peer_id) is None:
+                self.policy.failed(ip)
+            raise
+
+    async def _resolve(self, host: str, port: int) -> tuple[str, str | None]:
+        """The IP address of a host that may be dialled, and why none may be. Raises OSError."""
+        why_not: str | None = "it has no IP address"
+        for *_, where in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            ip = str(where[0])
+            if (why_not := self.policy.objection(ip)) is None:
+                return ip, None
+        return host, why_not
 
     # -- from the port that is listened on ---------------------------------------------------------------------------
     # A router that has seen a packet go out from a port lets answers in, and as a rule gives the port one name outside
@@ -758,10 +807,12 @@ class Network(Swarm):
     ) -> bool:
         """Dial `addrs` again and again from our listening port while the peer does the same; whether a connection came
         of it, whoever's."""
-        endpoints = []
+        endpoints: list[tuple[str, int]] = []
         for addr in addrs:
             with contextlib.suppress(SwarmException):
-                endpoints.append(tcp_endpoint(addr))
+                if ip_of(addr) is not None and (endpoint := tcp_endpoint(addr)) not in endpoints:
+                    endpoints.append(endpoint)
+        del endpoints[PUNCH_ADDRS:]
         with trio.move_on_after(within_s) as scope:
             self._punches[peer_id] = scope
             if is_client:
@@ -777,7 +828,9 @@ class Network(Swarm):
         return self.has_direct(peer_id)
 
     async def _keep_dialling(self, peer_id: ID, port: int, endpoint: tuple[str, int], is_client: bool) -> None:
-        while not self.has_direct(peer_id):
+        for _ in range(PUNCH_DIALS):
+            if self.has_direct(peer_id):
+                return
             try:
                 raw = RawConnection(TrioTCPStream(await _open_tcp_from(port, *endpoint)), is_client)
                 # Not cut short by the other socket's success: of two connections both ends keep both.

@@ -25,7 +25,7 @@ from petals.peer.net.nat import autonat, dcutr
 from petals.peer.net.nat.relay import Relay
 from petals.peer.net.wire import circuit
 from petals.peer.net.wire.addresses import Circuit, ip_of, is_loopback, parse_addrs, split_peer, tcp_endpoint
-from petals.protocols.errors import PeerUnreachable, RemoteError, RequestRefused, SwarmError
+from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteError, RequestRefused, SwarmError
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
 
@@ -200,6 +200,9 @@ class Traversal:
             if endpoint is None or peer_id in self._dial_backs or len(self._dial_backs) >= MAX_DIAL_BACKS:
                 await autonat.write_answer(messages, None)
                 return
+            if not self._network.policy.may_dial_back(endpoint[0]):
+                await autonat.write_answer(messages, None)
+                return
             self._dial_backs.add(peer_id)
             try:
                 allowed = [addr for addr in addrs if ip_of(addr) == endpoint[0]][:MAX_DIAL_BACK_ADDRS]
@@ -268,6 +271,9 @@ class Traversal:
         peer_id = PeerId(str(target))
         if peer_id in self._upgrading:
             return
+        if not self._network.policy.may_punch(peer_id):
+            log.info("the circuit with …%s stays: it has asked for too many connections", peer_id[-6:])
+            return
         self._upgrading.add(peer_id)
         try:
             theirs = (await self._identify(conn)).listens
@@ -287,9 +293,9 @@ class Traversal:
     async def _dial_plainly(self, target: ID, addrs: Sequence[Multiaddr]) -> bool:
         """The caller may be within reach by itself."""
         plain = []
-        for addr in addrs:
+        for addr in self._network.policy.plausible([str(each) for each in addrs], self._network.ip_of_peer(target)):
             with suppress(SwarmException, ValueError):
-                bare, _ = split_peer(str(addr))
+                bare, _ = split_peer(addr)
                 tcp_endpoint(bare)
                 if not is_loopback(bare):
                     plain.append(bare)
@@ -307,8 +313,15 @@ class Traversal:
             await messages.close()
         log.debug("we are seen at %s, they at %s", self.seen_at, offer.addrs)
         await trio.sleep(offer.round_trip_s / 2)
-        if await self._network.punch(target, offer.addrs, self._port, is_client=False, within_s=PUNCH_S):
+        theirs = self._said(offer.addrs, conn)
+        if await self._network.punch(target, theirs, self._port, is_client=False, within_s=PUNCH_S):
             self._punched.add(PeerId(str(target)))
+
+    def _said(self, addrs: Sequence[Multiaddr], conn: NetworkConn) -> list[Multiaddr]:
+        """Addresses that a peer names over a circuit, as far as it may."""
+        policy, ip = self._network.policy, self._network.ip_of(conn)
+        fitting = policy.plausible([str(addr) for addr in addrs], ip)
+        return [Multiaddr(addr) for addr in fitting if (at := ip_of(Multiaddr(addr))) and policy.objection(at) is None]
 
     async def _answer_dcutr(self, stream: ByteStream) -> None:
         """The caller's side of `_punch`."""
@@ -318,10 +331,14 @@ class Traversal:
             if not self.seen_at:
                 await self._be_seen()
             theirs = await dcutr.follow(messages, self.seen_at)
-        if self._port is None or self._network.has_direct(target):
+        conn = self._network.live_conn(target)
+        if self._port is None or conn is None or not conn.is_relayed:
             return
-        log.debug("we are seen at %s, they at %s", self.seen_at, theirs)
-        if await self._network.punch(target, theirs, self._port, is_client=True, within_s=PUNCH_S):
+        if not self._network.policy.may_punch(stream.remote_peer):
+            raise ProtocolViolation("wants too many holes punched")
+        where = self._said(theirs, conn)
+        log.debug("we are seen at %s, they at %s", self.seen_at, where)
+        if await self._network.punch(target, where, self._port, is_client=True, within_s=PUNCH_S):
             self._punched.add(stream.remote_peer)
 
     async def _be_seen(self) -> None:
