@@ -95,6 +95,14 @@ MAX_PROVIDERS = 2000
 MAX_KEYS_PER_WRITER = 64
 """Content keys and values that one peer may have stored here."""
 MAX_CONTENT_KEYS = 10_000
+MAX_VALUES_BYTES = 32 << 20
+"""Values of all writers; the writer that has most loses its oldest ones first."""
+MAX_WRITER_BYTES = 256 << 10
+"""Of one writer."""
+MAX_KEY_RECORD_BYTES = 1 << 10
+"""A public key that others want us to keep; 640 bytes are accepted of one (peer/base/public_key.py)."""
+MAX_PROVIDER_RECORDS = 16_384
+"""Of all keys, with up to 16 addresses each."""
 MAX_FOREIGN_VALUES = 1024
 """Values that are not ours (public keys, which name nobody who could be limited)."""
 PROVIDER_TTL_S = 3600.0
@@ -635,31 +643,63 @@ class _RecordValidator(Validator):
         return best
 
 
+class _KeyValidator(PublicKeyValidator):
+    """Public keys, as the library checks them, if they are no larger than keys are."""
+
+    def validate(self, key: str, value: bytes) -> None:
+        if len(value) > MAX_KEY_RECORD_BYTES:
+            raise RecordError(f"a public key of {len(value)} bytes, at most {MAX_KEY_RECORD_BYTES}", "key")
+        super().validate(key, value)
+
+
 class _Values(ValueStore):
     """Values as long as they live, and a limited number per writer."""
 
     def __init__(self, host: IHost) -> None:
         super().__init__(host, host.get_id())
         self._keys_of: dict[PeerId | None, dict[bytes, None]] = {}
+        self._bytes_of: Counter[PeerId | None] = Counter()
+        self._held: dict[bytes, tuple[PeerId | None, int]] = {}
+        """Of each key, its writer and size; all sizes together are `_bytes`."""
+        self._bytes = 0
 
     def put_record(self, key: bytes, record: Record) -> None:
         """Store a record that the validator has let pass; the writer's oldest goes when it has too many."""
         writer = peek(record.value).peer_id if is_record_key(key) else None
         most = MAX_FOREIGN_VALUES if writer is None else MAX_KEYS_PER_WRITER
-        keys = [other for other in self._keys_of.get(writer, ()) if other in self.store and other != key]
-        for oldest in keys[: max(0, len(keys) + 1 - most)]:
-            self.remove(oldest)
+        most_bytes = MAX_FOREIGN_VALUES * MAX_KEY_RECORD_BYTES if writer is None else MAX_WRITER_BYTES
+        size = len(key) + record.ByteSize()
+        self.remove(key)
+        keys = self._keys_of.setdefault(writer, {})
+        while keys and (len(keys) >= most or self._bytes_of[writer] + size > most_bytes):
+            self.remove(next(iter(keys)))
+        while self._held and self._bytes + size > MAX_VALUES_BYTES:
+            fattest = self._keys_of[max(self._bytes_of, key=self._bytes_of.__getitem__)]
+            self.remove(next(iter(fattest)))
         super().put_record(key, record)
-        self._keys_of[writer] = dict.fromkeys([*keys[-(most - 1) :], key])
+        self._keys_of.setdefault(writer, {})[key] = None
+        self._bytes_of[writer] += size
+        self._held[key] = (writer, size)
+        self._bytes += size
         if writer is not None:
             self.store[key] = (record, peek(record.value).expires_at)
+
+    def remove(self, key: bytes) -> bool:
+        """Drop a value, and what is counted for it."""
+        if (held := self._held.pop(key, None)) is not None:
+            writer, size = held
+            del self._keys_of[writer][key]
+            self._bytes_of[writer] -= size
+            self._bytes -= size
+            if not self._keys_of[writer]:
+                del self._keys_of[writer], self._bytes_of[writer]
+        return bool(super().remove(key))
 
     def cleanup_expired(self) -> int:
         """Drop what has expired, and forget writers of whom nothing is left."""
         dropped = super().cleanup_expired()
-        for writer, keys in list(self._keys_of.items()):
-            if not any(key in self.store for key in keys):
-                del self._keys_of[writer]
+        for key in [key for key in self._held if key not in self.store]:
+            self.remove(key)
         return dropped
 
 
@@ -700,6 +740,7 @@ class _Providers(ProviderStore):
     def _is_full(self, key: bytes, name: str) -> bool:
         return (
             self._keys_of[name] >= MAX_KEYS_PER_WRITER
+            or self._keys_of.total() >= MAX_PROVIDER_RECORDS
             or len(self.providers.get(key, {})) >= MAX_PROVIDERS
             or (key not in self.providers and len(self.providers) >= MAX_CONTENT_KEYS)
         )
@@ -737,7 +778,7 @@ async def open_directory(
         serve_others: keep records for others (not for a peer that stays a minute).
     """
     records = _RecordValidator(verify, clock)
-    validator = NamespacedValidator({"pk": PublicKeyValidator(), NAMESPACE: records}, strict_validation=True)
+    validator = NamespacedValidator({"pk": _KeyValidator(), NAMESPACE: records}, strict_validation=True)
     dht = _Kademlia(
         host.libp2p,
         DHTMode.SERVER if serve_others else DHTMode.CLIENT,

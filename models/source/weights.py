@@ -44,6 +44,8 @@ PREIMAGE, INDEX, FILES, OTHERS, FIRST_BLOCK = range(5)
 MAX_FILE_BYTES = 64 << 20
 """One of the small files; the largest tokenizers have 30 MB."""
 MAX_ITEMS = 1 << 17
+MAX_VALUES = 1 << 20
+"""In one document: names, sizes, lists. The index of a model of 1,000 billion parameters has 600,000."""
 MAX_NAME = 512
 MAX_DIMENSIONS = 8
 MAX_ITEM_BYTES = 1 << 44
@@ -354,6 +356,12 @@ def _encode(content: Any) -> bytes:
 
 
 def _decode(data: bytes) -> Any:
+    """What a stranger's JSON says. Its values are counted before they are made: 16 MiB of "[]," are 600 MiB of lists.
+
+    Raises: DocumentError.
+    """
+    if sum(data.count(sign) for sign in (b",", b"[", b"{", b":")) > MAX_VALUES:
+        raise DocumentError(f"a document of more than {MAX_VALUES} values")
     try:
         return json.loads(data)
     except (ValueError, RecursionError):

@@ -37,7 +37,7 @@ from petals.models.source.weights import (
     section_names,
     section_of,
 )
-from petals.peer.base.concurrency import gather
+from petals.peer.base.concurrency import apart, gather
 from petals.peer.client.hops.hop import answer_within, error_of
 from petals.peer.membership.observer import SwarmObserver
 from petals.peer.net.host import Host
@@ -160,7 +160,7 @@ class SwarmWeights:
         for sender in senders:
             try:
                 data, _ = await self._document(sender, PREIMAGE)
-                return open_preimage(self.model.digest, data)
+                return await apart(open_preimage, self.model.digest, data)
             except (RemoteProtocolError, DocumentError) as lie:
                 self._ban(sender, str(lie))
             except RemoteError as refusal:
@@ -175,7 +175,7 @@ class SwarmWeights:
         for sender in senders:
             try:
                 data, _ = await self._document(sender, INDEX)
-                index = decode_index(data)
+                index = await apart(decode_index, data)
                 name = self.model.name
                 return await trio.to_thread.run_sync(partial(self.partial.describe, name, voucher, index))
             except (RemoteProtocolError, DocumentError) as lie:
@@ -206,10 +206,7 @@ class SwarmWeights:
             for sender in holders:
                 try:
                     data, _ = await self._document(sender, section)
-                    if hashlib.sha256(data).digest() != sha256:
-                        raise DocumentError("another document than announced")
-                    voucher.check_section(section, data)
-                    content = decode_section(section, data)
+                    content = await apart(_open_section, section, data, sha256, voucher)
                     _check_names(section, content, opened)
                 except (RemoteProtocolError, DocumentError) as lie:
                     self._ban(sender, str(lie))
@@ -347,6 +344,14 @@ class SwarmWeights:
         if sender.peer_id not in self.banned:
             self.banned.add(sender.peer_id)
             self._say(f"peer …{sender.peer_id[-6:]} is not asked for weights any more: {why}")
+
+
+def _open_section(section: int, data: bytes, sha256: bytes, voucher: Voucher) -> Section:
+    """A section's document, checked. Raises DocumentError."""
+    if hashlib.sha256(data).digest() != sha256:
+        raise DocumentError("another document than announced")
+    voucher.check_section(section, data)
+    return decode_section(section, data)
 
 
 class _Queue:
