@@ -197,9 +197,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--cache_mb", metavar="MB", type=positive, default=1024, help="KV-cache budget (default: 1024)"
     )
-    serving.add_argument("--work_mb", metavar="MB", type=positive, default=1024,
+    serving.add_argument("--work_mb", metavar="MB", type=positive,
                          help="memory for requests under way, besides the cache; one peer may hold half of it "
-                         "(default: 1024)")  # fmt: skip
+                         "(default: a quarter of the machine's memory, at least 1024)")  # fmt: skip
     serving.add_argument("--throughput", metavar="RPS", type=positive,
                          help="announce this many blocks per second instead of measuring")  # fmt: skip
     serving.add_argument("--balance_quality", metavar="Q", type=number(0, 1), default=0.95,
@@ -313,7 +313,7 @@ async def _run_peer(options: argparse.Namespace, asked: _Asked) -> None:
         from petals.models.source.library import import_models
 
         import_models()
-        from petals.peer.base.config import PeerConfig, ServeConfig, Timeouts
+        from petals.peer.base.config import PeerConfig, ServeConfig, Timeouts, quarter_of_memory
         from petals.peer.node import open_peer
 
     serve = None
@@ -323,7 +323,7 @@ async def _run_peer(options: argparse.Namespace, asked: _Asked) -> None:
             num_blocks=options.num_blocks,
             adapters=tuple(options.adapters),
             cache_bytes=int(options.cache_mb * 1e6),
-            work_bytes=int(options.work_mb * 1e6),
+            work_bytes=quarter_of_memory() if options.work_mb is None else int(options.work_mb * 1e6),
             dtype=options.dtype,
             quant_type=options.quant_type,
             device=options.device,

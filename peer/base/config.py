@@ -6,8 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from petals.protocols.errors import UserError
 from petals.protocols.types import PeerId
+
+
+def quarter_of_memory() -> int:
+    """Bytes: a quarter of this machine's memory, at least 1 GiB."""
+    return max(1 << 30, psutil.virtual_memory().total // 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +65,7 @@ class ServeConfig:
     """KV-cache budget over all sessions."""
     cache_tokens: int | None = None
     """The same budget as room for so many tokens on each block that is served, in place of `cache_bytes`."""
-    work_bytes: int = 1 << 30
+    work_bytes: int = field(default_factory=quarter_of_memory)
     """Memory for requests that are being received, computed and answered, besides the cache: tensors of prompts and
     batches, pushes that wait for their step, what training keeps from forward to backward. One remote peer may hold
     half of it."""

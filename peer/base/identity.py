@@ -71,7 +71,7 @@ def load_identity(path: Path) -> Identity:
         return identity
     except Exception:  # the library raises whatever its parsers raise, and its messages may quote the key
         raise IdentityError(
-            f"{path} holds no Ed25519 or RSA (2,048 to 4,096 bits, e = 65537) private key in libp2p's encoding; "
+            f"{path} holds no Ed25519 or RSA private key in libp2p's encoding (RSA: 2,048 to 4,096 bits, e = 65537); "
             "make one with: petals keygen FILE"
         ) from None
 

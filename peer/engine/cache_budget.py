@@ -66,6 +66,11 @@ class CacheBudget:
         self._queue: deque[_Waiting] = deque()
 
     @property
+    def max_peer_bytes(self) -> int:
+        """The most that one peer may hold."""
+        return self._max_peer_bytes
+
+    @property
     def left_bytes(self) -> int:
         """What can be leased now: what is kept gives way."""
         return self._free_bytes + self.kept_bytes

@@ -17,7 +17,7 @@ from petals.protocols import messages_pb2 as pb
 from petals.protocols.inference import check_model
 from petals.protocols.receipts import BACKWARD, block_tokens
 from petals.protocols.stream import ByteStream
-from petals.protocols.tensors import encode_tensor
+from petals.protocols.tensors import WIRE_DTYPES, encode_tensor
 from petals.protocols.training import request_payload
 
 
@@ -64,9 +64,11 @@ class Trainings(Guard):
         self._lora_bytes([entry for entry in plan if entry[0].startswith("lora.")])
         peer_id = messages.remote_peer
         await self._turn(peer_id, tokens, plan)
-        with await self._hold(peer_id, self._bytes_of(request, plan, blocks, backward=backward), PATIENCE_S):
+        held = self._bytes_of(request, plan, blocks, backward=backward)
+        keep_bytes = self._keep_bytes(held) if backward else 0
+        with await self._hold(peer_id, held + keep_bytes, PATIENCE_S):
             tensors = await self._read_payload(messages, plan)
-            done = await self._compute_training(messages, request, blocks, tensors)
+            done = await self._compute_training(messages, request, blocks, tensors, keep_bytes)
             reply = pb.TrainingDone(queue_us=int(done.queue_s * 1e6), compute_us=int(done.compute_s * 1e6))
             encoding = self._encoding(request.reply_encoding)
             _, pieces = encode_tensor(done.value.hidden, encoding, header=reply.hidden)
@@ -85,18 +87,26 @@ class Trainings(Guard):
         """What a request makes us hold: its tensors as they come and as they are computed with, and what is kept on the
         way."""
         batch, tokens, _ = request.hidden.shape
-        received = sum(size + 4 * math.prod(header.shape) for _, header, size in plan)
-        if backward:
-            return received + backward_bytes(self.span, blocks, batch, tokens, self._keep_bytes)
-        return received + forward_bytes(self.span, batch, tokens)
+        as_they_are = WIRE_DTYPES[self.span.dtype]
+        held = sum(
+            size + (0 if (header.encoding, header.dtype) == (pb.RAW, as_they_are) else 4 * math.prod(header.shape))
+            for _, header, size in plan
+        )
+        if not backward:
+            return held + forward_bytes(self.span, batch, tokens)
+        return held + backward_bytes(self.span, blocks, batch, tokens, 0)
 
-    @property
-    def _keep_bytes(self) -> int:
-        """Of autograd graphs, for one backward request."""
-        return self.config.work_bytes // 8
+    def _keep_bytes(self, held: int) -> int:
+        """Of autograd graphs, for one backward request that takes `held` bytes besides."""
+        return max(0, min(self.config.work_bytes // 8, self.work.max_peer_bytes - held))
 
     async def _compute_training(
-        self, messages: Asker, request: pb.TrainingRequest, blocks: range, tensors: dict[str, Tensor]
+        self,
+        messages: Asker,
+        request: pb.TrainingRequest,
+        blocks: range,
+        tensors: dict[str, Tensor],
+        keep_bytes: int,
     ) -> Timed[_Trained]:
         """The whole request, piece by piece; between two of them others' steps have their turn."""
         given = Sequences(
@@ -111,7 +121,7 @@ class Trainings(Guard):
         if grad is None:
             priority, work = Priority.FORWARD, ForwardPass(self.span, given)
         else:
-            priority, work = Priority.BACKWARD, BackwardPass(self.span, given, grad, self._keep_bytes)
+            priority, work = Priority.BACKWARD, BackwardPass(self.span, given, grad, keep_bytes)
         pace = self._paces.setdefault(priority, Pace())
         queue_s = compute_s = 0.0
         pieces: Pieces | None = None
