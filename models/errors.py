@@ -50,8 +50,8 @@ class BlockRangeError(ModelError):
     """A range of blocks which the model, or the loaded span, does not have."""
 
 
-class StepError(ModelError):
-    """A tensor handed to a span does not fit it; nothing was computed and no cache changed."""
+class StepError(ModelError, ValueError):
+    """A tensor handed to a span, or an argument of a model, does not fit; nothing was computed, no cache changed."""
 
 
 class CacheFull(StepError):

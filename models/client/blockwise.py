@@ -60,6 +60,11 @@ class BlockwiseSession:
             for session in self._sessions:
                 closing.callback(session.close)
 
+    def abandon(self) -> None:
+        """`close`, without waiting for anybody."""
+        for session in self._sessions:
+            getattr(session, "abandon", session.close)()
+
     def __enter__(self) -> Self:
         return self
 

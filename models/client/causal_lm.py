@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 from petals.models.client.chain import BlockChain
 from petals.models.client.client_check import check_client
 from petals.models.client.distributed import DistributedMixin, build_client, head_class_of, load_model
-from petals.models.client.generation import InferenceSession, active_session
-from petals.models.errors import StepError
+from petals.models.client.generation import ChainCache, InferenceSession
+from petals.models.errors import CacheFull, StepError
 from petals.models.families import base_class_of
 from petals.models.library_contract import DEFAULT_CACHE_NAME, pop_cache
 from petals.models.source.checkpoint import Checkpoint
@@ -34,47 +34,97 @@ class GenerationMixin(DistributedMixin):
         Raises:
             StepError: nothing to go on with. What a chain raises: MissingBlocks, RemoteError.
         """
-        session = session or active_session.get()
         inputs = kwargs.pop("input_ids", inputs)
         given = pop_cache(kwargs)
-        if session is None and given is not None:
+        if given is not None and session is not None:
+            raise StepError(f"give a session or {DEFAULT_CACHE_NAME}, not both")
+        if given is not None:
             return super().generate(inputs, *args, **{DEFAULT_CACHE_NAME: given}, **kwargs)  # type: ignore[misc]
-        if session is None:
-            cache = self._new_cache(self._room(inputs, kwargs))
-            try:
-                return super().generate(inputs, *args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)  # type: ignore[misc]
-            finally:
-                cache.close()
+        session = session or self.active_session
+        if session is not None:
+            return self._generate_in(session, inputs, args, kwargs)
+        if self._setting(kwargs, "use_cache") is False:  # the whole text with every step, as the library does it
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        cache = self._new_cache(self._room(inputs, kwargs))
+        try:
+            return super().generate(inputs, *args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)  # type: ignore[misc]
+        finally:
+            cache.close()
+
+    def _generate_in(
+        self, session: InferenceSession, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if session.active is not None and session.active is not self.blocks.sessions:
+            raise StepError("this session belongs to the blocks of another model")
+        if self._setting(kwargs, "use_cache") is False:
+            raise StepError("a session is a cache: leave use_cache=False out, or the session")
+        cache = session.cache_of(self.blocks.chain.blocks)
+        if session.unknown_from is not None:
+            raise StepError(
+                f"from position {session.unknown_from} on this session holds hidden states whose tokens nobody knows; "
+                "generate goes on from tokens: set session.position to that, or open another session"
+            )
         known = session.output_ids
-        if inputs is None and known is None:
-            raise StepError("a session that is empty needs inputs to start from")
-        full = torch.cat([part for part in (known, inputs) if part is not None], dim=1)
-        if "max_length" not in kwargs and "max_new_tokens" not in kwargs:
-            kwargs["max_length"] = session.max_length
-        result = super().generate(full, *args, **{DEFAULT_CACHE_NAME: session.cache}, **kwargs)  # type: ignore[misc]
+        if known is not None and inputs is not None and len(known) != len(inputs):
+            raise StepError(f"the session has {len(known)} rows, inputs {len(inputs)}: open another one")
+        parts = [part for part in (known, inputs) if part is not None]
+        full = torch.cat(parts, dim=1) if parts else None
+        self._make_room(session, cache, full, kwargs)
+        mask = kwargs.get("attention_mask")
+        if (
+            mask is not None
+            and full is not None
+            and known is not None
+            and mask.shape[1] == full.shape[1] - known.shape[1]
+        ):
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(known.shape), mask], dim=1)
+        result = super().generate(full, *args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)  # type: ignore[misc]
         sequences = result if isinstance(result, Tensor) else result.sequences
         session.output_ids = sequences
+        session.beams = (self._setting(kwargs, "num_beams") or 1) > 1
         fresh = sequences[:, 0 if known is None else known.shape[1] :]
         if isinstance(result, Tensor):
             return fresh
         result.sequences = fresh
         return result
 
+    def _make_room(
+        self, session: InferenceSession, cache: ChainCache, full: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Bring the cache to where the library expects it, and refuse what does not fit before anything is sent.
+
+        Raises:
+            CacheFull: the session is too short for `max_new_tokens`.
+        """
+        length, rows = (1, 1) if full is None else (full.shape[1], full.shape[0])
+        new = kwargs.get("max_new_tokens")
+        if new is None and "max_length" not in kwargs:
+            kwargs["max_length"] = session.max_length
+        elif new is not None and length + new - 1 > session.max_length:  # the last token is not sent
+            raise CacheFull(
+                f"{length} tokens and {new} new ones do not fit into the session's max_length of {session.max_length}"
+            )
+        rows *= self._setting(kwargs, "num_beams") or 1
+        if cache.held and (session.beams or rows != cache.rows):
+            cache.restart()  # the text is sent again, for other rows than the servers have
+        elif cache.get_seq_length() >= length:
+            cache.keep(length - 1)  # the library needs the logits of the last token
+
+    def _setting(self, arguments: Mapping[str, Any], name: str) -> Any:
+        """An argument of `generate`, or what the generation configuration says."""
+        asked = arguments.get(name)
+        settings = arguments.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        return getattr(settings, name, None) if asked is None else asked
+
     def _room(self, inputs: Tensor | None, arguments: Mapping[str, Any]) -> int:
         """Tokens per row that `generate` with these arguments may write at most, and one more for a draft's bonus."""
-        settings = arguments.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
         embeds = arguments.get("inputs_embeds")
         length = max((part.shape[1] for part in (inputs, embeds) if part is not None), default=1)
-
-        def setting(name: str) -> int | None:
-            asked = arguments.get(name)
-            return getattr(settings, name, None) if asked is None else asked
-
-        new, longest = setting("max_new_tokens"), setting("max_length")
+        new, longest = self._setting(arguments, "max_new_tokens"), self._setting(arguments, "max_length")
         if new is not None:
-            return length + new + 1
+            return length + int(new) + 1
         if longest is not None and arguments.get("max_length") is not None:
-            return longest + 1
+            return int(longest) + 1
         return max(longest or 0, length + DEFAULT_NEW_TOKENS) + 1
 
 

@@ -12,7 +12,8 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,8 @@ from transformers import (
 )
 
 from petals.models.client.chain import BlockChain
-from petals.models.client.generation import ChainCache, InferenceSession, active_session
+from petals.models.client.generation import ChainCache, InferenceSession
+from petals.models.client.growing_cache import GrowingCache
 from petals.models.client.remote_sequential import Call, RemoteSequential
 from petals.models.client.trained import load_trained, save_trained
 from petals.models.client.tuning import Tuning, add_tuning, get_prompt, lora_of, prompt_length
@@ -35,7 +37,7 @@ from petals.models.errors import CheckpointError, StepError, UnsupportedModel
 from petals.models.families import base_class_of
 from petals.models.kernels.quantize import quantize_head
 from petals.models.kernels.small_matmul import FewRowsLinear
-from petals.models.library_contract import DEFAULT_CACHE_NAME, cache_name, pop_cache
+from petals.models.library_contract import CACHE_NAMES, DEFAULT_CACHE_NAME, cache_name, pop_cache
 from petals.models.source.checkpoint import Checkpoint
 from petals.models.source.loading import find_layers, quiet_library
 
@@ -57,21 +59,21 @@ class DistributedMixin:
 
     @property
     def active_session(self) -> InferenceSession | None:
-        """The session of the innermost open `with` in this context."""
-        return active_session.get()
+        """The session of the innermost open `with` of this model in this thread or task."""
+        return self.blocks.active_session
 
     def inference_session(self, *, max_length: int) -> InferenceSession:
-        """Room for `max_length` tokens per row, shared by all `generate` calls inside of `with`."""
-        return InferenceSession(self._new_cache(max_length), max_length)
+        """Room for `max_length` tokens per row, shared inside of `with` by all calls of `generate`, of this model, and
+        of its blocks."""
+        return self.blocks.inference_session(max_length=max_length)
 
-    @contextlib.contextmanager
-    def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
-        """Make `session` the active one for a while, without closing it."""
-        token = active_session.set(session)
-        try:
-            yield session
-        finally:
-            active_session.reset(token)
+    def use_session(self, session: InferenceSession | None) -> AbstractContextManager[InferenceSession | None]:
+        """Make `session` the active one for a while, without closing it; None: none is.
+
+        Raises:
+            StepError: it belongs to another model.
+        """
+        return self.blocks.use_session(session)
 
     def get_prompt(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
         """The trained prompt (batch, pre_seq_len, hidden_size), and what "deep_ptune" adds to every block's input,
@@ -195,7 +197,7 @@ def _client_class(config: PretrainedConfig, head: Head, mixins: Sequence[type]) 
         setattr(stack, name, blocks)
         # Second names, not second children: ours, and the ones that Petals' users know on every family.
         object.__setattr__(self, "blocks", blocks)
-        for owner, alias, target in ((self, "transformer", base), (base, "h", blocks)):
+        for owner, alias, target in _second_names(self, base, stack, blocks):
             if not hasattr(owner, alias):
                 object.__setattr__(owner, alias, target)
         stack.forward = _Around(base, stack, blocks)  # not the base's own: OPT's head calls the stack in it directly
@@ -206,11 +208,44 @@ def _client_class(config: PretrainedConfig, head: Head, mixins: Sequence[type]) 
         (*mixins, DistributedMixin, head_class),
         {
             "__init__": __init__,
+            "forward": _with_cache_names(head_class.forward),
             "__module__": head_class.__module__,
             "__qualname__": head_class.__qualname__,
             "head_kind": head,
         },
     )
+
+
+def _second_names(model: Any, base: Any, stack: Any, blocks: RemoteSequential) -> list[tuple[Any, str, Any]]:
+    """(owner, name, what it leads to): BLOOM's names for the parts around the blocks, which Petals' users know."""
+    norms = [child for name, child in stack.named_children() if name.endswith(("norm", "ln_f")) and child is not None]
+    parts = [
+        (model, "transformer", base),
+        (base, "h", blocks),
+        (base, "word_embeddings", base.get_input_embeddings()),
+        (base, "word_embeddings_layernorm", nn.Identity()),
+        (base, "ln_f", norms[-1] if norms else nn.Identity()),
+    ]
+    head = model.get_output_embeddings()
+    return parts if head is None else [*parts, (model, "lm_head", head)]
+
+
+def _with_cache_names(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `forward` that takes and returns its cache under every name that a release has had."""
+    name = cache_name(forward)
+
+    @functools.wraps(forward)
+    def with_names(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = pop_cache(kwargs)
+        if cache is not None:
+            kwargs[name] = cache
+        output = forward(self, *args, **kwargs)
+        for other in CACHE_NAMES:
+            if hasattr(output, name) and not hasattr(output, other):
+                object.__setattr__(output, other, getattr(output, name))
+        return output
+
+    return with_names
 
 
 def _probe_convention(base: Any, blocks: RemoteSequential) -> None:
@@ -243,34 +278,55 @@ class _Around:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        session = None
         cache = pop_cache(kwargs)
         if cache is not None and not isinstance(cache, ChainCache):
             raise StepError(f"{DEFAULT_CACHE_NAME} of a distributed model come from its own sessions")
-        if cache is None:
-            kwargs["use_cache"] = False
-        else:
-            kwargs[self._cache_name] = cache
+        if cache is None and kwargs.get("use_cache") is not False:
+            session = self._blocks.active_session
+            cache = self._new_cache(kwargs) if session is None else self._cache_of(session)
+        kwargs["use_cache"] = cache is not None
         outputs = self._take_recorder(kwargs)
+        prefix, lora = prompt_length(self._base), lora_of(self._base)
+        position = 0
+        if cache is not None:
+            kwargs[self._cache_name] = cache
+            cache.begin(prefix, lora)
+            position = cache.get_seq_length()
+            if _checked_mask(kwargs.get("attention_mask")) is not None:
+                kwargs["attention_mask"] = cache.full_mask(kwargs["attention_mask"], _new_tokens(kwargs))
+        text = kwargs.get("input_ids")
         fresh = cache is None or not cache.held
-        prefix = prompt_length(self._base)
-        deep = None
-        if prefix:
-            deep = self._put_prompt(kwargs, prefix, fresh=fresh)
+        deep = self._put_prompt(kwargs, prefix, fresh=fresh) if prefix else None
         call = Call(
             attention_mask=_checked_mask(kwargs.get("attention_mask")),
             cache=cache,
             prompts=deep,
-            lora=lora_of(self._base) if cache is None else None,
+            lora=lora,
             outputs=outputs,
         )
         with cache.counting_prefix() if cache is not None else contextlib.nullcontext(), self._blocks.called_with(call):
             result = self._forward(**kwargs)
+        if session is not None:
+            session.note_tokens(text, position)
         cut = prefix if fresh else 0
         result.last_hidden_state = result.last_hidden_state[:, cut:]
         if outputs is not None:
             states = [*outputs[:-1], result.last_hidden_state]
             result.hidden_states = tuple(state if state is states[-1] else state[:, cut:] for state in states)
         return result
+
+    def _cache_of(self, session: InferenceSession) -> ChainCache:
+        if session.beams:
+            raise StepError("the rows of this session are the beams of a search; go on with generate()")
+        return session.cache_of(self._blocks.chain.blocks)
+
+    def _new_cache(self, kwargs: dict[str, Any]) -> ChainCache | None:
+        """What is returned to a caller who passed no cache; None: nothing is wanted."""
+        wanted = kwargs.get("use_cache")
+        if not (getattr(self._base.config, "use_cache", True) if wanted is None else wanted) or self._blocks.pretends:
+            return None
+        return GrowingCache(self._blocks.chain, eager=wanted is True)
 
     def _take_recorder(self, kwargs: dict[str, Any]) -> list[Tensor] | None:
         """A list for the hidden states if the caller, or the configuration, wants them; its first entry is their
@@ -305,6 +361,13 @@ class _Around:
             front = torch.arange(prefix, device=positions.device).expand(positions.shape[0], -1)
             kwargs["position_ids"] = torch.cat([front, positions + prefix], dim=1)
         return deep
+
+
+def _new_tokens(kwargs: dict[str, Any]) -> int:
+    given = kwargs.get("inputs_embeds")
+    if given is None:
+        given = kwargs.get("input_ids")
+    return 0 if given is None else int(given.shape[1])
 
 
 def _checked_mask(mask: Tensor | None) -> Tensor | None:

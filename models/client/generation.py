@@ -6,9 +6,9 @@ crops it after a rejected draft. All of that has a meaning for a `ChainSession`,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from petals.models.blocks.adapters import Lora
+from petals.models.client.active_sessions import ActiveSessions
 from petals.models.client.blockwise import BlockwiseSession
 from petals.models.client.chain import BlockChain, ChainSession
-from petals.models.errors import StepError
+from petals.models.errors import CacheFull, StepError
+from petals.models.kernels.step_inputs import checked_hidden, checked_prompts, checked_rows
 from petals.models.library_contract import CROP_KEEPS, cache_name
 
 
@@ -68,10 +70,11 @@ class _ChainLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._chain_cache.keep(0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise StepError("the rows of a session cannot be multiplied; open it with the larger batch")
+        rows = torch.arange(self._chain_cache.rows).repeat_interleave(repeats)
+        self._chain_cache.pick_rows(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        raise StepError("rows of a session cannot be dropped; open another one")
+        self._chain_cache.pick_rows(indices)
 
 
 class ChainCache(Cache):
@@ -91,7 +94,36 @@ class ChainCache(Cache):
         self._prefix = prefix
         self._lora = lora
         self._hypo_ids: Tensor | None = None
+        self._mask: Tensor | None = None
+        """(batch, held) bool: what the servers hold without padding; None: all of it."""
         self._counts_prefix = False
+        self._closed = False
+
+    @property
+    def chain(self) -> BlockChain:
+        return self._chain
+
+    @property
+    def rows(self) -> int:
+        """Rows of the open session; 1 if there is none."""
+        return 1 if self.session is None else self.session.batch_size
+
+    def begin(self, prefix: int, lora: Lora | None) -> None:
+        """What a model puts in front of the text, and its updates; only the first step may say so."""
+        if self.session is None:
+            self._prefix, self._lora = prefix, lora
+
+    def pick_rows(self, rows: Tensor) -> None:
+        """Go on with these rows, as many as there are. Raises StepError: the servers' rows are fixed."""
+        raise StepError("the rows of a session are fixed; open another one for another batch")
+
+    def begins_without_session(self, *tensors: Tensor | None) -> bool:
+        """Whether a step is computed by `BlockChain.forward`, and only remembered here; see growing_cache.py."""
+        return False
+
+    def remember(self, hidden: Tensor, attention_mask: Tensor | None, prompts: Tensor | None) -> None:
+        """Note a step that was computed without a session."""
+        raise NotImplementedError
 
     @property
     def held(self) -> int:
@@ -114,6 +146,27 @@ class ChainCache(Cache):
         """Row i goes on from old row beam_idx[i]; sent with the next step."""
         beam_idx = beam_idx.long()  # the library's beam search counts in int32
         self._hypo_ids = beam_idx if self._hypo_ids is None else self._hypo_ids[beam_idx]
+        if self._mask is not None:
+            self._mask = self._mask[beam_idx.to(self._mask.device)]
+
+    def full_mask(self, mask: Tensor, new_tokens: int) -> Tensor:
+        """A mask over all tokens of the text, from one that may cover the new ones only.
+
+        Args:
+            mask: (batch, new tokens) or (batch, all tokens), 1 = a real token.
+        Raises:
+            StepError: any other length.
+        """
+        known = self.get_seq_length()
+        if mask.dim() != 2 or mask.shape[1] not in (new_tokens, known + new_tokens):
+            raise StepError(
+                f"attention_mask must cover the {new_tokens} new tokens or all {known + new_tokens}, "
+                f"got {tuple(mask.shape)}"
+            )
+        if mask.shape[1] == known + new_tokens:
+            return mask
+        before = mask.new_ones(mask.shape[0], known) if self._mask is None else self._mask[:, self._prefix :].to(mask)
+        return torch.cat([before, mask], dim=1)
 
     def crop(self, count: int) -> None:
         """The library's roll-back: a negative number drops that many tokens; one that is not negative means what it
@@ -131,6 +184,11 @@ class ChainCache(Cache):
             raise StepError(f"cannot keep {tokens} of {self.get_seq_length()} tokens")
         if self.session is not None:
             self.session.position = tokens + self._prefix if tokens else 0
+            self._cut_mask()
+
+    def _cut_mask(self) -> None:
+        if self._mask is not None:
+            self._mask = self._mask[:, : self.held] if self.held else None
 
     def step(
         self,
@@ -143,34 +201,70 @@ class ChainCache(Cache):
 
         Args:
             outputs: filled with what every block puts out.
+        Raises:
+            StepError: a tensor that does not fit. CacheFull: there is no room for so many tokens.
         """
-        session = self._open(hidden.shape[0], blockwise=outputs is not None)
-        hypo_ids, self._hypo_ids = self._hypo_ids, None
-        if hypo_ids is not None and torch.equal(hypo_ids, torch.arange(len(hypo_ids), device=hypo_ids.device)):
-            hypo_ids = None
+        checked_hidden(hidden, self._chain.hidden_size)
+        prompts = checked_prompts(prompts, hidden, len(self._chain.blocks))
+        session = self._open(hidden.shape[0], hidden.shape[1], blockwise=outputs is not None)
+        if hidden.shape[0] != session.batch_size:
+            raise StepError(f"hidden has {hidden.shape[0]} rows, the session {session.batch_size}: open another one")
+        if session.position + hidden.shape[1] > session.max_length:
+            raise CacheFull(
+                f"{session.position} + {hidden.shape[1]} tokens do not fit into the session's max_length of "
+                f"{session.max_length}"
+            )
+        if not hidden.shape[1]:  # opened, which is all that a step of nothing can do
+            return hidden
+        hypo_ids, self._hypo_ids = checked_rows(self._hypo_ids, session.batch_size), None
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
         hidden = session.step(hidden, attention_mask=attention_mask, prompts=prompts, hypo_ids=hypo_ids)
+        self._mask = None if attention_mask is None else attention_mask.detach().bool()
         if outputs is not None:
             assert isinstance(session, BlockwiseSession)
             outputs += session.outputs
         return hidden
 
-    def _open(self, batch_size: int, *, blockwise: bool) -> ChainSession:
-        room = self._max_length + self._prefix
+    def _open(self, batch_size: int, new_tokens: int, *, blockwise: bool) -> ChainSession:
+        if self._closed:
+            raise StepError("the session is closed")
         if self.session is None:
-            if blockwise:
-                self.session = BlockwiseSession(self._chain, batch_size=batch_size, max_length=room, lora=self._lora)
-            else:
-                self.session = self._chain.open_session(batch_size=batch_size, max_length=room, lora=self._lora)
+            self.session = self._new_session(batch_size, self._max_length + self._prefix, blockwise=blockwise)
         if blockwise and not isinstance(self.session, BlockwiseSession):
             raise StepError("this session began without output_hidden_states: open another one to see hidden states")
         return self.session
 
-    def close(self) -> None:
-        """Give the session back."""
+    def _new_session(self, batch_size: int, room: int, *, blockwise: bool) -> ChainSession:
+        session: ChainSession
+        if blockwise:
+            session = BlockwiseSession(self._chain, batch_size=batch_size, max_length=room, lora=self._lora)
+        else:
+            session = self._chain.open_session(batch_size=batch_size, max_length=room, lora=self._lora)
+        # Whoever drops the cache without closing it must not keep the servers' room.
+        weakref.finalize(self, _let_go, session).atexit = False
+        return session
+
+    def reserve(self, batch_size: int) -> None:
+        """Open the session now."""
+        self._open(batch_size, 0, blockwise=False)
+
+    def restart(self) -> None:
+        """Forget everything: the next step opens another session, with as many rows as it brings."""
         if self.session is not None:
             self.session.close()
+        self.session, self._hypo_ids, self._mask = None, None, None
+
+    def close(self) -> None:
+        """Give the session back. Idempotent."""
+        self._closed = True
+        if self.session is not None:
+            self.session.close()
+
+
+def _let_go(session: ChainSession) -> None:
+    abandon = getattr(session, "abandon", session.close)
+    abandon()
 
     @contextmanager
     def closing(self) -> Iterator[Self]:
@@ -203,17 +297,35 @@ def first_block_inputs(model: Any, input_ids: Tensor) -> Tensor:
 
 
 class InferenceSession:
-    """A session that several `generate` calls, or raw `step` calls, share. A context manager.
+    """A session that several `generate` calls, calls of the model or of its blocks, or raw `step` calls share.
 
-    Made by `model.inference_session(max_length=...)`; while its context is open it is the model's active session.
+    A context manager, made by `model.inference_session(max_length=...)` or by that of a stack of blocks; while its
+    context is open it is the active session of that stack. Servers reserve room with the first step, when the number
+    of rows is known.
     """
 
-    def __init__(self, cache: ChainCache, max_length: int) -> None:
+    def __init__(self, cache: ChainCache, max_length: int, active: ActiveSessions | None = None) -> None:
+        """`active`: where it is entered; None: it is only passed on by hand."""
         self.cache = cache
         self.output_ids: Tensor | None = None
         """(batch, tokens) int64: prompt and everything generated so far."""
         self.max_length = max_length
-        self._reset: list[Any] = []
+        self.active = active
+        self.beams = False
+        """Whether the servers' rows are beams, of which `output_ids` has the best."""
+        self.unknown_from: int | None = None
+        """From which position on hidden states were stepped whose tokens nobody knows."""
+        self._parts: dict[tuple[int, int], ChainCache] = {}
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    @property
+    def blocks(self) -> range:
+        """Half-open, absolute."""
+        return self.cache.chain.blocks
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
 
     @property
     def last_token_id(self) -> Tensor | None:
@@ -222,37 +334,101 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """Tokens per row in the servers' caches, without a trained prompt. Setting a smaller value rolls back to it."""
-        return self.cache.get_seq_length()
+        """Tokens per row in the servers' caches, without a trained prompt. Setting a smaller value rolls back to it.
+
+        Where slices were stepped one by one: of the slice that is furthest.
+        """
+        return max(cache.get_seq_length() for cache in self._caches())
 
     @position.setter
     def position(self, value: int) -> None:
         if not 0 <= value <= self.position:
             raise StepError(f"position {value} is not within the {self.position} tokens of this session")
-        self.cache.keep(value)
+        for cache in self._caches():
+            cache.keep(min(value, cache.get_seq_length()))
         if self.output_ids is not None:
             self.output_ids = self.output_ids[:, :value] if value else None
+        if self.unknown_from is not None and value <= self.unknown_from:
+            self.unknown_from = None
 
-    def step(self, hidden: Tensor, *, prompts: Tensor | None = None, hypo_ids: Tensor | None = None) -> Tensor:
-        """Raw hidden states (batch, new_tokens, hidden_size) through all blocks."""
+    def _caches(self) -> list[ChainCache]:
+        return [self.cache, *self._parts.values()]
+
+    def cache_of(self, blocks: range) -> ChainCache:
+        """What a slice of this session's blocks continues: a cache of its own, opened with its first step.
+
+        Raises:
+            StepError: some of these blocks were stepped within another slice, or all of them together.
+        """
+        key = blocks.start, blocks.stop
+        whole = blocks == self.blocks
+        for cache in self._caches():
+            other = cache.chain.blocks
+            if other != blocks and cache.held and max(other.start, blocks.start) < min(other.stop, blocks.stop):
+                raise StepError(
+                    f"this session has stepped blocks {other.start}:{other.stop} together, so blocks {key[0]}:{key[1]} "
+                    "have no cache of their own: use the same slices at every step"
+                )
+        if whole:
+            return self.cache
+        if key not in self._parts:
+            self._parts[key] = ChainCache(self.cache.chain.slice(blocks), self.max_length)
+        return self._parts[key]
+
+    def step(
+        self,
+        inputs: Tensor,
+        prompts: Tensor | None = None,
+        hypo_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        blocks: range | None = None,
+    ) -> Tensor:
+        """Raw hidden states (batch, new_tokens, hidden_size) through all blocks, or a slice of them.
+
+        Args:
+            prompts: as of `ChainSession.step`; those of one row are for all rows.
+            hypo_ids: (batch,) int64; before the step, row i becomes old row hypo_ids[i].
+            attention_mask: over the new tokens or over all of them; None: all real.
+            blocks: absolute; None: all of the session's.
+        Raises:
+            StepError: a tensor that does not fit. CacheFull: more tokens than `max_length`.
+        """
+        cache = self.cache_of(self.blocks if blocks is None else blocks)
+        before = self.position
+        checked_hidden(inputs, cache.chain.hidden_size)
         if hypo_ids is not None:
-            self.cache.reorder_cache(hypo_ids)
-        return self.cache.step(hidden, None, prompts)
+            cache.reorder_cache(hypo_ids)
+        if attention_mask is not None:
+            attention_mask = cache.full_mask(attention_mask, inputs.shape[1])
+        output = cache.step(inputs, attention_mask, prompts)
+        if self.unknown_from is None and inputs.shape[1]:
+            self.unknown_from = before
+        return output
+
+    def note_tokens(self, input_ids: Tensor | None, position: int) -> None:
+        """The model has stepped these tokens, (batch, tokens), at `position`; None: it was given embeddings."""
+        if input_ids is None:
+            self.unknown_from = position if self.unknown_from is None else self.unknown_from
+            return
+        before = self.output_ids[:, :position] if self.output_ids is not None and position else input_ids[:, :0]
+        self.output_ids = torch.cat([before.to(input_ids), input_ids], dim=1)
 
     def close(self) -> None:
         """Give the caches back. Idempotent."""
-        self.cache.close()
+        for cache in self._caches():
+            cache.close()
 
     def __enter__(self) -> Self:
-        self._reset.append(active_session.set(self))
+        if self.active is not None:
+            entered = self.active.use(self)
+            entered.__enter__()
+            self._entered.append(entered)
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        active_session.reset(self._reset.pop())
+        if self._entered:
+            self._entered.pop().__exit__(None, None, None)
         self.close()
-
-
-active_session: ContextVar[InferenceSession | None] = ContextVar("petals_active_session", default=None)
-"""The session of the innermost open `with`, per thread and task."""

@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from petals.models.blocks.adapters import Lora
+from petals.models.client.active_sessions import ActiveSessions
 from petals.models.client.blockwise import forward_blockwise
-from petals.models.client.chain import BlockChain, ChainSession
-from petals.models.client.generation import ChainCache
-from petals.models.errors import BlockRangeError
+from petals.models.client.chain import BlockChain
+from petals.models.client.generation import ChainCache, InferenceSession
+from petals.models.errors import BlockRangeError, StepError
+from petals.models.kernels.step_inputs import checked_hidden, checked_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,10 @@ class RemoteSequential(nn.Module):
     (`called_with`), iteration and slicing yield just that.
     """
 
-    def __init__(self, chain: BlockChain | None = None) -> None:
+    def __init__(self, chain: BlockChain | None = None, sessions: ActiveSessions | None = None) -> None:
+        """`sessions`: of the stack that this is a slice of."""
         super().__init__()
+        self._sessions = sessions or ActiveSessions()
         self.wants_tuple = False
         """What the family's own loop expects of a block: a tensor, or a tuple that starts with it."""
         self._chain = chain
@@ -64,32 +68,100 @@ class RemoteSequential(nn.Module):
     def end_block(self) -> int:
         return self.chain.blocks.stop
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(batch, tokens, hidden_size) through all blocks.
+    @property
+    def sessions(self) -> ActiveSessions:
+        """Shared with all slices."""
+        return self._sessions
 
-        Called by a user, differentiable and without cache. Called by the base model around us, with the cache it was
-        given; what else it passes (masks, rotary embeddings) was made for a local block and is not needed.
+    @property
+    def active_session(self) -> InferenceSession | None:
+        """The session of the innermost open `with` in this thread or task that holds these blocks."""
+        return self._sessions.holding(self.chain.blocks)
+
+    @property
+    def position(self) -> int:
+        """Tokens per row in the active session; 0 without one."""
+        session = self.active_session
+        return 0 if session is None else session.position
+
+    def forward(self, hidden: Tensor, prompts: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states (batch, tokens, hidden_size) through all blocks.
+
+        Inside of `inference_session` or `use_session` this continues the session; else it is differentiable and
+        without cache. Called by the base model around us, whatever it passes besides (masks, rotary embeddings) was
+        made for a local block and is not needed.
+
+        Args:
+            prompts: as of `ChainSession.step`; those of one row are for all rows.
+            kwargs: `attention_mask`, (batch, tokens); `hypo_ids` in a session; `lora` without one.
+        Raises:
+            StepError: a tensor that does not fit. TypeError: an argument that is not known.
         """
         call: Call | None = getattr(self._local, "call", None)
         if call is None:
-            return self.chain.forward(hidden, **kwargs)
-        output = hidden if getattr(self._local, "pretending", False) else self._run(hidden, call)
+            return self._alone(hidden, prompts, *args, **kwargs)
+        output = hidden if self.pretends else self._run(hidden, call)
         return (output,) if self.wants_tuple else output
+
+    def _alone(
+        self,
+        hidden: Tensor,
+        prompts: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        hypo_ids: Tensor | None = None,
+        lora: Lora | None = None,
+    ) -> Tensor:
+        session = self.active_session
+        if session is not None:
+            if lora is not None:
+                raise StepError("lora holds for a whole session: open it with a model that trains one")
+            return session.step(hidden, prompts, hypo_ids, attention_mask=attention_mask, blocks=self.chain.blocks)
+        if hypo_ids is not None:
+            raise StepError("hypo_ids reorder the rows of a session: call this inside of inference_session()")
+        checked_hidden(hidden, self.chain.hidden_size)
+        prompts = checked_prompts(prompts, hidden, len(self.chain.blocks))
+        if not hidden.shape[1]:
+            return hidden
+        return self.chain.forward(hidden, attention_mask=attention_mask, prompts=prompts, lora=lora)
 
     def _run(self, hidden: Tensor, call: Call) -> Tensor:
         mask, prompts, lora = call.attention_mask, call.prompts, call.lora
         if call.outputs is not None:
             call.outputs.append(hidden)
-        if call.cache is not None:
+        if call.cache is not None and not call.cache.begins_without_session(hidden, prompts):
             return call.cache.step(hidden, mask, prompts, call.outputs)
         if call.outputs is None:
-            return self.chain.forward(hidden, attention_mask=mask, prompts=prompts, lora=lora)
-        call.outputs.extend(forward_blockwise(self.chain, hidden, attention_mask=mask, prompts=prompts, lora=lora))
-        return call.outputs[-1]
+            output = self.chain.forward(hidden, attention_mask=mask, prompts=prompts, lora=lora)
+        else:
+            call.outputs.extend(forward_blockwise(self.chain, hidden, attention_mask=mask, prompts=prompts, lora=lora))
+            output = call.outputs[-1]
+        if call.cache is not None:
+            call.cache.remember(hidden, mask, prompts)
+        return output
 
-    def inference_session(self, *, max_length: int, batch_size: int = 1) -> ChainSession:
-        """Caches for raw hidden states over these blocks."""
-        return self.chain.open_session(batch_size=batch_size, max_length=max_length)
+    def inference_session(self, *, max_length: int, batch_size: int | None = None) -> InferenceSession:
+        """Room for `max_length` tokens per row on these blocks; opened with the first step, when the rows are known.
+
+        Args:
+            batch_size: rows, to reserve the room at once.
+        """
+        cache = ChainCache(self.chain, max_length)
+        if batch_size is not None:
+            cache.reserve(batch_size)
+        return InferenceSession(cache, max_length, self._sessions)
+
+    @contextmanager
+    def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
+        """Make `session` the active one for a while, without closing it; None: none is.
+
+        Raises:
+            StepError: it belongs to other blocks.
+        """
+        if session is not None and session.active is not self._sessions:
+            raise StepError("this session belongs to the blocks of another model")
+        with self._sessions.use(session):
+            yield session
 
     def __len__(self) -> int:
         return 1 if self._inside else len(self.chain.blocks)
@@ -107,7 +179,14 @@ class RemoteSequential(nn.Module):
             blocks = range(blocks, blocks + 1)
         if not len(blocks) or blocks.step != 1:
             raise BlockRangeError(f"{index} picks no consecutive blocks out of {len(self)}")
-        return RemoteSequential(self.chain.slice(blocks))
+        return RemoteSequential(self.chain.slice(blocks), self._sessions)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
+        """The same blocks in the same swarm, with the same sessions: nothing of them is here to be copied."""
+        twin = RemoteSequential(self._chain, self._sessions)
+        twin.wants_tuple = self.wants_tuple
+        memo[id(self)] = twin
+        return twin
 
     @property
     def _inside(self) -> bool:
@@ -121,6 +200,11 @@ class RemoteSequential(nn.Module):
             yield
         finally:
             self._local.call = None
+
+    @property
+    def pretends(self) -> bool:
+        """Whether blocks do nothing, in this thread."""
+        return getattr(self._local, "pretending", False)
 
     @contextmanager
     def pretending(self) -> Iterator[None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+import trio
 from torch import Tensor
 
 from petals.models.blocks.adapters import Lora
@@ -82,6 +84,13 @@ class RemoteChainSession:
         if self._open:
             self._open = False
             self._portal.run(self.remote.close)
+
+    def abandon(self) -> None:
+        """`close` from any thread, without waiting: for whoever is collected as garbage."""
+        if self._open:
+            self._open = False
+            with suppress(trio.RunFinishedError):
+                self._portal.token.run_sync_soon(trio.lowlevel.spawn_system_task, self.remote.close)
 
     def __enter__(self) -> Self:
         return self
