@@ -84,6 +84,18 @@ class RemoteSequential(nn.Module):
         session = self.active_session
         return 0 if session is None else session.position
 
+    @property
+    def sequence_manager(self) -> Any:
+        """Who computes these blocks now (peer/client/sequence_manager.py).
+
+        Raises:
+            BlockRangeError: they are computed here.
+        """
+        found = getattr(self.chain, "sequence_manager", None)
+        if found is None:
+            raise BlockRangeError("these blocks are computed here, by no server")
+        return found
+
     def forward(self, hidden: Tensor, prompts: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Hidden states (batch, tokens, hidden_size) through all blocks.
 

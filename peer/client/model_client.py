@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -31,10 +31,12 @@ from petals.peer.client.async_model import AsyncTwins
 from petals.peer.client.audit.audit import Office, SessionAudit
 from petals.peer.client.audit.verdicts import Finding, Trust
 from petals.peer.client.hops.hop import Hop, SessionSpec
+from petals.peer.client.live_options import READ_WHEN_OPENED, LiveOptions
 from petals.peer.client.remote_chain import RemoteChain
 from petals.peer.client.routing.local_blocks import Home, check_local, is_home, leg_of, name_of, split
 from petals.peer.client.routing.routing import Route, RouteChoice, RouteHop, find_route, push_pays, why_not
 from petals.peer.client.routing.view import SwarmWatcher
+from petals.peer.client.sequence_manager import RemoteSequenceManager
 from petals.peer.client.session.session import RemoteSession, StepTrace
 from petals.peer.client.training import BatchTrainer, Companions
 from petals.peer.membership.complaints import ComplaintBook
@@ -107,6 +109,8 @@ class ClientOptions:
                 raise UserError(f"{name} is a collection of peer IDs, not one of them")
 
 
+LIVE_OPTIONS = frozenset(each.name for each in fields(ClientOptions)) - READ_WHEN_OPENED
+"""Options that `model.config` may change while a model is open."""
 COMPLAINT_S = 6 * 3600.0
 """How long a complaint of ours holds."""
 TOLD = 8
@@ -360,17 +364,28 @@ class ModelClient:
         announced = self.watcher.dtypes
         return FLOATS_BY_NAME.get(next(iter(announced)), torch.float32) if len(announced) == 1 else torch.float32
 
-    def chain(self, options: ClientOptions | None = None) -> RemoteChain:
-        """All blocks as a `BlockChain` for the models, to be used from a torch thread."""
-        options = options or ClientOptions()
+    def chain(self, options: ClientOptions | Callable[[], ClientOptions] | None = None) -> RemoteChain:
+        """All blocks as a `BlockChain` for the models, to be used from a torch thread.
+
+        Args:
+            options: a function is asked for them anew by each session and each forward pass.
+        """
+        current = options if callable(options) else partial(_same, options or ClientOptions())
 
         async def open_session(
             blocks: range, batch_size: int, max_length: int, lora: Lora | None, prefix: Prefix | None
         ) -> RemoteSession:
-            return await self.open_session(blocks, batch_size, max_length, options, lora, prefix)
+            return await self.open_session(blocks, batch_size, max_length, current(), lora, prefix)
 
-        trainer = self._trainer(options)
-        return RemoteChain(self.portal, self.blocks, self.checkpoint.hidden_size, self.dtype, open_session, trainer)
+        return RemoteChain(
+            self.portal,
+            self.blocks,
+            self.checkpoint.hidden_size,
+            self.dtype,
+            open_session,
+            lambda: self._trainer(current()),
+            partial(RemoteSequenceManager, self, current),
+        )
 
     def _trainer(self, options: ClientOptions) -> BatchTrainer:
         return BatchTrainer(
@@ -418,9 +433,10 @@ class ModelClient:
             ModelError: a checkpoint without what `head` needs, a tuning or setting that cannot be.
         """
         options = options or ClientOptions()
+        live = LiveOptions(options, LIVE_OPTIONS)
         model = load_model(
             self.checkpoint,
-            self.chain(options),
+            self.chain(live),
             head=head,
             dtype=dtype or self.dtype,
             tuning=tuning,
@@ -428,6 +444,7 @@ class ModelClient:
             mixins=(AsyncTwins, *mixins),
             **settings,
         )
+        live.follow(model.config)
         object.__setattr__(model, "portal", self.portal)  # nn.Module would look for parameters in it
         return model
 
@@ -563,6 +580,10 @@ class ModelClient:
             require_dtype=options.require_dtype,
         )
         return _around_home(find, blocks, options.local_blocks)
+
+
+def _same(options: ClientOptions) -> ClientOptions:
+    return options
 
 
 def _around_home(find: Callable[[range], Route], blocks: range, local: Sequence[range]) -> Route:

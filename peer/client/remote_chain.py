@@ -14,8 +14,9 @@ from torch import Tensor
 
 from petals.models.blocks.adapters import Lora
 from petals.peer.base.portal import Portal
+from petals.peer.client.sequence_manager import RemoteSequenceManager
 from petals.peer.client.session.session import HopTrace, RemoteSession
-from petals.peer.client.training import BatchTrainer, Companions, Gradients, SpanInput
+from petals.peer.client.training import BatchTrainer, Companions, Gradients
 from petals.protocols.errors import UserError
 
 
@@ -106,7 +107,8 @@ class RemoteChain:
 
     Args:
         open_session: (blocks, batch_size, max_length, lora, prefix) -> an open session.
-        trainer: for `forward` and its gradients.
+        trainer: what a `forward` and its gradients are computed with now.
+        view: (blocks) -> who computes them.
         dtype: what hidden states are computed in at the servers, as far as known.
     """
 
@@ -117,7 +119,8 @@ class RemoteChain:
         hidden_size: int,
         dtype: torch.dtype,
         open_session: Callable[[range, int, int, Lora | None, Any], Any],
-        trainer: BatchTrainer,
+        trainer: Callable[[], BatchTrainer],
+        view: Callable[[range], RemoteSequenceManager],
     ) -> None:
         self.blocks = blocks
         self.hidden_size = hidden_size
@@ -125,6 +128,12 @@ class RemoteChain:
         self._portal = portal
         self._open_session = open_session
         self._trainer = trainer
+        self._view = view
+
+    @property
+    def sequence_manager(self) -> RemoteSequenceManager:
+        """Who computes these blocks."""
+        return self._view(self.blocks)
 
     def open_session(
         self, *, batch_size: int, max_length: int, lora: Lora | None = None, prefix: Any = None
@@ -164,15 +173,19 @@ class RemoteChain:
         """The chain of a sub-range (absolute indices)."""
         if not self.blocks.start <= blocks.start < blocks.stop <= self.blocks.stop:
             raise IndexError(f"blocks {blocks.start}:{blocks.stop} are not in {self.blocks.start}:{self.blocks.stop}")
-        return RemoteChain(self._portal, blocks, self.hidden_size, self.dtype, self._open_session, self._trainer)
+        return RemoteChain(
+            self._portal, blocks, self.hidden_size, self.dtype, self._open_session, self._trainer, self._view
+        )
 
-    def run_forward(self, hidden: Tensor, companions: Companions) -> tuple[Tensor, list[list[SpanInput]]]:
-        """Numbers only; called by the autograd function in whatever thread runs it."""
-        return self._portal.run(self._trainer.forward, hidden, companions)
+    def run_forward(self, hidden: Tensor, companions: Companions) -> tuple[Tensor, Callable[[Tensor], Gradients]]:
+        """Numbers only; called by the autograd function in whatever thread runs it.
 
-    def run_backward(self, grad: Tensor, spans: list[list[SpanInput]], companions: Companions) -> Gradients:
-        """Numbers only; autograd calls this from its own threads."""
-        return self._portal.run(self._trainer.backward, grad, spans, companions)
+        Returns: the output, and what turns its gradient into those of the inputs, which autograd calls from its own
+        threads.
+        """
+        trainer = self._trainer()  # for the gradients, too, whatever is wanted of the swarm by then
+        output, spans = self._portal.run(trainer.forward, hidden, companions)
+        return output, lambda grad: self._portal.run(trainer.backward, grad, spans, companions)
 
 
 class _RemoteBlocks(torch.autograd.Function):
@@ -182,16 +195,16 @@ class _RemoteBlocks(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, prompts: Tensor | None, chain: RemoteChain, companions: Companions, *factors: Tensor
     ) -> Tensor:
-        output, spans = chain.run_forward(_to_wire(hidden), companions)
-        ctx.chain, ctx.spans, ctx.companions = chain, spans, companions
+        output, ctx.run_backward = chain.run_forward(_to_wire(hidden), companions)
+        ctx.lora = companions.lora
         return output.to(device=hidden.device, dtype=hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.chain.run_backward(_to_wire(grad_output), ctx.spans, ctx.companions)
+        gradients: Gradients = ctx.run_backward(_to_wire(grad_output))
         grad = gradients.hidden.to(device=grad_output.device, dtype=grad_output.dtype)
-        lora = ctx.companions.lora
-        factors = [] if lora is None else [factor for place in lora.layers for factor in gradients.lora[place]]
+        places = [] if ctx.lora is None else ctx.lora.layers
+        factors = [factor for place in places for factor in gradients.lora[place]]
         return grad, gradients.prompts, None, None, *factors
 
 

@@ -106,25 +106,3 @@ class RemoteModuleInfo:
 
     uid: ModuleUID
     servers: dict[PeerID, ServerInfo] = field(default_factory=dict)
-
-
-@dataclass
-class RemoteSpanInfo:
-    """Blocks in a row that one server computes."""
-
-    peer_id: PeerID
-    start: int
-    end: int
-    server_info: ServerInfo
-
-    @property
-    def length(self) -> int:
-        return self.end - self.start
-
-    @property
-    def state(self) -> ServerState:
-        return self.server_info.state
-
-    @property
-    def throughput(self) -> float:
-        return self.server_info.throughput

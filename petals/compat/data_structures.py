@@ -17,12 +17,12 @@ __getattr__, __dir__ = moved(
             "ServerState",
             "ServerInfo",
             "RemoteModuleInfo",
-            "RemoteSpanInfo",
             "RPSInfo",
         ),
         "petals.compat.data",
     )
     | {
+        "RemoteSpanInfo": "petals.peer.client.sequence_manager",
         "InferenceMetadata": Gone("what a request carries is in petals.protocols.inference"),
     },
 )

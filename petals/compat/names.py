@@ -29,7 +29,7 @@ WRAPPED_BLOCK = Gone(
 PUBLIC_INITIAL_PEERS: list[str] = []
 """No public swarm is known to us; an empty list leaves the choice to $PETALS_INITIAL_PEERS."""
 TOP_LEVEL: dict[str, Any] = {
-    "RemoteSequenceManager": "petals.compat.sequence_manager",
+    "RemoteSequenceManager": "petals.peer.client.sequence_manager",
     "SequenceManagerConfig": "petals:ClientConfig",
     "NoSpendingPolicy": "petals.compat.spending",
     "SpendingPolicyBase": "petals.compat.spending",

@@ -208,9 +208,9 @@ async def test_the_async_twins(make_swarm: MakeSwarm, tiny_truth: Truth) -> None
     async with model.astream(IDS, max_new_tokens=60) as stream:
         async for _ in stream:
             break  # leaving ends the generation and gives the caches back
-    nothing = model.astream(session=model.inference_session(max_length=4))
-    with pytest.raises(StepError, match="needs inputs to start from"):
-        await collect(nothing)
+    short = model.astream(IDS, max_new_tokens=2, session=model.inference_session(max_length=4))
+    with pytest.raises(StepError, match="do not fit"):
+        await collect(short)
     async with model.ainference_session(max_length=10) as session:
         assert model.active_session is session
         parts = [await model.agenerate(IDS, max_new_tokens=3), await model.agenerate(max_new_tokens=3)]

@@ -19,13 +19,13 @@ import petals
 from petals import AutoDistributedConfig, AutoDistributedModelForCausalLM, ClientConfig, RemoteSequential
 from petals.compat.data import ServerState, parse_uid
 from petals.compat.directory import get_remote_module_infos, get_remote_sequence
-from petals.compat.sequence_manager import RemoteSequenceManager
 from petals.models.client.local import LocalChain
 from petals.models.errors import BlockRangeError
 from petals.models.source.loading import load_span
+from petals.peer.client.sequence_manager import RemoteSequenceManager
 from petals.peer.client_config import WITHOUT_EFFECT
 from petals.peer.node import Peer
-from petals.protocols.errors import UserError
+from petals.protocols.errors import MissingBlocks, UserError
 from tests.swarm.conftest import Swarm, Truth
 
 MakeSwarm = Callable[..., Swarm]
@@ -102,9 +102,10 @@ async def test_arguments_of_transformers_that_ask_for_nothing_here(peer: Peer) -
 
 
 async def test_who_computes_what(peer: Peer, tiny_truth: Truth) -> None:
-    client = await peer.client()
-    await client.ready()
-    manager = RemoteSequenceManager(client, ClientConfig(), range(4))
+    model = await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer)
+    manager = model.transformer.h.sequence_manager
+    assert isinstance(manager, RemoteSequenceManager)
+    assert len(model.transformer.h[1:3].sequence_manager) == 2
     infos = await in_thread(peer, get_remote_module_infos, peer, manager.block_uids)
     holders = [list(info.servers) for info in infos]
     assert holders[0] == holders[2] != holders[3]
@@ -121,11 +122,31 @@ async def test_who_computes_what(peer: Peer, tiny_truth: Truth) -> None:
     assert (len(part), [(span.start, span.end) for span in part.make_sequence()]) == (2, [(1, 3)])
     assert manager.rpc_info["cache_tokens_available"] > 0
     manager.shutdown()
-    with pytest.raises(ValueError, match="min_latency or max_throughput"):
+    with pytest.raises(UserError, match="min_latency or max_throughput"):
         manager.make_sequence(mode="any")  # type: ignore[arg-type]
     for wrong in (["x"], ["a.1", "b.2"], ["a.1 a.2"]):
         with pytest.raises(ValueError):
             await in_thread(peer, get_remote_module_infos, peer, wrong)
+
+
+async def test_the_configuration_of_an_open_model(peer: Peer, tiny_truth: Truth) -> None:
+    model = await AutoDistributedModelForCausalLM.afrom_pretrained(peer=peer, blocked_servers=["nobody"])
+    assert model.config.active_adapter is None
+    model.config.active_adapter = "nobody hosts this"
+    with pytest.raises(MissingBlocks):
+        await model.agenerate(IDS, max_new_tokens=1)
+    with pytest.raises(MissingBlocks):
+        await model.aforward(IDS)
+    model.config.active_adapter = None
+    expected = tiny_truth.model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert torch.equal(await model.agenerate(IDS, max_new_tokens=3, do_sample=False), expected)
+    model.config.max_retries = 2
+    assert model.transformer.h.sequence_manager.config.max_retries == 2
+    for name in ("initial_peers", "head_quant", "tuning_mode", "connect_timeout"):
+        setattr(model.config, name, "something")
+        with pytest.raises(UserError, match=f"model.config.{name} is read when a model is opened"):
+            await model.aforward(IDS)
+        delattr(model.config, name)
 
 
 def test_a_block_at_home(tiny_truth: Truth) -> None:

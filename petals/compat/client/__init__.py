@@ -10,7 +10,7 @@ __getattr__, __dir__ = moved(
         "ClientConfig": "petals",
         "InferenceSession": "petals",
         "RemoteSequential": "petals",
-        "RemoteSequenceManager": "petals.compat.sequence_manager",
+        "RemoteSequenceManager": "petals.peer.client.sequence_manager",
         "SequenceManagerConfig": "petals:ClientConfig",
         "NoSpendingPolicy": "petals.compat.spending",
         "SpendingPolicyBase": "petals.compat.spending",

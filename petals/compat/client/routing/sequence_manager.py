@@ -7,7 +7,7 @@ from petals.compat.moved import moved
 __getattr__, __dir__ = moved(
     __name__,
     {
-        "RemoteSequenceManager": "petals.compat.sequence_manager",
+        "RemoteSequenceManager": "petals.peer.client.sequence_manager",
         "SequenceManagerConfig": "petals:ClientConfig",
         "MissingBlocksError": "petals.protocols.errors:MissingBlocks",
     },
