@@ -20,8 +20,8 @@ from petals.models.blocks.adapters import Lora
 from petals.models.client.active_sessions import ActiveSessions
 from petals.models.client.blockwise import BlockwiseSession
 from petals.models.client.chain import BlockChain, ChainSession
+from petals.models.client.step_inputs import checked_hidden, checked_prompts, checked_rows
 from petals.models.errors import CacheFull, StepError
-from petals.models.kernels.step_inputs import checked_hidden, checked_prompts, checked_rows
 from petals.models.library_contract import CROP_KEEPS, cache_name
 
 
@@ -261,11 +261,6 @@ class ChainCache(Cache):
         if self.session is not None:
             self.session.close()
 
-
-def _let_go(session: ChainSession) -> None:
-    abandon = getattr(session, "abandon", session.close)
-    abandon()
-
     @contextmanager
     def closing(self) -> Iterator[Self]:
         """A context that gives the session back."""
@@ -273,6 +268,11 @@ def _let_go(session: ChainSession) -> None:
             yield self
         finally:
             self.close()
+
+
+def _let_go(session: ChainSession) -> None:
+    abandon = getattr(session, "abandon", session.close)
+    abandon()
 
 
 class _Inputs(ChainCache):

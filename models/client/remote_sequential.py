@@ -15,8 +15,8 @@ from petals.models.client.active_sessions import ActiveSessions
 from petals.models.client.blockwise import forward_blockwise
 from petals.models.client.chain import BlockChain
 from petals.models.client.generation import ChainCache, InferenceSession
+from petals.models.client.step_inputs import checked_hidden, checked_prompts
 from petals.models.errors import BlockRangeError, StepError
-from petals.models.kernels.step_inputs import checked_hidden, checked_prompts
 
 
 @dataclass(frozen=True, slots=True)
