@@ -48,11 +48,11 @@ class StopStrings:
         if ends:
             self.found = True
             return text[: min(ends)]
-        held = 0 if last else max((_overlap(text, each) for each in self._strings), default=0)
+        held = 0 if last else max((overlap(text, each) for each in self._strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
 
-def _overlap(text: str, string: str) -> int:
+def overlap(text: str, string: str) -> int:
     """How many characters at the end of `text` begin `string`."""
     return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
