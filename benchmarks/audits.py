@@ -34,7 +34,7 @@ from petals.models.source.checkpoint import Checkpoint, open_checkpoint
 from petals.models.source.loading import load_span
 from petals.peer.base.identity import create_identity, verify
 from petals.peer.client.audit.comparison import error_between, tolerance_of
-from petals.peer.client.generation.generation import GenerationOptions
+from petals.peer.client.generation.generation_options import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
 from petals.protocols.tensors import digest_tensor
 

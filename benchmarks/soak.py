@@ -39,7 +39,7 @@ from petals import AutoDistributedModelForCausalLM, PeerConfig, ServeConfig, Tim
 from petals.models.client.local import LocalChain
 from petals.models.source.checkpoint import open_checkpoint
 from petals.models.source.loading import load_span
-from petals.peer.client.generation.generation import GenerationOptions
+from petals.peer.client.generation.generation_options import GenerationOptions
 from petals.peer.node import Peer
 from petals.protocols.errors import SwarmError
 from petals.protocols.framing import encode_varint

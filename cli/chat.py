@@ -18,7 +18,8 @@ from petals.models.progress import counting_seconds
 from petals.protocols.errors import SwarmError, UserError
 
 if TYPE_CHECKING:
-    from petals.peer.client.generation.generation import GenerationOptions, TokenStream
+    from petals.peer.client.generation.generation import TokenStream
+    from petals.peer.client.generation.generation_options import GenerationOptions
     from petals.peer.client.model_client import ClientOptions
     from petals.peer.node import Peer
 
@@ -159,7 +160,7 @@ class _Chat:
         Raises:
             UserError: the last question alone is too long, or the model's template refuses the conversation.
         """
-        from petals.peer.client.generation.generation import Chat, PromptTooLong
+        from petals.peer.client.generation.prompts import Chat, PromptTooLong
 
         forgotten = 0
         while True:

@@ -27,7 +27,8 @@ from petals.protocols.types import PeerId
 if TYPE_CHECKING:
     from petals.gateway.server import Door
     from petals.peer.base.config import LanConfig, NatConfig, PeerConfig
-    from petals.peer.client.generation.generation import GenerationOptions, TokenStream
+    from petals.peer.client.generation.generation import TokenStream
+    from petals.peer.client.generation.generation_options import GenerationOptions
     from petals.peer.client.model_client import ClientOptions
     from petals.peer.node import Peer
 
@@ -486,7 +487,7 @@ async def _keep_door(peer: Peer, door: Door, *, as_json: bool) -> None:
 
 
 def _wanted(options: argparse.Namespace, max_new_tokens: int) -> GenerationOptions:
-    from petals.peer.client.generation.generation import GenerationOptions
+    from petals.peer.client.generation.generation_options import GenerationOptions
 
     most = options.max_new_tokens or max_new_tokens
     if options.temperature == 0:

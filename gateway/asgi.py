@@ -1,10 +1,13 @@
-"""Between the handlers and the ASGI server: bounded bodies, hang-ups, server-sent events, and who may come in."""
+"""Between the handlers and the ASGI server: bounded bodies, hang-ups, answers in pieces, and who may come in."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import re
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from ipaddress import ip_address
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import trio
@@ -13,16 +16,18 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from petals.gateway.config import HttpConfig
-from petals.gateway.errors import ApiError
+from petals.gateway.errors import ApiError, error_body
 from petals.gateway.fields import parse_json
-from petals.gateway.keys import hash_of
+from petals.gateway.keys import hash_key, hash_of
 from petals.gateway.limits import Allowance
 
 T = TypeVar("T")
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-GUARDED = ("/v1/", "/api/", "/metrics")
+GUARDED = ("/v1/", "/api/", "/metrics", "/tokenize", "/detokenize")
 """What needs a key, where there are keys. The pages themselves hold no secret."""
+COUNTED = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
+"""What a key's limit on requests is about, beside /v1/."""
 ALLOWANCE = "petals.allowance"
 """Where a request's scope has what its key may still ask; absent where no keys are needed."""
 HEADERS = (
@@ -93,27 +98,29 @@ async def unless_gone(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
     return results[0]
 
 
-class EventStream:
-    """Server-sent events. The answer begins with the first of them: what goes wrong before can still be a status."""
+class ByteStream:
+    """An answer in pieces. It begins with the first of them: what goes wrong before can still be a status."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, content_type: str) -> None:
         self._send = send
+        self._content_type = content_type
         self._one_at_a_time = trio.Lock()
         self.started = False
 
-    async def emit(self, data: dict[str, Any] | str) -> None:
-        """One event; events of several tasks do not mix."""
-        text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    async def send(self, parts: Iterable[bytes]) -> None:
+        """These at once; what several tasks send does not mix."""
+        body = b"".join(parts)
+        if not body:
+            return
         async with self._one_at_a_time:
             if not self.started:
                 self.started = True
                 headers = [
-                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"content-type", self._content_type.encode()),
                     (b"cache-control", b"no-store"),
                     (b"x-accel-buffering", b"no"),
                 ]
                 await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            body = f"data: {text}\n\n".encode()
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self) -> None:
@@ -124,7 +131,8 @@ class Doorkeeper:
     """Middleware: refuses who may not come in, and adds the headers that every answer has.
 
     A page of a stranger can make a visitor's browser talk to a port of the visitor's own machine, under a name that
-    the stranger points there. So, as long as no key is asked for, a loopback door answers to loopback names only.
+    the stranger points there. So, as long as no key is asked for, only names that no stranger can point somewhere are
+    answered: localhost, addresses, this machine's own name, and those of `HttpConfig.hosts`.
     """
 
     def __init__(self, app: ASGIApp, config: HttpConfig, keys: Mapping[str, Allowance] | None) -> None:
@@ -135,46 +143,79 @@ class Doorkeeper:
         self._app = app
         self._keys = keys
         self._names: frozenset[str] | None = None
-        if config.is_loopback and keys is None:
-            self._names = LOOPBACK_NAMES | {urlsplit(origin).hostname or "" for origin in config.cors}
+        self._loopback = config.is_loopback
+        if keys is None and "*" not in config.hosts:
+            origins = {urlsplit(origin).hostname or "" for origin in config.cors}
+            own = set() if config.is_loopback else {socket.gethostname().lower()}
+            self._names = LOOPBACK_NAMES | origins | own | {each.lower() for each in config.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        told = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = told.get(b"x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(16)
+        smuggled = b"content-length" in told and b"transfer-encoding" in told
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *HEADERS]
+                headers = [*message.get("headers", ()), *HEADERS, (b"x-request-id", request_id.encode())]
+                if smuggled:
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
             await send(message)
 
-        error = self._refusal(scope)
+        error = self._refusal(scope, told)
+        if smuggled:  # two servers behind each other may disagree on where such a request ends
+            error = ApiError(400, "content-length and transfer-encoding do not go together")
         if error is not None:
-            response = JSONResponse(error.body(), error.status, error.headers())
+            body = error_body(scope["path"], error)
+            response = JSONResponse(body, error.status, error.headers())
             await response(scope, receive, send_with_headers)
         else:
             await self._app(scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
-        told = {name: value.decode("latin-1") for name, value in headers}
-        if self._names is not None and _without_port(told.get(b"host", "")) not in self._names:
+    def _refusal(self, scope: Scope, told: Mapping[bytes, str]) -> ApiError | None:
+        if self._names is not None and not self._is_known(_without_port(told.get(b"host", ""))):
             return ApiError(403, "this peer answers to localhost only; --api_keys opens it to other names")
-        if self._keys is not None and scope["path"].startswith(GUARDED):
-            if b"authorization" not in told:
+        path = scope["path"]
+        if self._keys is not None and path.startswith(GUARDED):
+            key = hash_of(told.get(b"authorization", "")) or ""
+            if not key and b"x-api-key" in told:  # as Anthropic's clients send it
+                key = hash_key(told[b"x-api-key"].strip())
+            if not key and b"authorization" not in told:
                 return ApiError(401, "this peer wants an API key: Authorization: Bearer KEY", code="missing_api_key")
-            allowance = self._keys.get(hash_of(told[b"authorization"]) or "")
+            allowance = self._keys.get(key)
             if allowance is None:
                 return ApiError(401, "this peer does not know that API key", code="invalid_api_key")
             scope[ALLOWANCE] = allowance
-            if scope["path"].startswith("/v1/"):
+            if path.startswith("/v1/") or path in COUNTED:
                 try:
                     allowance.take_request()
                 except ApiError as error:
                     return error
         return None
 
+    def _is_known(self, name: str) -> bool:
+        assert self._names is not None
+        if name in self._names:
+            return True
+        return not self._loopback and _is_address(name)
+
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
 
 def _without_port(host: str) -> str:
     name, colon, port = host.rpartition(":")
     return (name if colon and port.isdigit() else host).lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True

@@ -21,8 +21,14 @@ class HttpConfig:
     """Origins whose pages a browser lets read our answers, such as https://example.org; "*": all."""
     models: tuple[str, ...] = ()
     """Models to offer beside the peer's own."""
+    hosts: tuple[str, ...] = ()
+    """Names that a door without keys answers to, beside localhost and addresses; "*": all."""
     max_answers: int = 16
-    """Answers generated at once, over all requests; more are told to come back."""
+    """Answers generated at once, over all requests; further ones wait."""
+    max_waiting: int = 128
+    """Requests that wait; more are told to come back."""
+    wait_s: float = 120.0
+    """How long a request waits for its turn before it is told to come back."""
     max_body_bytes: int = 1 << 20
     body_s: float = 30.0
     """A request's body must have arrived by then."""

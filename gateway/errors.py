@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from petals.models.errors import ModelError
-from petals.peer.client.generation.generation import PromptTooLong
+from petals.peer.client.generation.prompts import PromptTooLong
 from petals.protocols.errors import MissingBlocks, PeerBusy, SwarmError, UserError
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,27 @@ class ApiError(Exception):
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers
+
+
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+OLLAMA = ("/api/chat", "/api/generate", "/api/tags", "/api/show", "/api/ps", "/api/version", "/api/embed")
+
+
+def error_body(path: str, error: ApiError) -> dict[str, Any]:
+    """An error as clients of this path read it: OpenAI's, Anthropic's or Ollama's."""
+    if path.startswith("/v1/messages"):
+        kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    if path.startswith(OLLAMA):
+        return {"error": str(error)}
+    return error.body()
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -18,6 +18,10 @@ class Fields:
         self._left: dict[str, Any] = dict(value)
         self._where = f"{where}." if where else ""
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a field that was not yet asked for is there."""
+        return name in self._left
+
     def take(self, name: str) -> Any:
         """Whatever it is; None where it is missing or null."""
         return self._left.pop(name, None)

@@ -1,9 +1,8 @@
-"""How much one API key may ask: requests per minute and answers at once. Clock passed in; does no I/O."""
+"""How much one API key may ask a minute. Clock passed in; does no I/O. Answers at once: waiting.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from petals.gateway.errors import ApiError
 from petals.gateway.keys import Limits
@@ -17,7 +16,6 @@ class Allowance:
         self._clock = clock
         self._left = float(limits.requests_per_minute or 0)
         self._counted_at = clock()
-        self._answering = 0
 
     def take_request(self) -> None:
         """Count a request.
@@ -40,23 +38,7 @@ class Allowance:
             )
         self._left -= 1
 
-    @contextmanager
-    def answering(self, count: int) -> Iterator[None]:
-        """Hold room for `count` answers while the context is open.
-
-        Raises:
-            ApiError: 429, the key's others are still being generated.
-        """
-        allowed = self._limits.answers
-        if allowed is not None and self._answering + count > allowed:
-            raise ApiError(
-                429,
-                f"this key may have {allowed} answers generated at once, and has {self._answering}",
-                code="rate_limit_exceeded",
-                retry_after_s=1.0,
-            )
-        self._answering += count
-        try:
-            yield
-        finally:
-            self._answering -= count
+    @property
+    def answers(self) -> int | None:
+        """Generated at once; None: no limit of its own."""
+        return self._limits.answers

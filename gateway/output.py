@@ -37,8 +37,9 @@ Piece = Words | Thought | ToolCall
 class Parser(Protocol):
     """Of one answer."""
 
-    failed_calls: int
-    """What looked like calls, and was none."""
+    @property
+    def failed_calls(self) -> int:
+        """What looked like calls, and was none."""
 
     def add(self, text: str) -> list[Piece]:
         """What `text` completes."""

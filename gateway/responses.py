@@ -1,114 +1,188 @@
-"""What was generated -> OpenAI's objects, whole and in chunks. Pure."""
+"""What was generated -> OpenAI's chats and completions, whole and in chunks. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from petals.peer.client.generation.generation import Token, TokenStream
+from petals.gateway.errors import ApiError
+from petals.gateway.output import Piece, Thought, Words
+from petals.gateway.request_parser import Wanted
+from petals.gateway.tools import ToolCall
+from petals.gateway.writing import EVENTS, Choice, Head, Usage, event, route_of
+from petals.peer.client.generation.generation import TokenStream
 from petals.peer.client.generation.sampling import Chance, Chances
 from petals.peer.client.generation.text import NOT_WHOLE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """What every object of one answer begins with."""
+class OpenAiWriter:
+    """What both have in common."""
 
-    id: str
-    created: int
-    """Unix seconds."""
-    model: str
-    fingerprint: str
-    chat: bool
-    n: int = 1
+    content_type = EVENTS
+    kind = ""
+    chunk_kind = ""
+    id_prefix = ""
 
-    def whole(
-        self, streams: Sequence[TokenStream], chances: Sequence[Sequence[Chances]], echoed: Sequence[str]
-    ) -> dict[str, Any]:
-        """The answer in one piece; `echoed`: what each choice begins with."""
-        choices = [self._choice(i, *each) for i, each in enumerate(zip(streams, chances, echoed, strict=True))]
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": self.usage(streams)}
+    def __init__(self, head: Head, wanted: Wanted) -> None:
+        self._head = head
+        self._wanted = wanted
 
-    def _choice(self, index: int, stream: TokenStream, chances: Sequence[Chances], echoed: str) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": echoed + stream.text}
-        if self.chat:
-            said = {"message": {"role": "assistant", "content": stream.text, "refusal": None}}
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        listed = [
+            {
+                "index": choice.index,
+                **self._said(choice),
+                "logprobs": self._all_logprobs(choice),
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in choices
+        ]
+        return {**self._top(self.kind), "choices": listed, "usage": self._usage(choices)}
+
+    def begin(self) -> Iterable[bytes]:
+        return ()
+
+    def end(self, choices: Sequence[Choice]) -> Iterable[bytes]:
+        if self._wanted.include_usage:
+            yield event({**self._top(self.chunk_kind), "choices": [], "usage": self._usage(choices)})
+        yield event("[DONE]")
+
+    def route(self, stream: TokenStream) -> Iterable[bytes]:
+        yield event({**self._top(self.chunk_kind), "choices": [], "petals": route_of(stream), **self._no_usage()})
+
+    def failed(self, error: ApiError) -> Iterable[bytes]:
+        yield event(error.body())
+
+    def closing(self, choice: Choice) -> Iterable[bytes]:
+        yield self._chunk(choice, self._nothing(), reason=choice.finish_reason)
+
+    def _said(self, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _nothing(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _all_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def _chunk(self, choice: Choice, said: dict[str, Any], *, logprobs: Any = None, reason: str | None = None) -> bytes:
+        listed = {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": reason}
+        usage: dict[str, Any] = {**self._no_usage()}
+        if self._wanted.running_usage:
+            usage = {"usage": self._usage([choice], n=1)}
+        return event({**self._top(self.chunk_kind), "choices": [listed], **usage})
+
+    def _no_usage(self) -> dict[str, None]:
+        return {"usage": None} if self._wanted.include_usage else {}
+
+    def _usage(self, choices: Sequence[Choice], n: int | None = None) -> dict[str, Any]:
+        usage = Usage.of(choices, n or self._head.n)
         return {
-            "index": index,
-            **said,
-            "logprobs": self._logprobs(chances, 0),
-            "finish_reason": stream.finish_reason,
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.new,
+            "total_tokens": usage.prompt + usage.new,
+            "prompt_tokens_details": {"cached_tokens": usage.kept},
+            "completion_tokens_details": {"reasoning_tokens": sum(choice.thought_tokens for choice in choices)},
         }
 
-    def opening(self, index: int, echoed: str) -> dict[str, Any]:
-        """The first chunk: of a chat, who speaks; of a text, what it begins with."""
-        said = {"delta": {"role": "assistant", "content": ""}} if self.chat else {"text": echoed}
-        return self._chunk(index, said, None, None)
-
-    def piece(self, index: int, token: Token, position: int) -> dict[str, Any]:
-        """One token; `position` is how many characters came before it."""
-        said = {"delta": {"content": token.text}} if self.chat else {"text": token.text}
-        chances = () if token.chances is None else (token.chances,)
-        return self._chunk(index, said, self._logprobs(chances, position), None)
-
-    def closing(self, index: int, stream: TokenStream) -> dict[str, Any]:
-        """The last chunk of a choice says why it ended."""
-        return self._chunk(index, {"delta": {}} if self.chat else {"text": ""}, None, stream.finish_reason)
-
-    def extra(self, **fields: Any) -> dict[str, Any]:
-        """A chunk without a choice: usage, or the route."""
-        return {**self._head(self._chunk_kind), "choices": [], **fields}
-
-    def usage(self, streams: Sequence[TokenStream]) -> dict[str, Any]:
-        """A prompt counts once, however many answers it gets; so does what servers had kept of it."""
-        prompt = sum(len(stream.prompt_ids) for stream in streams[:: self.n])
-        answer = sum(len(stream.token_ids) for stream in streams)
-        kept = sum(
-            min(stream.reused_tokens for stream in streams[first : first + self.n])
-            for first in range(0, len(streams), self.n)
-        )
+    def _top(self, kind: str) -> dict[str, Any]:
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "total_tokens": prompt + answer,
-            "prompt_tokens_details": {"cached_tokens": kept},
-        }
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
-
-    def _chunk(self, index: int, said: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
-        return {**self._head(self._chunk_kind), "choices": [choice]}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
+            "id": self.id_prefix + self._head.id,
             "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "created": self._head.created,
+            "model": self._head.model,
+            "system_fingerprint": self._head.fingerprint,
         }
 
-    def _logprobs(self, chances: Sequence[Chances], position: int) -> dict[str, Any] | None:
-        if not chances:
-            return None
-        if self.chat:
-            tokens = [{**_chance(each.chosen), "top_logprobs": list(map(_chance, each.top))} for each in chances]
-            return {"content": tokens, "refusal": None}
-        offsets = []
-        for each in chances:
-            offsets.append(position)
-            position += len(each.chosen.text)
-        return {
-            "tokens": [each.chosen.text for each in chances],
-            "token_logprobs": [each.chosen.logprob for each in chances],
-            "top_logprobs": [{one.text: one.logprob for one in each.top} for each in chances],
-            "text_offset": offsets,
+
+class ChatWriter(OpenAiWriter):
+    """/v1/chat/completions."""
+
+    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def opening(self, choice: Choice) -> Iterable[bytes]:
+        yield self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
+
+    def step(self, choice: Choice, pieces: Sequence[Piece], chances: Chances | None) -> Iterable[bytes]:
+        logprobs = None if chances is None else {"content": [_token(chances)], "refusal": None}
+        if not pieces and logprobs is not None:
+            yield self._chunk(choice, {"delta": {"content": ""}}, logprobs=logprobs)
+        for piece in pieces:
+            yield self._chunk(choice, {"delta": self._delta(choice, piece)}, logprobs=logprobs)
+            logprobs = None
+
+    def _delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        match piece:
+            case Words(text):
+                return {"content": text}
+            case Thought(text):
+                return {"reasoning_content": text}
+            case ToolCall():
+                return {"tool_calls": [{"index": choice.calls.index(piece), **_call(piece)}]}
+
+    def _said(self, choice: Choice) -> dict[str, Any]:
+        calls = [_call(each) for each in choice.calls]
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": choice.content or (None if calls else ""),
+            "refusal": None,
         }
+        if choice.thoughts:
+            message["reasoning_content"] = choice.thoughts
+        if calls:
+            message["tool_calls"] = calls
+        return {"message": message}
+
+    def _nothing(self) -> dict[str, Any]:
+        return {"delta": {}}
+
+    def _all_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        if self._wanted.options.logprobs is None:
+            return None
+        return {"content": [_token(each) for each in choice.chances], "refusal": None}
+
+
+class TextWriter(OpenAiWriter):
+    """/v1/completions."""
+
+    kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl-"
+
+    def __init__(self, head: Head, wanted: Wanted) -> None:
+        super().__init__(head, wanted)
+        self._written: dict[int, int] = {}
+        """Characters of each choice so far."""
+
+    def opening(self, choice: Choice) -> Iterable[bytes]:
+        if choice.echoed or choice.echoed_tokens:
+            logprobs = _text_logprobs(choice.echoed_tokens, 0) if choice.echoed_tokens else None
+            self._written[choice.index] = len(choice.echoed)
+            yield self._chunk(choice, {"text": choice.echoed}, logprobs=logprobs)
+
+    def step(self, choice: Choice, pieces: Sequence[Piece], chances: Chances | None) -> Iterable[bytes]:
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Words))
+        if text or chances is not None:
+            at = self._written.get(choice.index, 0)
+            self._written[choice.index] = at + len(text)
+            logprobs = None if chances is None else _text_logprobs([(chances.chosen.text, chances)], at)
+            yield self._chunk(choice, {"text": text}, logprobs=logprobs)
+
+    def _said(self, choice: Choice) -> dict[str, Any]:
+        return {"text": choice.echoed + choice.content}
+
+    def _nothing(self) -> dict[str, Any]:
+        return {"text": ""}
+
+    def _all_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        every = [*choice.echoed_tokens, *((each.chosen.text, each) for each in choice.chances)]
+        return _text_logprobs(every, 0) if every else None
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _token(chances: Chances) -> dict[str, Any]:
+    return {**_chance(chances.chosen), "top_logprobs": list(map(_chance, chances.top))}
 
 
 def _chance(chance: Chance) -> dict[str, Any]:
@@ -120,11 +194,21 @@ def _chance(chance: Chance) -> dict[str, Any]:
     }
 
 
-def route_of(stream: TokenStream) -> dict[str, Any]:
-    """Ours: which servers compute, what they took for the last token, and how fast it goes."""
+def _text_logprobs(tokens: Sequence[tuple[str, Chances | None]], position: int) -> dict[str, Any]:
+    """Of tokens that begin at a character. The first token of a prompt has no probability: nothing comes before."""
+    offsets = []
+    for text, _ in tokens:
+        offsets.append(position)
+        position += len(text)
     return {
-        "route": [hop.as_json() for hop in stream.route],
-        "tokens_per_s": stream.tokens_per_s,
-        "first_token_s": stream.seconds.first_token,
-        "tokens": len(stream.token_ids),
+        "tokens": [text for text, _ in tokens],
+        "token_logprobs": [None if each is None else each.chosen.logprob for _, each in tokens],
+        "top_logprobs": [None if each is None else _top(each) for _, each in tokens],
+        "text_offset": offsets,
     }
+
+
+def _top(chances: Chances) -> dict[str, float]:
+    """The likeliest tokens, and the chosen one, whether it is among them or not."""
+    found = {one.text: one.logprob for one in chances.top}
+    return found if chances.chosen.text in found else found | {chances.chosen.text: chances.chosen.logprob}

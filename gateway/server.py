@@ -13,9 +13,10 @@ import hypercorn
 import trio
 from hypercorn.trio import serve
 
-from petals.gateway.app import Gateway, open_models
+from petals.gateway.app import Gateway
 from petals.gateway.config import HttpConfig
 from petals.gateway.keys import load_keys
+from petals.gateway.offers import open_models
 from petals.peer.node import Peer
 from petals.protocols.errors import UserError
 

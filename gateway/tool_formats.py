@@ -88,8 +88,9 @@ def _payload_rules(form: ToolFormat, index: int, tool: Tool) -> list[str]:
     if form.payload == "arguments":
         return [f"payload_{index}: %json {json.dumps(tool.parameters)}"]
     if form.payload == "call":
-        properties = {"name": {"const": tool.name}, form.argument_key: {**tool.parameters}}
-        definitions = {key: properties[form.argument_key].pop(key) for key in _DEFINITIONS if key in tool.parameters}
+        arguments: dict[str, Any] = {key: value for key, value in tool.parameters.items() if key not in _DEFINITIONS}
+        properties = {"name": {"const": tool.name}, form.argument_key: arguments}
+        definitions = {key: tool.parameters[key] for key in _DEFINITIONS if key in tool.parameters}
         call = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
         return [f"payload_{index}: %json {json.dumps(call | definitions)}"]
     rules, names = [], []
@@ -119,7 +120,7 @@ def _object(value: Any) -> tuple[str, Any]:
     if isinstance(value.get("function"), dict):
         value = value["function"]
     name = value.get("name")
-    arguments = next((value[key] for key in ("arguments", "parameters", "args") if key in value), {})
+    arguments: Any = next((value[key] for key in ("arguments", "parameters", "args") if key in value), {})
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not isinstance(name, str) or not isinstance(arguments, dict):

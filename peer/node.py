@@ -21,7 +21,9 @@ from petals.peer.accounting.receipts import Accountant
 from petals.peer.base.config import PeerConfig, ServeConfig
 from petals.peer.base.identity import Identity, create_identity, load_or_create_identity, verify
 from petals.peer.base.portal import Portal
-from petals.peer.client.generation.generation import GenerationOptions, Prompt, TokenStream, run_generation
+from petals.peer.client.generation.generation import TokenStream, run_generation
+from petals.peer.client.generation.generation_options import GenerationOptions
+from petals.peer.client.generation.prompts import Prompt
 from petals.peer.client.model_client import ClientOptions, ModelClient
 from petals.peer.client.routing.view import SwarmWatcher
 from petals.peer.membership.clocks import ClockWatch

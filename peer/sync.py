@@ -11,7 +11,8 @@ import outcome
 import trio
 
 from petals.peer.base.config import PeerConfig
-from petals.peer.client.generation.generation import GenerationOptions, Token, TokenStream
+from petals.peer.client.generation.generation import Token, TokenStream
+from petals.peer.client.generation.generation_options import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.node import Peer, open_peer
 

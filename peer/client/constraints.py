@@ -10,15 +10,15 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import trio
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -111,13 +111,13 @@ class MaskEngine:
             ConstraintError: the engine is not installed, or can not read this tokenizer.
         """
         try:
-            self._library = importlib.import_module("llguidance")
-            reader = importlib.import_module("llguidance.hf")
+            self._library: Any = importlib.import_module("llguidance")
+            reader: Any = importlib.import_module("llguidance.hf")
         except ImportError:
             raise ConstraintError(INSTALL) from None
         try:
-            self._make = lambda ends: reader.from_tokenizer(tokenizer, eos_token=list(ends) or None)
-            self._tokens: dict[tuple[int, ...], Any] = {(): self._make(())}
+            self._reader = reader
+            self._tokens: dict[tuple[int, ...], Any] = {(): reader.from_tokenizer(tokenizer)}
         except (ValueError, TypeError) as error:
             raise ConstraintError(f"structured output does not know this model's tokenizer: {error}") from None
         self._tokenizer = tokenizer
@@ -134,7 +134,7 @@ class MaskEngine:
         """
         key = tuple(ends)
         if key not in self._tokens:
-            self._tokens[key] = self._make(key)
+            self._tokens[key] = self._reader.from_tokenizer(self._tokenizer, eos_token=list(key))
         tokens = self._tokens[key]
         matcher = self._library.LLMatcher(tokens, self._source(constraint), log_level=0)
         if matcher.is_error():
@@ -223,7 +223,10 @@ class TokenMask:
         width = scores.shape[-1]
         if len(banned) < width:  # heads are padded beyond what the tokenizer has
             banned = torch.nn.functional.pad(banned, (0, width - len(banned)), value=True)
-        return scores.masked_fill(banned[:width], -torch.inf)
+        masked = scores.masked_fill(banned[:width], -torch.inf)
+        if bool(torch.isinf(masked).all()):  # min_new_tokens forbids the end where the grammar knows nothing else
+            return torch.zeros_like(scores).masked_fill(banned[:width], -torch.inf)
+        return masked
 
     def advance(self, token: int) -> None:
         """`token` was taken; the next mask begins.
@@ -251,20 +254,32 @@ class TokenMask:
         return torch.from_numpy(np.unpackbits(packed, bitorder="little")) == 0
 
 
-_engines: WeakKeyDictionary[PreTrainedTokenizerBase, MaskEngine] = WeakKeyDictionary()
-_making = Lock()
+class MaskMaker:
+    """One model's engine, made when it is first needed."""
 
+    def __init__(self) -> None:
+        self._engine: MaskEngine | None = None
+        self._making = threading.Lock()
 
-def engine_of(tokenizer: PreTrainedTokenizerBase) -> MaskEngine:
-    """The tokenizer's engine, made when it is first needed; for a thread.
+    async def make(
+        self, constraint: Constraint, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], prompt_ids: Sequence[int]
+    ) -> TokenMask:
+        """Compile a grammar, in a thread that is not waited for once nobody wants it: the engine bounds its work.
 
-    Raises:
-        ConstraintError: as `MaskEngine`.
-    """
-    with _making:
-        if tokenizer not in _engines:
-            _engines[tokenizer] = MaskEngine(tokenizer)
-        return _engines[tokenizer]
+        Raises:
+            ConstraintError: as `MaskEngine.compile`.
+        """
+
+        def compiled() -> TokenMask:
+            with self._making:
+                if self._engine is None:
+                    self._engine = MaskEngine(tokenizer)
+            return self._engine.compile(constraint, ends, prompt_ids)
+
+        return await trio.to_thread.run_sync(
+            compiled,
+            abandon_on_cancel=True,  # type: ignore[call-arg]  # trio_typing knows its old name
+        )
 
 
 def _in_words(error: str) -> str:

@@ -30,6 +30,7 @@ from petals.peer.base.portal import Portal
 from petals.peer.client.async_model import AsyncTwins
 from petals.peer.client.audit.audit import Office, SessionAudit
 from petals.peer.client.audit.verdicts import Finding, Trust
+from petals.peer.client.constraints import MaskMaker
 from petals.peer.client.hops.hop import Hop, SessionSpec
 from petals.peer.client.live_options import READ_WHEN_OPENED, LiveOptions
 from petals.peer.client.remote_chain import RemoteChain
@@ -155,6 +156,8 @@ class ModelClient:
         self._host = host
         self._language_models: dict[tuple[torch.dtype, HeadQuant], tuple[Any, PreTrainedTokenizerBase]] = {}
         self._loading = trio.Lock()
+        self.masks = MaskMaker()
+        """Of answers that must match something."""
         self._timeouts = timeouts
         self._random = random
         self._say = say

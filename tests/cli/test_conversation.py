@@ -8,7 +8,9 @@ import pytest
 
 from petals.cli.chat import _Chat
 from petals.cli.conversation import BLOCK, MAX_MESSAGE_CHARS, Composer, Conversation, printable
-from petals.peer.client.generation.generation import Chat, GenerationOptions, PromptTooLong, TokenStream
+from petals.peer.client.generation.generation import TokenStream
+from petals.peer.client.generation.generation_options import GenerationOptions
+from petals.peer.client.generation.prompts import Chat, PromptTooLong
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.node import Peer
 

@@ -18,7 +18,8 @@ import trio
 from petals.gateway.config import HttpConfig
 from petals.gateway.keys import create_key
 from petals.gateway.server import open_gateway
-from petals.peer.client.generation.generation import Chat, GenerationOptions
+from petals.peer.client.generation.generation_options import GenerationOptions
+from petals.peer.client.generation.prompts import Chat
 from tests.gateway.browser import CHROMIUM, Page, open_page
 from tests.gateway.conftest import NAME, OpenDoor
 from tests.swarm.conftest import Swarm, all_leases_returned

@@ -14,7 +14,7 @@ import trio.testing
 from petals.models.client.causal_lm import load_causal_lm
 from petals.models.client.local import LocalChain
 from petals.models.source.loading import load_span
-from petals.peer.client.generation.generation import GenerationOptions
+from petals.peer.client.generation.generation_options import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.client.session.session import RemoteSession
 from petals.protocols.errors import MissingBlocks, PeerUnreachable

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 import trio
 
-from petals.peer.client.generation.generation import GenerationOptions, TokenStream
+from petals.peer.client.generation.generation import TokenStream
+from petals.peer.client.generation.generation_options import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.node import Peer
 from petals.protocols.prefixes import PREFIX_TOKENS

@@ -14,7 +14,7 @@ from subprocess import PIPE
 import pytest
 import trio
 
-from petals.peer.client.generation.generation import GenerationOptions
+from petals.peer.client.generation.generation_options import GenerationOptions
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from petals.peer.client.generation.generation import GenerationOptions
+from petals.peer.client.generation.generation_options import GenerationOptions
 from petals.peer.client.model_client import ClientOptions
 from petals.peer.client.session.session import StepTrace
 from petals.peer.client.tracing import PARTS, TraceFile

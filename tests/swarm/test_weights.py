@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from petals.models.source.checkpoint import INDEX, MANIFEST, Checkpoint, open_checkpoint
 from petals.models.source.weights import FIRST_BLOCK, SharedWeights, seal
 from petals.peer.base.config import ServeConfig
-from petals.peer.client.generation.generation import GenerationOptions
+from petals.peer.client.generation.generation_options import GenerationOptions
 from petals.peer.node import Peer
 from petals.peer.weights.fetch import SwarmWeights
 from petals.peer.weights.share import WeightSender

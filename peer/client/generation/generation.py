@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import weakref
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import outcome
 import torch
 import trio
-from jinja2 import TemplateError
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from petals.models.client.decoding import Draw, criteria_of, decode, greedy, processors_of
 from petals.models.client.generation import ChainCache, InferenceSession, first_block_inputs
-from petals.models.source.checkpoint import Checkpoint
-from petals.peer.client.generation.sampling import ChanceRecorder, Chances, Enough, Penalties
+from petals.peer.client.constraints import TokenMask
+from petals.peer.client.generation.generation_options import GenerationOptions, room_for
+from petals.peer.client.generation.prompts import Prompt, end_tokens, tokenise
+from petals.peer.client.generation.sampling import ChanceRecorder, Chances, Enough, Grammar, LogitBias, Penalties
 from petals.peer.client.generation.text import Decoder, StopStrings
 from petals.peer.client.model_client import ClientOptions, ModelClient, Prefix
 from petals.peer.client.remote_chain import RemoteChain, RemoteChainSession
@@ -34,81 +33,6 @@ if TYPE_CHECKING:
 
 LOOKAHEAD = 4
 """Tokens generated before the first of them is taken; then the generation waits for its reader."""
-
-
-MAX_STOP_CHARACTERS = 1000
-
-
-class PromptTooLong(UserError):
-    """Prompt and answer are more than the model can look back on, or than the session was given room for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation, written down as the model's own chat template wants it, with the assistant to speak next."""
-
-    messages: Sequence[Mapping[str, str]]
-    """Each with "role" (system, user, assistant) and "content"."""
-
-
-Prompt = str | Sequence[int] | Chat
-"""Text, token ids, or a conversation."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationOptions:
-    """What `transformers.generate` is asked for. Without temperature, top_k, top_p or seed the likeliest token wins."""
-
-    max_new_tokens: int = 64
-    temperature: float | None = None
-    top_k: int | None = None
-    """0: among all tokens; None: what the model's `generation_config.json` says."""
-    top_p: float | None = None
-    seed: int | None = None
-    max_length: int | None = None
-    """Room of the session in tokens, prompt included; None: just what is needed."""
-    fit: bool = False
-    """Rather fewer than `max_new_tokens` than a refusal, where the model can not look back on all of it."""
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these; they may span tokens."""
-    presence_penalty: float = 0.0
-    """Taken once from the logit of every token that was generated before; from -2 to 2."""
-    frequency_penalty: float = 0.0
-    """The same for each time it was generated."""
-    logprobs: int | None = None
-    """How many of the likeliest tokens to tell with each token; 0: only the one chosen; None: nothing."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError("max_new_tokens must be at least 1")
-        if self.temperature is not None and not self.temperature > 0:
-            raise UserError("temperature must be above 0; leave it out to take the likeliest token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError("top_p must be above 0 and at most 1")
-        if self.top_k is not None and self.top_k < 0:
-            raise UserError("top_k must be at least 1, or 0 for all tokens")
-        if not all(self.stop) or sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
-            raise UserError(
-                f"stop strings must not be empty, nor longer than {MAX_STOP_CHARACTERS} characters together"
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise UserError(f"{name} must be from -2 to 2")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise UserError("logprobs must not be negative")
-
-    @property
-    def samples(self) -> bool:
-        return any(each is not None for each in (self.temperature, self.top_k, self.top_p, self.seed))
-
-    def applied_to(self, config: GenerationConfig) -> GenerationConfig:
-        """A model's own settings with what was asked for on top."""
-        config = copy.deepcopy(config)
-        config.do_sample = self.samples
-        for name in ("temperature", "top_k", "top_p"):
-            if getattr(self, name) is not None:
-                setattr(config, name, getattr(self, name))
-        return config
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +77,8 @@ class TokenStream:
     """Why the session was opened with the route it was."""
     finish_reason: Literal["stop", "length"] | None = None
     """Why it ended: the model's own end or a stop string, or `max_new_tokens`; None: it has not, or was cut off."""
+    stopped_by: str | None = None
+    """The stop string that ended it."""
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _ended: trio.Event = field(default_factory=trio.Event)
     _error: BaseException | None = None
@@ -213,8 +139,18 @@ async def run_generation(
     """
     began = time.perf_counter()
     model, tokenizer = await client.language_model(wanted.head_quant)
-    prompt_ids = await trio.to_thread.run_sync(partial(_tokenise, tokenizer, prompt, client.checkpoint))
-    new_tokens = _room_for(len(prompt_ids), options, client.checkpoint)
+    options.for_vocabulary(client.checkpoint)
+    # Neither is waited for once nobody wants the answer: both are bounded, and touch nothing that others use.
+    prompt_ids = await trio.to_thread.run_sync(
+        partial(tokenise, tokenizer, prompt, client.checkpoint),
+        abandon_on_cancel=True,  # type: ignore[call-arg]  # trio_typing knows its old name
+    )
+    new_tokens = room_for(len(prompt_ids), options, client.checkpoint)
+    ends = [] if options.ignore_eos else end_tokens(model, tokenizer, prompt)
+    mask = None
+    if options.constraint is not None:
+        mask = await client.masks.make(options.constraint, tokenizer, ends, prompt_ids)
+    ends = sorted({*ends, *options.stop_token_ids})
     room = options.max_length or len(prompt_ids) + new_tokens
     stream = TokenStream(prompt_ids)
     stream.seconds.prepare = time.perf_counter() - began
@@ -222,7 +158,7 @@ async def run_generation(
     chain = client.chain(wanted)
     session = InferenceSession(ChainCache(chain, room), room)
     reused = chain if wanted.prefix_cache else None
-    work = _Work(client, model, tokenizer, prompt, new_tokens, options, session, stream, reused)
+    work = _Work(client, model, tokenizer, ends, new_tokens, options, session, stream, reused, mask)
     task_status.started(stream)
     del stream, task_status  # whoever iterates holds the last reference: dropping it ends us
     try:
@@ -233,56 +169,6 @@ async def run_generation(
         ended.set()
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, checkpoint: Checkpoint) -> list[int]:
-    """In a worker thread: a long text takes its time."""
-    if isinstance(prompt, Chat):
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(f"{checkpoint.name} has no chat template; ask it to go on with a plain text")
-        messages = [dict(message) for message in prompt.messages]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # templates refuse what their model has not learned, such as two users in a row
-            raise UserError(f"the chat template of {checkpoint.name} refuses this conversation: {error}") from None
-        ids: list[int] = tokenizer(str(text), add_special_tokens=False)["input_ids"]  # the template has written them
-    elif isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        ids, vocabulary = list(prompt), checkpoint.config.get_text_config().vocab_size
-        if any(not 0 <= token < vocabulary for token in ids):
-            raise UserError(f"{checkpoint.name} has tokens 0 to {vocabulary - 1}; the prompt names others")
-    if not ids:
-        raise UserError("the prompt is empty")
-    return ids
-
-
-def _room_for(length: int, options: GenerationOptions, checkpoint: Checkpoint) -> int:
-    """How many tokens to generate after a prompt of `length`."""
-    limit = getattr(checkpoint.config, "max_position_embeddings", None)
-    allowed = min((each for each in (options.max_length, limit) if each is not None), default=None)
-    if allowed is None or length + options.max_new_tokens <= allowed:
-        return options.max_new_tokens
-    if options.fit and length < allowed:
-        return int(allowed) - length
-    if options.max_length == allowed:
-        raise PromptTooLong(
-            f"a prompt of {length} tokens and {options.max_new_tokens} new ones do not fit into {options.max_length}"
-        )
-    raise PromptTooLong(
-        f"a prompt of {length} tokens and {options.max_new_tokens} new ones are more than the {limit} "
-        f"that {checkpoint.name} can look back on; shorten the prompt or lower max_new_tokens"
-    )
-
-
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """What ends an answer: the model's own ends, and in a conversation also the tokenizer's, which chat models name
-    there when their base model's `generation_config.json` does not."""
-    named = model.generation_config.eos_token_id
-    ends = {named} if isinstance(named, int) else set(named or ())
-    if isinstance(prompt, Chat) and isinstance(tokenizer.eos_token_id, int):
-        ends.add(tokenizer.eos_token_id)
-    return sorted(ends)
-
-
 class _Work:
     """One generation: its thread half and the bookkeeping around it."""
 
@@ -291,12 +177,13 @@ class _Work:
         client: ModelClient,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        prompt: Prompt,
+        ends: list[int],
         new_tokens: int,
         options: GenerationOptions,
         session: InferenceSession,
         stream: TokenStream,
         reused: RemoteChain | None,
+        mask: TokenMask | None,
     ) -> None:
         """
         Args:
@@ -309,10 +196,11 @@ class _Work:
         self._new_tokens = new_tokens
         self._options = options
         self._session = session
-        self._ends = _end_tokens(model, tokenizer, prompt)
+        self._ends = ends
+        self._mask = mask
         self._config = options.applied_to(model.generation_config)
         self._tokenizer = tokenizer
-        self._decoder = Decoder(tokenizer)
+        self._decoder = Decoder(tokenizer, special=options.special_tokens)
         self._stop = StopStrings(options.stop)
         self._enough = Enough()
         self._recorder = ChanceRecorder(options.logprobs, tokenizer) if options.logprobs is not None else None
@@ -329,6 +217,8 @@ class _Work:
         """In the worker thread."""
 
         def on_token(token: int) -> None:
+            if self._mask is not None and token not in self._ends:
+                self._mask.advance(token)  # the next mask is computed beside the step
             portal.run(self._deliver, token, None if self._recorder is None else self._recorder.of(token))
 
         prompt = torch.tensor([self._prompt_ids])
@@ -362,10 +252,16 @@ class _Work:
         return session
 
     def _processors(self) -> list[LogitsProcessor]:
+        """Those of OpenAI and other servers; the grammar's comes last, before a draw is narrowed down."""
+        made: list[LogitsProcessor] = []
         presence, frequency = self._options.presence_penalty, self._options.frequency_penalty
-        if not (presence or frequency):
-            return []
-        return [Penalties(len(self._prompt_ids), presence=presence, frequency=frequency)]
+        if presence or frequency:
+            made.append(Penalties(len(self._prompt_ids), presence=presence, frequency=frequency))
+        if self._options.logit_bias:
+            made.append(LogitBias(self._options.logit_bias))
+        if self._mask is not None:
+            made.append(Grammar(self._mask))
+        return made
 
     async def _deliver(self, token: int, chances: Chances | None) -> None:
         now = time.perf_counter()
@@ -376,10 +272,12 @@ class _Work:
             raise UserError("nobody is listening any more")
         ended = token in self._ends
         last = ended or len(stream.token_ids) + 1 == self._new_tokens
-        text = self._stop.add(self._decoder.add(token, last=last), last=last)
+        text = self._decoder.add(token, last=last, silent=ended)
+        if len(stream.token_ids) + 1 >= self._options.min_new_tokens:
+            text = self._stop.add(text, last=last)
         self._enough.reached = self._stop.found
         if ended or self._stop.found:
-            stream.finish_reason = "stop"
+            stream.finish_reason, stream.stopped_by = "stop", self._stop.which
         elif last:
             stream.finish_reason = "length"
         if not stream.token_ids:

@@ -1,12 +1,16 @@
-"""Logits processors and stopping criteria of ours: penalties as OpenAI defines them, probabilities, stop strings."""
+"""Logits processors and stopping criteria of ours: penalties and biases as OpenAI defines them, grammars,
+probabilities, stop strings."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+
+from petals.peer.client.constraints import TokenMask
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,29 @@ class Penalties(LogitsProcessor):
         generated = input_ids[:, self._prompt_length :]
         counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class LogitBias(LogitsProcessor):
+    """OpenAI's: a number added to the logits of some tokens."""
+
+    def __init__(self, biases: Sequence[tuple[int, float]]) -> None:
+        self._tokens = torch.tensor([token for token, _ in biases])
+        self._biases = torch.tensor([bias for _, bias in biases])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self._tokens.to(scores.device)] += self._biases.to(scores.device)
+        return scores
+
+
+class Grammar(LogitsProcessor):
+    """Only what a grammar allows."""
+
+    def __init__(self, mask: TokenMask) -> None:
+        self._mask = mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._mask.apply(scores)
 
 
 class Enough(StoppingCriteria):

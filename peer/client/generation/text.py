@@ -13,21 +13,34 @@ NOT_WHOLE = "\ufffd"
 class Decoder:
     """Text of a growing list of tokens; holds back what is not yet a whole character."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> None:
+        """
+        Args:
+            special: spell special tokens out.
+        """
         self._tokenizer = tokenizer
+        self._special = special
         self._ids: list[int] = []
         self._emitted = ""
 
-    def add(self, token: int, *, last: bool = False) -> str:
-        """The text that `token` completes; with the last one whatever is left."""
-        self._ids.append(token)
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+    def add(self, token: int, *, last: bool = False, silent: bool = False) -> str:
+        """The text that `token` completes; with the last one whatever is left.
+
+        Args:
+            silent: the token itself has no text, if it is a special one.
+        """
+        if not (silent and self._special):
+            self._ids.append(token)
+        text = self._decoded(self._ids)
         if text.endswith(NOT_WHOLE) and not last:
             return ""
         fresh, self._emitted = text[len(self._emitted) :], text
         if text.endswith("\n"):  # a safe place to forget the past: decoding is quadratic otherwise
-            self._ids, self._emitted = [token], str(self._tokenizer.decode([token], skip_special_tokens=True))
+            self._ids, self._emitted = [token], self._decoded([token])
         return fresh
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not self._special))
 
 
 class StopStrings:
@@ -37,6 +50,8 @@ class StopStrings:
         self._strings = tuple(strings)
         self._held = ""
         self.found = False
+        self.which: str | None = None
+        """The string that was found."""
 
     def add(self, text: str, *, last: bool = False) -> str:
         """What can be said now. Once a string was `found` nothing more is."""
@@ -44,10 +59,11 @@ class StopStrings:
             return ""
         text = self._held + text
         self._held = ""
-        ends = [at for each in self._strings if (at := text.find(each)) >= 0]
+        ends = [(at, each) for each in self._strings if (at := text.find(each)) >= 0]
         if ends:
             self.found = True
-            return text[: min(ends)]
+            at, self.which = min(ends)
+            return text[:at]
         held = 0 if last else max((overlap(text, each) for each in self._strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -1,0 +1,132 @@
+"""What is asked of a generation: how tokens are chosen, and when there are enough."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from transformers import GenerationConfig
+
+from petals.models.source.checkpoint import Checkpoint
+from petals.peer.client.constraints import Constraint
+from petals.peer.client.generation.prompts import PromptTooLong
+from petals.protocols.errors import UserError
+
+MAX_STOP_CHARACTERS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """What `transformers.generate` is asked for. Without temperature, top_k, top_p or seed the likeliest token wins."""
+
+    max_new_tokens: int = 64
+    temperature: float | None = None
+    top_k: int | None = None
+    """0: among all tokens; None: what the model's `generation_config.json` says."""
+    top_p: float | None = None
+    seed: int | None = None
+    max_length: int | None = None
+    """Room of the session in tokens, prompt included; None: just what is needed."""
+    fit: bool = False
+    """Rather fewer than `max_new_tokens` than a refusal, where the model can not look back on all of it."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these; they may span tokens."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of every token that was generated before; from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """The same for each time it was generated."""
+    repetition_penalty: float = 1.0
+    """What the logit of every token of prompt and answer is divided by (multiplied, where it is negative)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of tokens."""
+    min_p: float | None = None
+    """Sample among tokens with at least this share of the likeliest one's probability."""
+    typical_p: float | None = None
+    """Sample among the most typical tokens that have this probability together (locally typical sampling)."""
+    min_new_tokens: int = 0
+    """Nothing ends the answer before."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, beside the model's own."""
+    ignore_eos: bool = False
+    """The model's own ends do not end the answer."""
+    constraint: Constraint | None = None
+    """What the text must match (constraints.py)."""
+    special_tokens: bool = False
+    """Special tokens are spelled out in the text, but for the one that ends it."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell with each token; 0: only the one chosen; None: nothing."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError("max_new_tokens must be at least 1")
+        if self.temperature is not None and not self.temperature > 0:
+            raise UserError("temperature must be above 0; leave it out to take the likeliest token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError("top_p must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError("top_k must be at least 1, or 0 for all tokens")
+        if not all(self.stop) or sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
+            raise UserError(
+                f"stop strings must not be empty, nor longer than {MAX_STOP_CHARACTERS} characters together"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} must be from -2 to 2")
+        if not self.repetition_penalty > 0:
+            raise UserError("repetition_penalty must be above 0")
+        for name in ("min_p", "typical_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"{name} must be above 0 and at most 1")
+        if self.min_new_tokens < 0:
+            raise UserError("min_new_tokens must not be negative")
+        if self.constraint is not None and self.ignore_eos:
+            raise UserError("ignore_eos does not go with a grammar, which says where the answer ends")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UserError("logprobs must not be negative")
+
+    @property
+    def samples(self) -> bool:
+        chosen = (self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p, self.seed)
+        return any(each is not None for each in chosen)
+
+    def applied_to(self, config: GenerationConfig) -> GenerationConfig:
+        """A model's own settings with what was asked for on top."""
+        config = copy.deepcopy(config)
+        config.do_sample = self.samples
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
+            if getattr(self, name) is not None:
+                setattr(config, name, getattr(self, name))
+        if self.repetition_penalty != 1:
+            config.repetition_penalty = self.repetition_penalty
+        if self.min_new_tokens:
+            config.min_new_tokens = self.min_new_tokens
+        return config
+
+    def for_vocabulary(self, checkpoint: Checkpoint) -> None:
+        """
+        Raises:
+            UserError: it names tokens that the model does not have.
+        """
+        vocabulary = checkpoint.config.get_text_config().vocab_size
+        for name, tokens in (("logit_bias", dict(self.logit_bias)), ("stop_token_ids", self.stop_token_ids)):
+            if any(not 0 <= token < vocabulary for token in tokens):
+                raise UserError(f"{checkpoint.name} has tokens 0 to {vocabulary - 1}; {name} names others")
+
+
+def room_for(length: int, options: GenerationOptions, checkpoint: Checkpoint) -> int:
+    """How many tokens to generate after a prompt of `length`."""
+    limit = getattr(checkpoint.config, "max_position_embeddings", None)
+    allowed = min((each for each in (options.max_length, limit) if each is not None), default=None)
+    if allowed is None or length + options.max_new_tokens <= allowed:
+        return options.max_new_tokens
+    if options.fit and length < allowed:
+        return int(allowed) - length
+    if options.max_length == allowed:
+        raise PromptTooLong(
+            f"a prompt of {length} tokens and {options.max_new_tokens} new ones do not fit into {options.max_length}"
+        )
+    raise PromptTooLong(
+        f"a prompt of {length} tokens and {options.max_new_tokens} new ones are more than the {limit} "
+        f"that {checkpoint.name} can look back on; shorten the prompt or lower max_new_tokens"
+    )
