@@ -57,14 +57,14 @@ class WaitingLine:
         if count > most:
             whose = "this peer generates" if most == self._capacity else "this key may have"
             raise ApiError(400, f"{count} answers were asked for; {whose} at most {most} at once", param="n")
-        if self.waiting >= self._max_waiting:
-            raise self._refused(f"{self.waiting} requests wait already")
         ticket = _Ticket(count, key, limit)
         since = trio.current_time()
         self._line.setdefault(key, OrderedDict()).setdefault(connection, deque()).append(ticket)
         self.waiting += 1
         try:
             self._admit()
+            if not ticket.admitted.is_set() and self.waiting > self._max_waiting:
+                raise self._refused(f"{self._max_waiting} requests wait already")
             with trio.move_on_after(self._wait_s):
                 await ticket.admitted.wait()
         finally:
