@@ -318,7 +318,7 @@ class MessagesWriter:
         }
 
 
-def _event(name: str, **data: Any) -> bytes:
+def _event(name: str, /, **data: Any) -> bytes:
     return event({"type": name, **data}, name)
 
 

@@ -58,7 +58,7 @@ class Dialect:
     def _after(self, *, calls: bool) -> tuple[str, str]:
         """From where on a grammar holds: behind the thoughts, if the prompt has opened them."""
         if self.form is HARMONY:
-            return "<|end|><|start|>assistant" if calls else HARMONY_FINAL, ""
+            return ("", "") if calls else (HARMONY_FINAL, "")
         return (THOUGHT, THINK) if self.thinks else ("", "")
 
     def parser(self, wanted: Wanted, prompt_ids: list[int]) -> Parser:

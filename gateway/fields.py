@@ -75,7 +75,8 @@ class Fields:
     def finish(self) -> None:
         for name in self._left:
             shown = name.encode(errors="replace").decode()[:100]
-            raise ApiError(400, f"unknown field {self._where}{shown}", code="unknown_parameter", param=shown)
+            name = self._where + shown
+            raise ApiError(400, f"unknown field {name}", code="unknown_parameter", param=name)
 
     def refuse(self, name: str, why: str, *, code: str | None = None) -> NoReturn:
         raise ApiError(400, f"{self._where}{name} {why}", param=self._where + name, code=code)

@@ -290,7 +290,7 @@ class ResponsesWriter:
         assert self._item is not None
         return {"item_id": self._item["id"], "output_index": len(self._items), "content_index": 0}
 
-    def _event(self, name: str, **data: Any) -> bytes:
+    def _event(self, name: str, /, **data: Any) -> bytes:
         self._number += 1
         return event({"type": name, "sequence_number": self._number, **data}, name)
 

@@ -44,8 +44,15 @@ class ToolFormat:
     tail: str = ""
     between: str = "\n"
     suffix: str = ""
+    thoughts: tuple[str, str] = ("", "")
+    """What thoughts in front of calls stand between."""
     payload: Payload = "call"
     argument_key: str = "arguments"
+
+    @property
+    def marks(self) -> bool:
+        """Whether calls in free text are known by where they begin."""
+        return bool(self.opens) and not all(self.thoughts)
 
     def constraint(self, tools: Sequence[Tool], *, parallel: bool, free: bool = False) -> Constraint | None:
         """The answer is calls of these tools, with arguments as their schemas say.
@@ -54,7 +61,7 @@ class ToolFormat:
             free: text may stand before and behind, and no call is needed, but those that are made are right; None where
                 the format has no marker by which the beginning of a call is known.
         """
-        if free and not self.opens:
+        if free and not self.marks:
             return None
         rules, literals = [r"text: /(.|\n)*/"], []
         for index, tool in enumerate(tools):
@@ -63,6 +70,7 @@ class ToolFormat:
             literals.append((f"first_{index}", (self.prefix + head).removeprefix(self.opens if free else "")))
             rules += _payload_rules(self, index, tool)
         literals += [("tail", self.tail), ("suffix", self.suffix), ("between", self.between)]
+        literals += [("think", self.thoughts[0]), ("thought", self.thoughts[1])]
         empty = {name for name, text in literals if not text}
         empty |= {f"payload_{i}" for i, tool in enumerate(tools) if not _has_payload(self, tool)}
 
@@ -73,7 +81,10 @@ class ToolFormat:
         rules.append("first: " + " | ".join(sequence(f"first_{i}", f"payload_{i}", "tail") for i in calls))
         rules.append("another: " + " | ".join(sequence("between", f"head_{i}", f"payload_{i}", "tail") for i in calls))
         answer = sequence("first", "another*" if parallel else "", "suffix")
-        rules.append(f"start: (until_opens {answer})? text" if free else f"start: {answer}")
+        if free:
+            rules.append(f"start: (until_opens {answer})? text")
+        else:
+            rules.append(f"start: (think text thought)? {answer}" if all(self.thoughts) else f"start: {answer}")
         if free:
             literals.append(("until_opens", self.opens))
         return Constraint("grammar", "\n".join(rules), tuple(each for each in literals if each[1]))
@@ -276,7 +287,7 @@ HARMONY = ToolFormat(
     name="harmony",
     opens="<|channel|>commentary to=",
     read=read_json_calls,  # output.py reads harmony's channels
-    prefix="",
+    thoughts=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
     head="<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>",
     payload="arguments",
 )

@@ -145,7 +145,12 @@ class MaskEngine:
         if after and constraint.opened:
             tail = str(self._tokenizer.decode(list(prompt_ids[-_MARKER_TAIL:])))
             after = after if tail.rstrip().endswith(constraint.opened) else ""
-        return TokenMask(matcher, self._threads, after, self._tokenizer)
+        return TokenMask(matcher, self._threads, after, self._tokenizer, self._blanks() if after else frozenset())
+
+    def _blanks(self) -> frozenset[int]:
+        """Tokens that are line breaks, which models write between their thoughts and the answer."""
+        found = (self._tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n"))
+        return frozenset(ids[0] for ids in found if len(ids) == 1)
 
     def _source(self, constraint: Constraint) -> str:
         matcher = self._library.LLMatcher
@@ -194,12 +199,22 @@ class TokenMask:
     """
 
     def __init__(
-        self, matcher: Any, threads: ThreadPoolExecutor, after: str, tokenizer: PreTrainedTokenizerBase
+        self,
+        matcher: Any,
+        threads: ThreadPoolExecutor,
+        after: str,
+        tokenizer: PreTrainedTokenizerBase,
+        blanks: frozenset[int],
     ) -> None:
+        """
+        Args:
+            blanks: tokens that may stand between `after` and what the grammar says.
+        """
         self._matcher = matcher
         self._threads = threads
         self._after = after
         self._tokenizer = tokenizer
+        self._blanks = blanks
         self._ids: list[int] = []
         self._next: Future[Tensor] | None = None
         self.begin()
@@ -223,6 +238,9 @@ class TokenMask:
         width = scores.shape[-1]
         if len(banned) < width:  # heads are padded beyond what the tokenizer has
             banned = torch.nn.functional.pad(banned, (0, width - len(banned)), value=True)
+        if self._blanks:
+            banned = banned.clone()
+            banned[sorted(self._blanks)] = False
         masked = scores.masked_fill(banned[:width], -torch.inf)
         if bool(torch.isinf(masked).all()):  # min_new_tokens forbids the end where the grammar knows nothing else
             return torch.zeros_like(scores).masked_fill(banned[:width], -torch.inf)
@@ -234,11 +252,15 @@ class TokenMask:
         Raises:
             ConstraintError: it can not follow.
         """
+        if not self._after and token in self._blanks:
+            self._blanks = frozenset()  # once
+            return
         if self._after:
             self._ids = [*self._ids[1 - _MARKER_TAIL :], token]
             if self._after in str(self._tokenizer.decode(self._ids)):
                 self._after = ""
         else:
+            self._blanks = frozenset()
             if self._next is not None:
                 self._next.result()  # the engine is not for two threads at once
                 self._next = None

@@ -29,6 +29,9 @@ class Door:
 
     url: str
     server: Peer
+    model: str = NAME
+    prompts: list[str] = field(default_factory=list)
+    """What a scripted model was given (scripted.py)."""
     client: openai.OpenAI = field(init=False)
 
     def __post_init__(self) -> None:
