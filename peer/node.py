@@ -229,20 +229,26 @@ class Peer:
         model: str | None = None,
         options: GenerationOptions | None = None,
         client: ClientOptions | None = None,
+        **fields: Any,
     ) -> TokenStream:
         """Ask the swarm to go on with `prompt` (text, token ids or a `Chat`); iterate over the result for text as it
         comes.
 
         Cancelling the iteration, or leaving its context, gives all caches back at once.
 
+        Args:
+            fields: of `GenerationOptions`, in place of `options`: `max_new_tokens=8`, `json_schema={...}`.
         Raises:
             MissingBlocks: names the blocks nobody holds, after `Timeouts.route_s`.
             UserError: a prompt that does not fit.
         """
+        if options is not None and fields:
+            raise TypeError(f"give options, or {', '.join(fields)}, not both")
+        options = options or GenerationOptions(**fields)
         asked = await self.client(model)
         client = client or self.asking
         await asked.ready(client)
-        return await self._nursery.start(run_generation, asked, prompt, options or GenerationOptions(), client)
+        return await self._nursery.start(run_generation, asked, prompt, options, client)
 
     def _served(self) -> tuple[ModelId, range] | None:
         return None if self.server is None else (self.server.model, self.server.span.blocks)

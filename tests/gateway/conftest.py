@@ -29,6 +29,7 @@ class Door:
 
     url: str
     server: Peer
+    asker: Peer
     model: str = NAME
     prompts: list[str] = field(default_factory=list)
     """What a scripted model was given (scripted.py)."""
@@ -60,7 +61,7 @@ def open_door(make_swarm: Callable[..., Swarm]) -> OpenDoor:
         server = await swarm.add(blocks)
         asker = await swarm.add()
         async with open_gateway(asker, HttpConfig(bind="127.0.0.1:0", **settings)) as url:
-            door = Door(url, server)
+            door = Door(url, server, asker)
             yield door
             await trio.to_thread.run_sync(door.client.close)
 

@@ -70,7 +70,7 @@ def open_scripted(make_swarm: Callable[..., Swarm], tmp_path: Path, monkeypatch:
         said = script if callable(script) else lambda prompt: script
         prompts = follow(monkeypatch, said)
         async with open_gateway(asker, HttpConfig(bind="127.0.0.1:0", **settings)) as url:
-            door = Door(url, server)
+            door = Door(url, server, asker)
             door.prompts = prompts
             door.model = await _name(url)
             yield door

@@ -147,9 +147,9 @@ async def run_generation(
     )
     new_tokens = room_for(len(prompt_ids), options, client.checkpoint)
     ends = [] if options.ignore_eos else end_tokens(model, tokenizer, prompt)
-    mask = None
-    if options.constraint is not None:
-        mask = await client.masks.make(options.constraint, tokenizer, ends, prompt_ids)
+    mask, constraint = None, options.matching
+    if constraint is not None:
+        mask = await client.masks.make(constraint, tokenizer, ends, prompt_ids)
     ends = sorted({*ends, *options.stop_token_ids})
     room = options.max_length or len(prompt_ids) + new_tokens
     stream = TokenStream(prompt_ids)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -49,8 +51,16 @@ class GenerationOptions:
     """Tokens that end the answer, beside the model's own."""
     ignore_eos: bool = False
     """The model's own ends do not end the answer."""
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    """The text is JSON that this schema accepts; {}: any JSON. Of this and the next four at most one is given."""
+    regex: str | None = None
+    """The whole text matches this regular expression."""
+    choice: tuple[str, ...] = ()
+    """The text is one of these."""
+    grammar: str | None = None
+    """The text is of this grammar, in GBNF or Lark."""
     constraint: Constraint | None = None
-    """What the text must match (constraints.py)."""
+    """What the text must match, made by a program (constraints.py)."""
     special_tokens: bool = False
     """Special tokens are spelled out in the text, but for the one that ends it."""
     logprobs: int | None = None
@@ -80,10 +90,30 @@ class GenerationOptions:
                 raise UserError(f"{name} must be above 0 and at most 1")
         if self.min_new_tokens < 0:
             raise UserError("min_new_tokens must not be negative")
-        if self.constraint is not None and self.ignore_eos:
+        if self.matching is not None and self.ignore_eos:
             raise UserError("ignore_eos does not go with a grammar, which says where the answer ends")
         if self.logprobs is not None and self.logprobs < 0:
             raise UserError("logprobs must not be negative")
+
+    @property
+    def matching(self) -> Constraint | None:
+        """What the text must match.
+
+        Raises:
+            UserError: there are two, or one is none.
+        """
+        given = [] if self.constraint is None else [self.constraint]
+        if self.json_schema is not None:
+            given.append(Constraint.json_schema(self.json_schema))
+        if self.regex is not None:
+            given.append(Constraint.regex(self.regex))
+        if self.choice:
+            given.append(Constraint.choice(self.choice))
+        if self.grammar is not None:
+            given.append(Constraint.grammar(self.grammar))
+        if len(given) > 1:
+            raise UserError("give one of json_schema, regex, choice and grammar")
+        return given[0] if given else None
 
     @property
     def samples(self) -> bool:
