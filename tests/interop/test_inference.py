@@ -15,6 +15,7 @@ from tests.interop.foreign import install_js
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
 from tests.swarm.conftest import make_swarm as make_swarm  # fixtures
 from tests.swarm.conftest import tiny_truth as tiny_truth
+from tests.tolerance import assert_rounded
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 LENGTHS = (5, 1, 1)
@@ -42,5 +43,5 @@ async def test_a_client_written_from_the_specification_gets_the_right_numbers(
         done = await trio.run_process(command, stdin=stdin, capture_stdout=True, stderr=subprocess.STDOUT, check=False)
     assert done.returncode == 0, done.stdout
     for step, answer in zip(steps, json.loads(done.stdout), strict=True):
-        torch.testing.assert_close(torch.tensor(answer).view_as(step), span.step(step, cache), rtol=1e-5, atol=1e-5)
+        assert_rounded(torch.tensor(answer).view_as(step), span.step(step, cache))
     await all_leases_returned(server)

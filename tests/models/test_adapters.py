@@ -19,11 +19,11 @@ from petals.models.errors import CheckpointError, StepError
 from petals.models.source.loading import load_span
 from tests.models.conftest import Tiny
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, VOCABULARY, Case, Reference
+from tests.tolerance import assert_rounded, rounding
 
 pytestmark = pytest.mark.filterwarnings(  # peft about transformers
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
 )
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bloom": ["query_key_value"], "gpt2": ["c_attn", "c_fc"]}
 
 
@@ -67,13 +67,13 @@ def test_hosted_adapters_equal_peft(family: str, tuned: Callable[..., tuple[Tiny
     span.add_adapter(load_lora(directory, span))
     hidden, expected = inputs[1], inputs[-1]
     assert span.adapters == (directory.name,)
-    assert_close(span.forward(hidden, span.blocks, adapter=directory.name), expected, **CLOSE)
+    assert_rounded(span.forward(hidden, span.blocks, adapter=directory.name), expected)
     cache = span.new_cache(span.blocks, 2, 8)
     steps = [span.step(hidden[:, a:b], cache, adapter=directory.name) for a, b in ((0, 5), (5, 6), (6, 8))]
-    assert_close(torch.cat(steps, 1), expected, **CLOSE)
+    assert_rounded(torch.cat(steps, 1), expected)
     plain = tiny.whole.forward(hidden, span.blocks)
-    assert_close(span.forward(hidden, span.blocks), plain, **CLOSE)
-    assert not torch.allclose(plain, expected, **CLOSE)
+    assert_rounded(span.forward(hidden, span.blocks), plain)
+    assert not torch.allclose(plain, expected, **rounding(expected))
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_requests_choose_among_adapters(tuned: Callable[..., tuple[Tiny, Any, Pa
     caches = {name: span.new_cache(span.blocks, 2, 8) for name in (first.name, second.name)}
     for model, name in ((one, first.name), (two, second.name)):
         inputs, _ = Reference(model.base_model.model).run(some_ids(), use_cache=False)
-        assert_close(span.step(inputs[0], caches[name], adapter=name), inputs[-1], **CLOSE)
+        assert_rounded(span.step(inputs[0], caches[name], adapter=name), inputs[-1])
 
 
 def test_a_client_trains_factors_on_blocks_it_does_not_hold(

@@ -22,6 +22,7 @@ from petals.models.source.checkpoint import open_checkpoint
 from petals.models.source.loading import load_span
 from tests.models.conftest import Tiny, load_stock
 from tests.models.tiny import BLOCKS, HIDDEN, VOCABULARY, Case, make_model
+from tests.tolerance import assert_rounded
 
 
 def noise(*shape: int) -> Tensor:
@@ -55,9 +56,7 @@ def test_a_step_that_does_not_fit_changes_nothing(case: str, llama: Tiny) -> Non
     with pytest.raises(StepError, match=says):
         llama.whole.step(**{"hidden": hidden[:, 4:], "cache": cache, **wrong})  # type: ignore[arg-type]
     assert cache.position == 4
-    assert_close(
-        llama.whole.step(hidden[:, 4:], cache), llama.whole.forward(hidden, range(BLOCKS))[:, 4:], rtol=1e-4, atol=1e-4
-    )
+    assert_rounded(llama.whole.step(hidden[:, 4:], cache), llama.whole.forward(hidden, range(BLOCKS))[:, 4:])
 
 
 def test_a_full_cache(llama: Tiny) -> None:
@@ -106,7 +105,7 @@ def fail_half_way(span: BlockSpan) -> None:
         with pytest.raises(MemoryError):
             span.step(hidden[:, 3:], cache)
     assert cache.position == 3
-    assert_close(span.step(hidden[:, 3:], cache), span.forward(hidden, range(BLOCKS))[:, 3:], rtol=1e-4, atol=1e-4)
+    assert_rounded(span.step(hidden[:, 3:], cache), span.forward(hidden, range(BLOCKS))[:, 3:])
 
 
 @pytest.mark.parametrize("blocks", [range(5), range(2, 2), range(3, 1), range(0, 4, 2), range(-1, 2)], ids=str)
@@ -156,7 +155,7 @@ def test_prompts_at_the_first_step(llama: Tiny) -> None:
     with torch.no_grad():
         whole = llama.whole.forward(hidden, blocks, prompts=prompts)
         plain = llama.whole.forward(hidden, blocks)
-    assert_close(torch.cat(stepped, 1), whole, rtol=1e-4, atol=1e-4)
+    assert_rounded(torch.cat(stepped, 1), whole)
     assert not torch.allclose(whole, plain)
     assert_close(llama.whole.forward(hidden, blocks, prompts=prompts[:, :, :0]), plain)
 
@@ -210,7 +209,7 @@ def test_families_nobody_listed_are_exact(
         inputs = tiny.reference.run_in_steps(ids, [5, 6])
     cache = tiny.parts[1].new_cache(range(1, 4), 2, 8)
     out = torch.cat([tiny.parts[1].step(inputs[1][:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 8))], 1)
-    assert_close(out, inputs[-1], rtol=1e-4, atol=1e-4)
+    assert_rounded(out, inputs[-1])
     assert cache.nbytes == held_bytes(cache)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
 
 from petals.models.blocks.block import position_ids
 from petals.models.client.causal_lm import load_causal_lm
@@ -18,8 +17,8 @@ from petals.models.errors import StepError
 from petals.models.library_contract import DEFAULT_CACHE_NAME
 from tests.models.conftest import Tiny
 from tests.models.tiny import BLOCKS, HIDDEN, VOCABULARY
+from tests.tolerance import assert_rounded
 
-CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 PREFIX = 3
 
 
@@ -73,10 +72,10 @@ def test_a_head_in_int8_multiplies_by_its_own_weights_rounded(tiny: Tiny) -> Non
 def test_hidden_states_of_every_block(tiny: Tiny) -> None:
     ids = some_ids()
     ours, theirs = (each(ids, output_hidden_states=True) for each in (client(tiny), tiny.reference.fresh()))
-    assert_close(ours.logits, theirs.logits, **CLOSE)
+    assert_rounded(ours.logits, theirs.logits)
     assert len(ours.hidden_states) == len(theirs.hidden_states) == BLOCKS + 1
     for mine, yours in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-        assert_close(mine, yours, **CLOSE)
+        assert_rounded(mine, yours)
 
 
 @torch.no_grad()
@@ -87,7 +86,7 @@ def test_hidden_states_while_generating(bloom: Tiny) -> None:
     for mine, yours in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         assert [tuple(state.shape) for state in mine] == [tuple(state.shape) for state in yours]
         for state, expected in zip(mine, yours, strict=True):
-            assert_close(state, expected, **CLOSE)
+            assert_rounded(state, expected)
 
 
 @torch.no_grad()
@@ -106,7 +105,7 @@ def test_a_trained_prompt_is_text_in_front(tiny: Tiny) -> None:
     )
     expected = reference(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **theirs).logits[:, PREFIX:]
     real = batch["attention_mask"].bool()
-    assert_close(model(**batch, **ours).logits[real], expected[real], **CLOSE)
+    assert_rounded(model(**batch, **ours).logits[real], expected[real])
     settings = {"max_new_tokens": 6, "do_sample": False}
     said = tiny.reference.fresh().generate(inputs_embeds=embeds, attention_mask=mask, **settings)
     assert torch.equal(model.generate(**batch, **settings)[:, 9:], said)
@@ -145,7 +144,7 @@ def test_only_what_is_new_is_trained(llama: Tiny) -> None:
 def test_the_body_alone(tiny: Tiny) -> None:
     model = load_model(tiny.checkpoint, LocalChain(tiny.parts), head="base")
     ours = model(some_ids()).last_hidden_state
-    assert_close(ours, tiny.reference.fresh().base_model(some_ids()).last_hidden_state, **CLOSE)
+    assert_rounded(ours, tiny.reference.fresh().base_model(some_ids()).last_hidden_state)
     assert model.h is model.blocks
     assert len(model.h) == BLOCKS
     with model.inference_session(max_length=4) as session:

@@ -21,6 +21,7 @@ from petals.models.source.sizing import sizes_of
 from tests.models.conftest import Tiny, load_stock
 from tests.models.test_lean import play
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, Case, save_tiny
+from tests.tolerance import assert_rounded
 
 MakeTiny = Callable[[Case], Tiny]
 pytestmark = pytest.mark.skipif(
@@ -149,7 +150,7 @@ def test_bfloat16_checkpoints(tmp_path: Path, llama: Tiny) -> None:
     assert any(isinstance(module, HalfLinear) for module in span.layers()[0].modules())
     hidden = noise(6, 2, 5, HIDDEN)
     stock = load_stock(checkpoint, range(BLOCKS))
-    assert_close(span.forward(hidden, range(BLOCKS)), stock.forward(hidden, range(BLOCKS)), rtol=1e-5, atol=1e-5)
+    assert_rounded(span.forward(hidden, range(BLOCKS)), stock.forward(hidden, range(BLOCKS)))
 
 
 def test_a_head_follows_its_weights() -> None:

@@ -21,6 +21,7 @@ from petals.models.source.loading import load_span, share_layers
 from tests.models.conftest import Tiny
 from tests.models.test_lean import LEAN, assert_near, noise, play
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, Case, save_tiny
+from tests.tolerance import assert_rounded
 
 ALONE = {"falcon-new", "falcon-7b", "falcon-rw"}
 """Falcon does its attention in a way of its own."""
@@ -166,7 +167,7 @@ def test_passes_that_differ_are_not_shared(make_tiny: MakeTiny, monkeypatch: pyt
     hidden = noise(1, 1, 3, HIDDEN)
     cache = span.new_cache(range(BLOCKS), 1, 3)
     assert not span.can_join(hidden, cache)
-    assert_close(span.step(hidden, cache), tiny.whole.forward(hidden, range(BLOCKS)), rtol=1e-4, atol=1e-4)
+    assert_rounded(span.step(hidden, cache), tiny.whole.forward(hidden, range(BLOCKS)))
 
 
 def test_a_pass_that_breaks_forgets_what_it_has_written(make_tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:

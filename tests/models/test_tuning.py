@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from petals.models.blocks.adapters import load_lora
@@ -22,12 +21,12 @@ from petals.models.client.tuning import LoraSettings, Tuning
 from petals.models.errors import CheckpointError, StepError
 from tests.models.conftest import Tiny
 from tests.models.tiny import BLOCKS, CASES, VOCABULARY, Case, Reference
+from tests.tolerance import assert_rounded
 
 pytestmark = pytest.mark.filterwarnings(  # peft about transformers
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
     "ignore:fan_in_fan_out is set to False:UserWarning",
 )
-CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 TARGETS = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"], "gpt2": ["c_attn"]}
 PREFIX = 3
 
@@ -68,7 +67,7 @@ def test_prompt_tuning_is_pefts(family: Tiny, tmp_path: Path) -> None:
     theirs.prompt_encoder["default"].embedding.weight.requires_grad_()
     ids = batch()["input_ids"][:1]  # no padding: PEFT counts positions over it, `generate` and we do not
     ours_out, theirs_out = model(ids).logits, theirs(ids).logits[:, PREFIX:]
-    assert_close(ours_out, theirs_out, **CLOSE)
+    assert_rounded(ours_out, theirs_out)
     weight = torch.randn(ours_out.shape, generator=torch.Generator().manual_seed(3))
     (ours_out * weight).sum().backward()
     (theirs_out * weight).sum().backward()
@@ -104,7 +103,7 @@ def test_deep_prompts_are_added_to_every_blocks_input(family: Tiny) -> None:
     embeds = torch.cat([prompt, reference.get_input_embeddings()(ids)], dim=1)
     expected = reference(inputs_embeds=embeds, use_cache=False).logits[:, PREFIX:]
     ours = model(ids).logits
-    assert_close(ours, expected, **CLOSE)
+    assert_rounded(ours, expected)
     trained = [base.prompt_embeddings.weight, base.intermediate_prompt_embeddings.weight]
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3))
     mine = torch.autograd.grad((ours * weight).sum(), trained)
@@ -126,7 +125,7 @@ def test_lora_is_pefts(family: Tiny, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(local(family), str(tmp_path), is_trainable=True)
     ours_out, theirs_out = model(**inputs), theirs(**inputs)
-    assert_close(ours_out.loss, theirs_out.loss, **CLOSE)
+    assert_rounded(ours_out.loss, theirs_out.loss)
     ours_out.loss.backward()
     theirs_out.loss.backward()
     yours = {name: each.grad for name, each in theirs.named_parameters() if each.grad is not None}
@@ -167,8 +166,8 @@ def test_a_classifier_trains_its_own_head(family: Tiny, tmp_path: Path) -> None:
     embeds = torch.cat([model.get_prompt(1)[0], reference.get_input_embeddings()(inputs["input_ids"])], dim=1)
     expected = reference(inputs_embeds=embeds, labels=inputs["labels"])
     ours = model(**inputs)
-    assert_close(ours.logits, expected.logits, **CLOSE)
-    assert_close(ours.loss, expected.loss, **CLOSE)
+    assert_rounded(ours.logits, expected.logits)
+    assert_rounded(ours.loss, expected.loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     for _ in range(20):
         loss = model(**inputs).loss

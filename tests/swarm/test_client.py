@@ -30,6 +30,7 @@ from petals.models.source.loading import load_span
 from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks, RemoteError, RemoteProtocolError, UserError
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
+from tests.tolerance import assert_rounded
 
 MakeSwarm = Callable[..., Swarm]
 IDS = torch.tensor([[5, 17, 99, 3], [8, 2, 45, 101]])
@@ -93,22 +94,22 @@ async def test_several_models_share_one_peer_and_slices_compute(make_swarm: Make
     def compare() -> None:
         assert (len(h), len(h[1:3]), h[2].start_block, h[1:3].end_block) == (4, 2, 2, 3)
         ours, theirs = h[2:4](hidden), local.slice(range(2, 4)).forward(hidden)
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert_rounded(ours, theirs)
         ours_grad, theirs_grad = (torch.autograd.grad(out.square().sum(), hidden)[0] for out in (ours, theirs))
-        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-4, atol=1e-4)
+        assert_rounded(ours_grad, theirs_grad)
         with torch.no_grad():
             one_by_one = hidden
             for block in h:
                 one_by_one = block(one_by_one)
-            torch.testing.assert_close(one_by_one, local.forward(hidden), rtol=1e-5, atol=1e-5)
+            assert_rounded(one_by_one, local.forward(hidden))
             with h[1:3].inference_session(max_length=5) as session:
                 steps = torch.cat([session.step(hidden[:, :3]), session.step(hidden[:, 3:])], dim=1)
-            torch.testing.assert_close(steps, local.slice(range(1, 3)).forward(hidden), rtol=1e-5, atol=1e-5)
+            assert_rounded(steps, local.slice(range(1, 3)).forward(hidden))
         with h.inference_session(max_length=5) as session, pytest.raises(UserError, match="carries no gradients"):
             session.step(hidden)
         ours_out, theirs_out = (model(IDS, output_hidden_states=True) for model in (head, tiny_truth.model))
         for mine, yours in zip(ours_out.hidden_states, theirs_out.hidden_states, strict=True):
-            torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-4)
+            assert_rounded(mine, yours)
 
     await peer.portal.run_sync(compare)
 
@@ -218,7 +219,7 @@ async def test_the_async_twins(make_swarm: MakeSwarm, tiny_truth: Truth) -> None
     assert torch.equal(torch.cat(parts, dim=1), expected)
     assert model.active_session is None
     logits = (await model.aforward(IDS)).logits
-    torch.testing.assert_close(logits, tiny_truth.model(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert_rounded(logits, tiny_truth.model(IDS).logits)
     for server in swarm.peers[:2]:
         await all_leases_returned(server)
 

@@ -24,6 +24,7 @@ from petals.peer.node import Peer
 from petals.protocols.errors import MissingBlocks, UserError
 from tests.models.tiny import CASES, VOCABULARY, save_tiny
 from tests.swarm.conftest import Swarm, Truth, all_leases_returned
+from tests.tolerance import assert_rounded
 
 MakeSwarm = Callable[..., Swarm]
 PROMPTS = ("A cat sat on", "The three primary colours are", "def fibonacci(n):")
@@ -127,7 +128,7 @@ async def test_random_models_generate_the_same_in_every_way(make_swarm: MakeSwar
             settings = {"max_new_tokens": 12, "do_sample": False, **arguments}
             torch.testing.assert_close(model.generate(**settings), tiny_truth.model.generate(**settings))
         with torch.no_grad():
-            torch.testing.assert_close(model(ids).logits, tiny_truth.model(ids).logits, rtol=0, atol=1e-4)
+            assert_rounded(model(ids).logits, tiny_truth.model(ids).logits)
 
     await client.portal.run_sync(compare)
 
@@ -279,7 +280,7 @@ async def test_a_long_prompt_lets_others_steps_through(make_swarm: MakeSwarm, ti
     await session.close()
     assert submitted == [8, 8, 8, 4]
     whole = LocalChain(load_span(tiny_truth.checkpoint, range(4))).forward(hidden, attention_mask=mask, prompts=prompts)
-    torch.testing.assert_close(got[mask], whole[mask], rtol=1e-4, atol=1e-4)
+    assert_rounded(got[mask], whole[mask])
 
 
 async def test_a_prompt_goes_on_in_one_piece_when_nobody_else_decodes_any_more(
@@ -297,7 +298,7 @@ async def test_a_prompt_goes_on_in_one_piece_when_nobody_else_decodes_any_more(
     got = await session.step(hidden)
     await session.close()
     whole = LocalChain(load_span(tiny_truth.checkpoint, range(4))).forward(hidden)
-    torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
+    assert_rounded(got, whole)
 
 
 async def test_a_server_may_save_bytes(make_swarm: MakeSwarm, tiny_truth: Truth) -> None:
