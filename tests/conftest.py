@@ -7,6 +7,7 @@ import random
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,25 @@ def _dice(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """pytest-trio forgets why an asynchronous test was skipped."""
+    report = yield
+    if report.skipped and call.excinfo is not None and isinstance(report.longrepr, tuple):
+        path, line, _ = report.longrepr
+        report.longrepr = (path, line, f"Skipped: {reason_of(call.excinfo.value)}")
+    return report
+
+
+def reason_of(error: BaseException | None) -> str:
+    """What `pytest.skip` was told, by whatever was raised from it; empty: nothing."""
+    if error is None:
+        return ""
+    inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    own = error.msg or "" if isinstance(error, pytest.skip.Exception) else ""
+    return own or next(filter(None, map(reason_of, (*inner, error.__context__))), "")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

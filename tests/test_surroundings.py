@@ -14,7 +14,7 @@ import pytest
 
 from petals.models.source.disk import cache_directory
 from petals.models.source.hub import DEFAULT_GGUF_SHA256
-from tests.conftest import shuffle, skipped_line
+from tests.conftest import reason_of, shuffle, skipped_line
 from tests.surroundings import CACHE, DEFAULT_MODEL, ROOT
 
 PROBE = """
@@ -93,6 +93,19 @@ def test_what_is_skipped_is_counted_and_named() -> None:
     assert skipped_line(reasons) == (
         "skipped: 4 tests, 3 of them for want of a network: 3 x no network: npm brings nothing; 1 x no systemd"
     )
+
+
+def test_why_an_asynchronous_test_was_skipped() -> None:
+    def forget() -> None:
+        try:
+            raise BaseExceptionGroup("of a nursery", [pytest.skip.Exception("no network")])
+        except BaseExceptionGroup:
+            pytest.skip()
+
+    with pytest.raises(pytest.skip.Exception) as caught:
+        forget()
+    assert reason_of(caught.value) == "no network"
+    assert reason_of(ValueError()) == ""
 
 
 def test_an_order_is_random_by_files_and_the_same_for_a_seed(request: pytest.FixtureRequest) -> None:
