@@ -171,7 +171,9 @@ class Hop:
     rebuilt: bool = False
     """Its cache was made from history during this step: rows that a roll-back left reordered elsewhere are not here."""
     move_at: float = -math.inf
-    """Not before this time is a better connection looked for."""
+    """Not before this time is a better connection looked for, or a faster server."""
+    slow_steps: int = 0
+    """In a row, that others would have done several times sooner (session/moving.py)."""
     serialise_s: float = 0.0
     """Spent on making messages so far."""
     s_per_token: float = math.nan

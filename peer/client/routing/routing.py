@@ -10,6 +10,8 @@ separable, so the best predecessor is the same for all. Where servers push to ea
 measured costs half of that round trip, and one that nobody has is guessed as half the mean of both round trips to us,
 which is separable again: only the few measured legs need a look of their own. Both are exact, and tested so.
 
+How fast a server is, it says itself; once it has answered steps of ours, what these took counts instead (speeds.py).
+
 For training the same path is searched with every server's cost multiplied by its own throw of an exponential die: fast
 servers win most often, everybody wins sometimes, so that load spreads in proportion to speed.
 """
@@ -124,11 +126,12 @@ class _Cost:
     """Between it and us."""
     penalty_s: float
     block_s: float
+    queue_s: float
     dice: float = 1.0
 
     @property
     def visit(self) -> float:
-        return self.dice * self.record.queue_s + self.penalty_s
+        return self.dice * self.queue_s + self.penalty_s
 
 
 class _Legs:
@@ -278,9 +281,7 @@ def _as_route(costs: list[_Cost], path: _Trail, blocks: range, pushed: bool) -> 
             there = legs.cost(visited.index(walked[place - 1][0]), visited.index(index))
         back = cost.one_way_s if not pushed or place == len(walked) - 1 else 0.0
         record = cost.record
-        hops.append(
-            RouteHop(record.peer_id, record.addrs, span, there + back, record.queue_s, cost.block_s * len(span))
-        )
+        hops.append(RouteHop(record.peer_id, record.addrs, span, there + back, cost.queue_s, cost.block_s * len(span)))
     return Route(tuple(hops))
 
 
@@ -326,7 +327,7 @@ def why_not(
             continue
         cost = _cost(offer, "latency", batch_size, new_tokens, cache_tokens, None)
         span = range(max(record.blocks.start, blocks.start), min(record.blocks.stop, blocks.stop))
-        hop = RouteHop(record.peer_id, record.addrs, span, 2 * cost.one_way_s, record.queue_s, cost.block_s * len(span))
+        hop = RouteHop(record.peer_id, record.addrs, span, 2 * cost.one_way_s, cost.queue_s, cost.block_s * len(span))
         reason = _objection(record, allowed, blocked, adapter, require_dtype)
         if record.state is not ServerState.ONLINE:
             reason = record.state.name.lower()
@@ -380,7 +381,11 @@ def _cost(
         penalty_s += NO_ROOM_S
     if offer.ban_left_s > 0:
         penalty_s += BANNED_S + offer.ban_left_s
-    rps = record.inference_rps if mode == "latency" and new_tokens == 1 else record.forward_rps
+    decodes = mode == "latency" and new_tokens == 1
+    rps = record.inference_rps if decodes else record.forward_rps
+    block_s, queue_s = batch_size * new_tokens / (rps or UNKNOWN_RPS), record.queue_s
+    if offer.measured_block_s is not None and decodes:  # the wait in the queue was in it
+        block_s, queue_s = batch_size * offer.measured_block_s, 0.0
     dice = 1.0
     if mode == "throughput":
         if rng is None:
@@ -390,6 +395,7 @@ def _cost(
         record,
         round_trip_s / 2 * (RELAY_FACTOR if record.using_relay else 1.0),
         penalty_s,
-        batch_size * new_tokens / (rps or UNKNOWN_RPS),
+        block_s,
+        queue_s,
         dice,
     )

@@ -12,6 +12,7 @@ import trio
 from petals.dht.directory import Directory
 from petals.dht.records import ServerRecord, ServerState
 from petals.peer.client.routing.routing import Route
+from petals.peer.client.routing.speeds import Speeds
 from petals.peer.net.host import Host
 from petals.peer.net.round_trips import RoundTrips
 from petals.protocols.errors import (
@@ -50,6 +51,8 @@ class Offer:
     round_trip_s: float | None
     """Between us and it; None: not measured."""
     ban_left_s: float = 0.0
+    measured_block_s: float | None = None
+    """What a decode step really took there, per block, by our clock; None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,7 @@ class SwarmWatcher:
         self._bans = Bans(clock)
         self._records: dict[PeerId, ServerRecord] = {}
         self._round_trips = RoundTrips(host, clock)
+        self._speeds = Speeds(clock)
         self._changed = trio.Event()
         self._refresh_now = trio.Event()
 
@@ -140,7 +144,12 @@ class SwarmWatcher:
     def view(self) -> SwarmView:
         """The swarm as known now."""
         known = [
-            Offer(record, self._round_trips.seconds.get(peer_id), self._bans.left_s(peer_id))
+            Offer(
+                record,
+                self._round_trips.seconds.get(peer_id),
+                self._bans.left_s(peer_id),
+                self._speeds.block_s(peer_id),
+            )
             for peer_id, record in sorted(self._records.items())
         ]
         online = tuple(offer for offer in known if offer.record.state is ServerState.ONLINE)
@@ -165,6 +174,10 @@ class SwarmWatcher:
             self._records.pop(peer_id, None)  # it comes back with the next lookup that it answers
             self._directory.forget(self.model, peer_id)
         self._refresh_now.set()
+
+    def note_step(self, peer_id: PeerId, blocks: int, seconds: float) -> None:
+        """A step of one token took so long at a server, the way there and back included."""
+        self._speeds.note(peer_id, blocks, seconds - (self._round_trips.seconds.get(peer_id) or 0.0))
 
     async def changed(self, within_s: float) -> None:
         """Return when the view has been renewed, or after `within_s`."""

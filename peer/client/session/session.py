@@ -27,6 +27,7 @@ from petals.peer.client.hops.standby import Standbys
 from petals.peer.client.routing.local_blocks import Home, is_home
 from petals.peer.client.routing.routing import Route, RouteChoice, RouteHop
 from petals.peer.client.routing.view import SwarmWatcher
+from petals.peer.client.session import moving
 from petals.peer.client.session.pipelined_step import PIECE_TOKENS, PipelinedStep, is_long
 from petals.peer.client.session.pushed_step import PushedStep
 from petals.peer.net.host import Host
@@ -140,9 +141,9 @@ class RemoteSession:
         self.choice: RouteChoice | None = None
         """Why this route, as of the opening."""
         self._host = host
-        self._watcher = watcher
+        self.watcher = watcher
         self._timeouts = timeouts
-        self._find_route = find_route
+        self.find_route = find_route
         self._max_retries = max_retries
         self._exact_recovery = exact_recovery
         self._push = push and spec.encoding != pb.BLOCKWISE_INT8  # rounded twice, our copy would not be what was pushed
@@ -231,6 +232,8 @@ class RemoteSession:
             )
         self._broken = True
         await self._take_better_ways()
+        if self._row_order is None:
+            await moving.leave_slow(self)
         done: list[tuple[Hop, StepOutput]] = []
         current = StepInput(
             position=self._position,
@@ -241,7 +244,7 @@ class RemoteSession:
         )
         replay_order = _compose(self._row_order, hypo_ids)
         for hop in self.hops:
-            if hop.peer_id in self._watcher.liars:  # caught by another session, as it may be
+            if hop.peer_id in self.watcher.liars:  # caught by another session, as it may be
                 self.doubt(hop.blocks.start)
         healed = self._doubtful is not None
         if healed:
@@ -263,6 +266,8 @@ class RemoteSession:
             self.standbys.tell()
         self._broken = False
         done.sort(key=lambda each: each[0].blocks.start)
+        for hop, answer in done:
+            moving.note(self, hop, answer, *hidden.shape[:2])
         self.last_trace = tuple(self._trace(hop, answer) for hop, answer in done)
         if self._on_step is not None:
             self._on_step(StepTrace(id(self), current.position, hidden.shape[1], self.last_trace))
@@ -410,7 +415,7 @@ class RemoteSession:
         """Let the cache of a hop's blocks be what comes of `steps`: there, or elsewhere if it lies or fails."""
         hop.history = steps
         try:
-            if hop.peer_id in self._watcher.liars:
+            if hop.peer_id in self.watcher.liars:
                 raise WrongAnswer(f"peer …{hop.peer_id[-6:]} has lied", hop.peer_id)
             hop.history = []
             outputs = await hop.replay(steps, want_outputs=want_outputs)
@@ -429,7 +434,7 @@ class RemoteSession:
         """
         await lost.reset()
         while True:
-            self._watcher.report(lost.peer_id if error.peer_id is None else error.peer_id, error)
+            self.watcher.report(lost.peer_id if error.peer_id is None else error.peer_id, error)
             if failures > self._max_retries:
                 raise error
             log.warning("lost blocks %d:%d: %s; looking for a replacement", lost.blocks.start, lost.blocks.stop, error)
@@ -438,7 +443,7 @@ class RemoteSession:
             outputs: list[Tensor] = []
             try:
                 standby = None if self.standbys is None or want_outputs else await self.standbys.take(lost)
-                if standby is not None and standby.peer_id in self._watcher.liars:
+                if standby is not None and standby.peer_id in self.watcher.liars:
                     await standby.reset()
                     standby = None
                 if standby is not None:
@@ -454,12 +459,29 @@ class RemoteSession:
                 with trio.CancelScope(shield=True):
                     await gather([hop.reset for hop in hops])
                 raise
-            index = self.hops.index(lost)
-            self.hops[index : index + 1] = hops
-            for hop in hops:
-                hop.rebuilt = True
-                hop.on_answer = self._on_answer
+            self._put(lost, hops)
             return outputs
+
+    def _put(self, lost: Hop, hops: Sequence[Hop]) -> None:
+        index = self.hops.index(lost)
+        self.hops[index : index + 1] = hops
+        for hop in hops:
+            hop.rebuilt = True
+            hop.on_answer = self._on_answer
+
+    async def open_hop(self, leg: RouteHop) -> Hop:
+        """A session at one server. Raises RemoteError."""
+        return await Hop.open(self._host, leg.peer_id, leg.addrs, leg.blocks, self.spec, self._timeouts)
+
+    async def rebuild(self, hops: list[Hop], like: Hop) -> None:
+        """Bring the caches of `hops` to where that of `like` is. Raises RemoteError."""
+        await self._rebuild(hops, like, want_outputs=False)
+
+    async def put_in_place(self, left: Hop, hops: Sequence[Hop]) -> None:
+        """From the next step on `hops` compute the blocks of `left`."""
+        self._put(left, hops)
+        if self.standbys is not None:
+            await self.standbys.forget(left)
 
     async def _rebuild(self, hops: list[Hop], lost: Hop, *, want_outputs: bool) -> list[Tensor]:
         history = [*await self._unseen(lost, hops), *lost.history]
@@ -489,7 +511,7 @@ class RemoteSession:
         return in_chunks(StepInput(position=0, hidden=hidden))
 
     async def _open_standby(self, hop: Hop, avoid: frozenset[PeerId]) -> Hop:
-        route = self._find_route(hop.blocks, avoid)
+        route = self.find_route(hop.blocks, avoid)
         if len(route.hops) != 1:
             raise RouteError(f"nobody else holds all of {hop.blocks.start}:{hop.blocks.stop}")
         leg = route.hops[0]
@@ -509,7 +531,7 @@ class RemoteSession:
         forbidden: dict[PeerId, Forbidden] = {}
         while True:
             try:
-                route = self._find_route(blocks, avoid)
+                route = self.find_route(blocks, avoid)
             except RouteError:
                 if forbidden and avoid <= forbidden.keys():  # nobody else has them
                     raise next(iter(forbidden.values())) from None
@@ -521,7 +543,7 @@ class RemoteSession:
                     if refusal is not None:
                         raise refusal from None
                     raise
-                await self._watcher.changed(min(1.0, max(0.0, deadline - trio.current_time())))
+                await self.watcher.changed(min(1.0, max(0.0, deadline - trio.current_time())))
                 continue
             leases: list[Hop] = []
 
@@ -542,7 +564,7 @@ class RemoteSession:
             await gather([hop.reset for hop in opened])
             for leg, result in zip(route.hops, results, strict=True):
                 if isinstance(result, RemoteError):
-                    self._watcher.report(leg.peer_id, result)
+                    self.watcher.report(leg.peer_id, result)
                     avoid |= {leg.peer_id}
                     refusal = result
                     if isinstance(result, Forbidden):
