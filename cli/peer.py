@@ -159,6 +159,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--top_p", metavar="P", type=number(0, 1, above=True),
                         help="sample among the likeliest tokens that make up this probability")  # fmt: skip
     asking.add_argument("--seed", metavar="N", type=whole(*SEEDS), help="makes sampling repeatable")
+    asking.add_argument("--drafts", choices=["auto", "always", "never"], default="auto",
+                        help="guess tokens from the text and check several in one step; the answer stays the same "
+                        "(default: auto, where measured steps say that it pays)")  # fmt: skip
     asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
     asking.add_argument("--local_blocks", metavar="A:B", type=block_range, nargs="+", default=[],
                         help="compute these blocks here and never ask others for them, such as 0:2 28:30: with the "
@@ -491,13 +494,14 @@ def _wanted(options: argparse.Namespace, max_new_tokens: int) -> GenerationOptio
 
     most = options.max_new_tokens or max_new_tokens
     if options.temperature == 0:
-        return GenerationOptions(max_new_tokens=most)
+        return GenerationOptions(max_new_tokens=most, drafts=options.drafts)
     return GenerationOptions(
         max_new_tokens=most,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        drafts=options.drafts,
     )
 
 

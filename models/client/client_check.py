@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
+from transformers import LlamaConfig, PretrainedConfig
 
 from petals.models.blocks.block import BlockSpan
 from petals.models.client.chain import BlockChain
-from petals.models.client.decoding import decode, greedy
+from petals.models.client.decoding import Rules, decode
 from petals.models.client.generation import ChainCache
 from petals.models.client.local import LocalChain
 from petals.models.client.miniature import lively_weights, miniature
@@ -137,16 +137,7 @@ def _expected(pair: _Pair, ids: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _ours(pair: _Pair, cache: ChainCache, ids: Tensor, count: int = NEW_TOKENS) -> Tensor:
-    return decode(
-        pair.client,
-        cache,
-        ids,
-        max_new_tokens=count,
-        processors=LogitsProcessorList(),
-        criteria=StoppingCriteriaList(),
-        choose=greedy,
-        on_token=lambda token: None,
-    )
+    return decode(pair.client, cache, ids, max_new_tokens=count, rules=Rules(), on_token=lambda token: None)
 
 
 def _greedy(pair: _Pair) -> bool:

@@ -10,6 +10,7 @@ softmax of what the processors leave, in the order in which the library applies 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,7 @@ from transformers import (
 )
 
 from petals.models.blocks.block import position_ids
+from petals.models.client.drafts import TextDrafter
 from petals.models.client.generation import ChainCache
 from petals.models.library_contract import cache_name, takes
 
@@ -198,6 +200,13 @@ class Draw:
         return torch.multinomial(chances, num_samples=1, generator=self._generator)[:, 0]
 
 
+def _length_changes_angles(config: Any) -> bool:
+    """Whether rotary angles depend on how long the text is in a step: then a draft changes them."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
+
+
 def _rope_switch(config: Any) -> int | None:
     """The length after which a text is computed anew, with other rotary frequencies: what `transformers` does for
     Phi-3's longrope, whose frequencies for long texts fit no keys that were computed with those for short ones."""
@@ -205,6 +214,27 @@ def _rope_switch(config: Any) -> int | None:
         return None
     switch: int | None = getattr(config, "original_max_position_embeddings", None)
     return switch
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How the next token is chosen from its logits, and when a text ends."""
+
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    choose: Choose = greedy
+
+    def take(self, text: Tensor, end: int, logits: Tensor, on_token: Callable[[int], None]) -> bool:
+        """Write the token after the first `end` of `text` (1, tokens) into it; whether that ends the text.
+
+        `logits`: (1, vocabulary) float32.
+        """
+        known: Any = text[:, :end]
+        scores = self.processors(known, cast("torch.FloatTensor", logits))
+        text[:, end] = self.choose(scores)
+        on_token(int(text[0, end]))
+        known = text[:, : end + 1]
+        return bool(self.criteria(known, scores).all())
 
 
 @torch.no_grad()
@@ -242,30 +272,40 @@ def decode(
     prompt: Tensor,
     *,
     max_new_tokens: int,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    choose: Choose,
+    rules: Rules,
     on_token: Callable[[int], None],
+    drafter: TextDrafter | None = None,
 ) -> Tensor:
     """Continue one text token by token.
 
     Args:
         cache: of `model`'s chain; what it holds already must be the beginning of `prompt`, and less than all of it.
         prompt: (1, tokens) int64.
+        rules: how a token is chosen, and when the text ends.
         on_token: called with each token before the next one is computed.
+        drafter: guesses tokens that one step checks together; the answer is the same with any.
     Returns: (1, tokens) int64: prompt and answer.
     Raises: whatever `on_token` or the chain raises.
     """
-    begin = prompt.shape[1]
-    text = torch.empty(1, begin + max_new_tokens, dtype=torch.int64, device=prompt.device)
-    text[:, :begin] = prompt
-    for end in range(begin, begin + max_new_tokens):
-        logits = next_logits(model, cache, text[:, :end])[:, -1]
-        scores = processors(
-            cast("torch.LongTensor", text[:, :end]), cast("torch.FloatTensor", logits.to(prompt.device))
-        )
-        text[:, end] = choose(scores)
-        on_token(int(text[0, end]))
-        if bool(criteria(text[:, : end + 1], scores).all()):
-            return text[:, : end + 1]
-    return text
+    end = prompt.shape[1]
+    text = torch.empty(1, end + max_new_tokens, dtype=torch.int64, device=prompt.device)
+    text[:, :end] = prompt
+    if drafter is None or _length_changes_angles(model.config):
+        drafter = TextDrafter.without_drafts()
+    ended = False
+    while end < text.shape[1] and not ended:
+        draft = drafter.propose(text[0, :end].tolist(), text.shape[1] - end - 1)
+        began = drafter.clock()
+        text[0, end : end + len(draft)] = torch.tensor(draft, dtype=torch.int64)
+        logits = next_logits(model, cache, text[:, : end + len(draft)], last=len(draft) + 1).to(prompt.device)
+        took, right = drafter.clock() - began, 0
+        for place, guess in enumerate([*draft, None]):
+            ended = rules.take(text, end, logits[:, place], on_token)
+            end += 1
+            if ended or int(text[0, end - 1]) != guess:
+                break
+            right += 1
+        drafter.policy.note(len(draft), right, took)
+        if cache.get_seq_length() >= end:  # the rest of a draft that was wrong
+            cache.keep(end - 1)
+    return text[:, :end]

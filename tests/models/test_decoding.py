@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from petals.models.client.causal_lm import load_causal_lm
-from petals.models.client.decoding import Draw, criteria_of, decode, greedy, ignored_settings, processors_of
+from petals.models.client.decoding import Draw, Rules, criteria_of, decode, greedy, ignored_settings, processors_of
+from petals.models.client.drafts import DraftPolicy, TextDrafter
 from petals.models.client.generation import ChainCache
 from petals.models.client.local import LocalChain
 from tests.models.conftest import Tiny
@@ -38,7 +39,9 @@ def prompt(length: int = 7) -> Tensor:
     return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(11))
 
 
-def ours(tiny: Tiny, ids: Tensor, config: GenerationConfig, seed: int | None = None) -> Tensor:
+def ours(
+    tiny: Tiny, ids: Tensor, config: GenerationConfig, seed: int | None = None, drafter: TextDrafter | None = None
+) -> Tensor:
     model = load_causal_lm(tiny.checkpoint, LocalChain(tiny.parts))
     eos = config.eos_token_id
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -50,10 +53,13 @@ def ours(tiny: Tiny, ids: Tensor, config: GenerationConfig, seed: int | None = N
             cache,
             ids,
             max_new_tokens=NEW,
-            processors=processors_of(config, prompt_length=length, max_length=length + NEW, ends=ends),
-            criteria=criteria_of(config, ends=ends, tokenizer=None),
-            choose=Draw(seed) if config.do_sample else greedy,
+            rules=Rules(
+                processors_of(config, prompt_length=length, max_length=length + NEW, ends=ends),
+                criteria_of(config, ends=ends, tokenizer=None),
+                Draw(seed) if config.do_sample else greedy,
+            ),
             on_token=said.append,
+            drafter=drafter,
         )
     assert text[0, length:].tolist() == said
     return text
@@ -87,6 +93,25 @@ def test_settings_of_a_model_are_followed(llama: Tiny, name: str) -> None:
 def test_draws_are_those_of_the_library(llama: Tiny, name: str, seed: int) -> None:
     config = GenerationConfig(do_sample=True, **SAMPLING[name])
     assert torch.equal(ours(llama, prompt(), config, seed), theirs(llama, prompt(), config, seed))
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(), GenerationConfig(do_sample=True)], ids=["greedy", "sampling"])
+def test_drafts_change_the_steps_and_not_the_tokens(tiny: Tiny, config: GenerationConfig) -> None:
+    """A prompt that repeats itself, so that something is always drafted, and most of it is wrong."""
+    ids = prompt(4).repeat(1, 4)
+    drafter = TextDrafter(DraftPolicy(mode="always"), lambda: 0.0)
+    assert torch.equal(ours(tiny, ids, config, 3, drafter), theirs(tiny, ids, config, 3))
+    assert (drafter.policy.drafted > 0) != ("dynamic" in tiny.case.id or "longrope" in tiny.case.id)
+
+
+def test_right_drafts_save_steps(llama: Tiny) -> None:
+    """A model that says one word for ever is guessed after three of them."""
+    biased = GenerationConfig(sequence_bias=[[[5], 1000.0]])
+    drafter = TextDrafter(DraftPolicy(mode="always"), lambda: 0.0)
+    text = ours(llama, prompt(), biased, drafter=drafter)
+    assert torch.equal(text, theirs(llama, prompt(), biased))
+    assert drafter.policy.accepted + drafter.policy.steps == NEW
+    assert drafter.policy.steps < NEW / 2
 
 
 def test_without_a_seed_draws_differ(llama: Tiny) -> None:

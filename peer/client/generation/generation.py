@@ -14,7 +14,8 @@ import trio
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from petals.models.client.decoding import Draw, criteria_of, decode, greedy, processors_of
+from petals.models.client.decoding import Draw, Rules, criteria_of, decode, greedy, processors_of
+from petals.models.client.drafts import DraftPolicy, TextDrafter
 from petals.models.client.generation import ChainCache, InferenceSession, first_block_inputs
 from petals.peer.client.constraints import TokenMask
 from petals.peer.client.generation.generation_options import GenerationOptions, room_for
@@ -73,6 +74,8 @@ class TokenStream:
     """The servers of the last step and where its time went."""
     reused_tokens: int = 0
     """Of the prompt; the servers had kept them from an earlier generation."""
+    drafts: DraftPolicy = field(default_factory=DraftPolicy)
+    """How many steps were taken, and how many guessed tokens were right."""
     choice: RouteChoice | None = None
     """Why the session was opened with the route it was."""
     finish_reason: Literal["stop", "length"] | None = None
@@ -199,6 +202,7 @@ class _Work:
         self._ends = ends
         self._mask = mask
         self._config = options.applied_to(model.generation_config)
+        self._drafts = stream.drafts = DraftPolicy(mode=options.drafts)
         self._tokenizer = tokenizer
         self._decoder = Decoder(tokenizer, special=options.special_tokens)
         self._stop = StopStrings(options.stop)
@@ -236,10 +240,13 @@ class _Work:
             self._session.cache,
             prompt,
             max_new_tokens=self._new_tokens,
-            processors=processors,
-            criteria=criteria_of(config, ends=ends, tokenizer=self._tokenizer, more=[self._enough]),
-            choose=Draw(self._options.seed) if self._options.samples else greedy,
+            rules=Rules(
+                processors,
+                criteria_of(config, ends=ends, tokenizer=self._tokenizer, more=[self._enough]),
+                Draw(self._options.seed) if self._options.samples else greedy,
+            ),
             on_token=on_token,
+            drafter=TextDrafter(self._drafts, time.perf_counter),
         )
 
     def _begin_with_kept(self, chain: RemoteChain, prompt: Tensor) -> RemoteChainSession:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from transformers import GenerationConfig
 
+from petals.models.client.drafts import DraftMode
 from petals.models.source.checkpoint import Checkpoint
 from petals.peer.client.constraints import Constraint
 from petals.peer.client.generation.prompts import PromptTooLong
@@ -63,10 +64,15 @@ class GenerationOptions:
     """What the text must match, made by a program (constraints.py)."""
     special_tokens: bool = False
     """Special tokens are spelled out in the text, but for the one that ends it."""
+    drafts: DraftMode = "auto"
+    """Guess tokens from the text and check several in one step: "auto" (where measured steps say that it pays),
+    "always" or "never". The answer is the same with each."""
     logprobs: int | None = None
     """How many of the likeliest tokens to tell with each token; 0: only the one chosen; None: nothing."""
 
     def __post_init__(self) -> None:
+        if self.drafts not in get_args(DraftMode):
+            raise UserError(f"drafts must be one of {', '.join(get_args(DraftMode))}")
         if self.max_new_tokens < 1:
             raise UserError("max_new_tokens must be at least 1")
         if self.temperature is not None and not self.temperature > 0:
