@@ -168,7 +168,7 @@ def main() -> int:
     found = versions(python)
     said = ", ".join(f"{name} {version}" for name, version in found.items())
     print(f"petals: {end}: {said}", flush=True)
-    chosen = arguments or [*(PART if part else WHOLE)]
+    chosen = arguments or ([*PART] if part else [*WHOLE, "--numprocesses", "2", "--dist", "loadfile"])
     status, counts = run(python, chosen, timeout_s=PART_S if part else None)
     if not part and not arguments and status == 0:
         note(end, found, counts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,10 +28,13 @@ def _forget_families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
 
 
-def test_the_document_runs(tmp_path: Path) -> None:
+def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     assert len(blocks) == 4
-    names: dict[str, Any] = {"directory": tmp_path, "__name__": "custom"}
+    module = ModuleType("custom")  # as if it were a file of the reader's, which the library looks up
+    monkeypatch.setitem(sys.modules, "custom", module)
+    names: dict[str, Any] = module.__dict__
+    names["directory"] = tmp_path
     for block in blocks:
         exec(compile(block, str(DOCUMENT), "exec"), names)
     assert names["logits"].shape == (1, 10, 128)
