@@ -60,7 +60,7 @@ def open_door(make_swarm: Callable[..., Swarm]) -> OpenDoor:
         swarm = make_swarm()
         server = await swarm.add(blocks)
         asker = await swarm.add()
-        async with open_gateway(asker, HttpConfig(bind="127.0.0.1:0", **settings)) as url:
+        async with open_gateway(asker, HttpConfig(**{"bind": "127.0.0.1:0", **settings})) as url:
             door = Door(url, server, asker)
             yield door
             await trio.to_thread.run_sync(door.client.close)
