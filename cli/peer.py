@@ -162,6 +162,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--drafts", choices=["auto", "always", "never"], default="auto",
                         help="guess tokens from the text and check several in one step; the answer stays the same "
                         "(default: auto, where measured steps say that it pays)")  # fmt: skip
+    asking.add_argument("--json_schema", metavar="FILE", type=Path,
+                        help="of --generate: the answer is JSON that the schema in this file accepts")  # fmt: skip
     asking.add_argument("--active_adapter", metavar="NAME", help="a LoRA adapter that servers host")
     asking.add_argument("--local_blocks", metavar="A:B", type=block_range, nargs="+", default=[],
                         help="compute these blocks here and never ask others for them, such as 0:2 28:30: with the "
@@ -187,6 +189,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     door = parser.add_argument_group("with --http")
     door.add_argument("--api_keys", metavar="FILE", type=Path, help="ask for a key; `petals keygen --api` makes one")
     door.add_argument("--cors", metavar="ORIGIN", nargs="+", default=[], help="web pages that may ask from a browser")
+    door.add_argument("--http_hosts", metavar="NAME", nargs="+", default=[],
+                      help="without keys: answer to these names, too (*: to all), not only to addresses, localhost "
+                      "and this machine's name")  # fmt: skip
     door.add_argument("--http_models", metavar="MODEL", nargs="+", default=[], help="offer these models, too")
 
     serving = parser.add_argument_group("serving")
@@ -422,8 +427,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--serve says which blocks, --num_blocks lets the peer choose: give one of them")
     if options.trace is not None and not options.chat and options.generate is None:
         raise UserError("--trace is about what --generate or --chat asks: give one of them, too")
-    if options.http is None and (options.api_keys or options.cors or options.http_models):
-        raise UserError("--api_keys, --cors and --http_models are about --http: give it, too")
+    if options.http is None and (options.api_keys or options.cors or options.http_models or options.http_hosts):
+        raise UserError("--api_keys, --cors, --http_hosts and --http_models are about --http: give it, too")
+    if options.json_schema is not None and options.generate is None:
+        raise UserError("--json_schema is about --generate: give it, too")
     if options.audit_at_home and not options.audit:
         raise UserError("--audit_at_home is about --audit: give --audit 0.05, too")
     if (
@@ -463,7 +470,11 @@ def _door(options: argparse.Namespace) -> Iterator[Door]:
     from petals.gateway.server import Door
 
     config = HttpConfig(
-        bind=options.http, api_keys=options.api_keys, cors=tuple(options.cors), models=tuple(options.http_models)
+        bind=options.http,
+        api_keys=options.api_keys,
+        cors=tuple(options.cors),
+        hosts=tuple(options.http_hosts),
+        models=tuple(options.http_models),
     )
     if not config.is_loopback and config.api_keys is None:
         _say(f"whoever reaches {config.bind} may ask here; --api_keys FILE lets only those in who have a key")
@@ -493,8 +504,9 @@ def _wanted(options: argparse.Namespace, max_new_tokens: int) -> GenerationOptio
     from petals.peer.client.generation.generation_options import GenerationOptions
 
     most = options.max_new_tokens or max_new_tokens
+    schema = None if options.json_schema is None else _read_schema(options.json_schema)
     if options.temperature == 0:
-        return GenerationOptions(max_new_tokens=most, drafts=options.drafts)
+        return GenerationOptions(max_new_tokens=most, json_schema=schema, drafts=options.drafts)
     return GenerationOptions(
         max_new_tokens=most,
         temperature=options.temperature,
@@ -502,7 +514,22 @@ def _wanted(options: argparse.Namespace, max_new_tokens: int) -> GenerationOptio
         top_p=options.top_p,
         seed=options.seed,
         drafts=options.drafts,
+        json_schema=schema,
     )
+
+
+def _read_schema(path: Path) -> str:
+    from petals.peer.client.constraints import Constraint
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        Constraint.json_schema(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return text
 
 
 @contextmanager

@@ -56,13 +56,6 @@ class HttpConfig:
         return host.removeprefix("[").removesuffix("]"), int(port)
 
     @property
-    def warning(self) -> str | None:
-        """What whoever opens it should know."""
-        if self.is_loopback or self.api_keys is not None:
-            return None
-        return f"anybody who reaches {self.bind} may ask this peer: --api_keys FILE asks for keys"
-
-    @property
     def is_loopback(self) -> bool:
         """Only this machine can reach it."""
         host = self.address[0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from petals.cli.main import parse
 from petals.cli.peer import _wanted
+from petals.protocols.errors import UserError
 
 WRONG = [
     ("--cache_mb", "-5", "expected a number above 0, not '-5'"),
@@ -77,3 +80,14 @@ def test_help_wraps_its_prose_and_leaves_examples_as_they_are(
         assert usage.count("\n") < 5, "a wall of flags teaches nobody"
         assert max(map(len, prose.splitlines())) <= 80
         assert f"petals {verb}" in examples
+
+
+def test_a_schema_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object"}')
+    options = _wanted(parse(["peer", "--json_schema", str(file)]), 64)
+    assert options.json_schema == '{"type": "object"}'
+    file.write_text("[")
+    for path, complaint in ((file, "is not JSON"), (tmp_path / "none", "cannot read")):
+        with pytest.raises(UserError, match=complaint):
+            _wanted(parse(["peer", "--json_schema", str(path)]), 64)
