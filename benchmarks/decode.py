@@ -14,13 +14,15 @@ beyond its compute. They take turns, round by round, so that a machine that drif
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import petals  # noqa: F401  # before torch, so that its threads do not keep cores from the servers (docs/deploy.md)
+# Before torch, so that its threads do not keep cores from the servers (docs/deploy.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # isort: split
 import torch

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from petals import __version__
 from petals.cli import bench, invite, keygen, peer, seal, settings
+from petals.cli.base.config_flags import in_flags
 from petals.cli.base.help_format import Formatter
 from petals.cli.base.terminal import hush
 from petals.cli.boundary import check_text, report_bug, show_anything
-from petals.cli.cores import honour_quota
+from petals.cli.cores import honour_quota, yield_idle_cores
 from petals.cli.doctor import doctor
 from petals.cli.status import status
-from petals.protocols.errors import SwarmError, UserError
+from petals.errors import PetalsError
+from petals.protocols.errors import ConfigError, SwarmError, UserError
 
 if TYPE_CHECKING:
     import trio
@@ -38,6 +40,7 @@ to begin with:
 def main(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> None:
     """Entry point of the `petals` command; ends the process with its exit code. `defaults`: of flags nobody gives."""
     honour_quota(os.environ)
+    yield_idle_cores(os.environ)
     show_anything()
     sys.exit(run(parse(sys.argv[1:] if argv is None else argv, defaults)))
 
@@ -132,12 +135,10 @@ def run(options: argparse.Namespace) -> int:
             code = options.run(options)
         else:
             code, stopped_by = run_async(partial(options.run, options))
-    except SwarmError as error:
+    except PetalsError as error:
         return complain(error)
     except Exception as error:
-        if type(error).__module__ != "petals.models.errors":  # known by name: torch is not imported for it
-            return report_bug(error)
-        return complain(error)
+        return report_bug(error)
     except KeyboardInterrupt:  # before trio was listening
         stopped_by = signal.SIGINT
     if code is None and stopped_by is not None and not lasts(options):
@@ -191,7 +192,8 @@ def complain(error: Exception) -> int:
     """One line on stderr: what was wrong, and what to do."""
     hush()
     kind = "" if isinstance(error, UserError) or not isinstance(error, SwarmError) else f"{type(error).__name__}: "
-    print(f"petals: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    text = in_flags(error) if isinstance(error, ConfigError) else str(error)
+    print(f"petals: {kind}{' '.join(text.split())}", file=sys.stderr)
     return EXIT_MISTAKE
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong between a checkpoint and a hidden state. `models` imports nobody at home, hence a root of its own.
+"""What can go wrong between a checkpoint and a hidden state. Its root is PetalsError, as all others'.
 
     ModelError
     ├─ CheckpointError      MODEL cannot be found, read or trusted       fix the argument or the files
@@ -15,8 +15,10 @@ Every message is one line that says what to do.
 
 from __future__ import annotations
 
+from petals.errors import PetalsError
 
-class ModelError(Exception):
+
+class ModelError(PetalsError):
     """Root of everything `petals.models` raises on purpose."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from petals.peer.base.config import PeerConfig, Timeouts
+from petals.peer.base.config_checks import NOT_NEGATIVE, POSITIVE, check_fields
 from petals.peer.client.model_client import ClientOptions
 from petals.protocols.errors import UserError
 
@@ -85,6 +86,7 @@ class ClientConfig(ClientOptions):
             if each.name in WITHOUT_EFFECT and getattr(self, each.name) != each.default:
                 warnings.warn(f"{each.name} has no effect: {WITHOUT_EFFECT[each.name]}", UserWarning, stacklevel=3)
         ClientOptions.__post_init__(self)
+        check_fields(self, {"connect_timeout": POSITIVE, "update_period": POSITIVE, "pre_seq_len": NOT_NEGATIVE})
 
     def peer_config(self) -> PeerConfig:
         """The peer that joins this swarm.

@@ -11,14 +11,13 @@ import contextlib
 import copy
 import os
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import trio
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.models.client.causal_lm import GenerationMixin
 from petals.models.client.chain import BlockChain
@@ -72,7 +71,28 @@ class _HeadType(type):
         )
 
 
-class AutoDistributedModel(metaclass=_HeadType):
+if TYPE_CHECKING:
+
+    class _Opened(DistributedMixin, PreTrainedModel, metaclass=_HeadType):  # type: ignore[misc]
+        """What a type checker sees of an opened model: what Petals adds, on top of the library's own class."""
+
+        head: ClassVar[Head]
+        model_type: ClassVar[str | None]
+
+        def __getattr__(self, name: str) -> Any: ...  # the family's own modules
+
+    class _Generating(GenerationMixin):
+        """What a type checker sees of `generate`."""
+else:
+
+    class _Opened(metaclass=_HeadType):
+        pass
+
+    class _Generating:
+        pass
+
+
+class AutoDistributedModel(_Opened):
     """The decoder without head, over the blocks of a swarm; `outputs.last_hidden_state`."""
 
     head: ClassVar[Head] = "base"
@@ -83,13 +103,13 @@ class AutoDistributedModel(metaclass=_HeadType):
         raise UserError(f"{type(self).__name__} is opened with from_pretrained(...)")
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         model_name_or_path: str | os.PathLike[str] | None = None,
         *,
         peer: SyncPeer | Peer | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Open a model over a swarm: embeddings and head are loaded here, blocks are never read.
 
         Args:
@@ -111,14 +131,16 @@ class AutoDistributedModel(metaclass=_HeadType):
         """
         request = _Request.of(model_name_or_path, kwargs)
         opened = _opened(peer or request.peer, request.client)
-        return opened.portal.run(partial(cls._open, opened, request))
+        model: Self = opened.portal.run(partial(cls._open, opened, request))
+        return model
 
     @classmethod
     async def afrom_pretrained(
         cls, model_name_or_path: str | os.PathLike[str] | None = None, *, peer: Peer, **kwargs: Any
-    ) -> Any:
+    ) -> Self:
         """`from_pretrained` for trio programs."""
-        return await cls._open(peer, _Request.of(model_name_or_path, kwargs))
+        model: Self = await cls._open(peer, _Request.of(model_name_or_path, kwargs))
+        return model
 
     @classmethod
     async def _open(cls, peer: Peer, request: _Request) -> Any:
@@ -145,7 +167,7 @@ class AutoDistributedModel(metaclass=_HeadType):
         )
 
 
-class AutoDistributedModelForCausalLM(AutoDistributedModel):
+class AutoDistributedModelForCausalLM(_Generating, AutoDistributedModel):  # type: ignore[misc]
     """A language model over the blocks of a swarm; `generate`, `outputs.logits`."""
 
     head = "causal_lm"
@@ -351,30 +373,3 @@ def _dtype(rest: dict[str, Any]) -> torch.dtype | None:
     if name not in FLOATS_BY_NAME:
         raise UserError(f"unknown dtype {name!r}: choose auto, {', '.join(FLOATS_BY_NAME)}")
     return FLOATS_BY_NAME[name]
-
-
-_BASES: Sequence[tuple[str, type]] = (
-    ("Config", AutoDistributedConfig),
-    ("Model", AutoDistributedModel),
-    ("ForCausalLM", AutoDistributedModelForCausalLM),
-    ("ForSequenceClassification", AutoDistributedModelForSequenceClassification),
-    ("ForSpeculativeGeneration", AutoDistributedSpeculativeModel),
-)
-FAMILIES = {"Bloom": "bloom", "Llama": "llama", "Falcon": "falcon", "Mixtral": "mixtral"}
-"""Families with classes of their own in Petals, by the name in them; every other one opens with the Auto classes."""
-
-
-def _family_class(family: str, suffix: str, base: type) -> type:
-    """`DistributedBloomForCausalLM` and its like: the Auto class that accepts one family only."""
-    members = {"model_type": FAMILIES[family], "__doc__": base.__doc__, "__module__": __name__}
-    return type(base)(f"Distributed{family}{suffix}", (base,), members)
-
-
-globals().update(
-    {
-        family_class.__name__: family_class
-        for family in FAMILIES
-        for suffix, base in _BASES
-        for family_class in [_family_class(family, suffix, base)]
-    }
-)

@@ -1,51 +1,224 @@
-"""Petals on libp2p: run and fine-tune language models together, each peer holding some of the blocks."""
+"""Petals on libp2p: run and fine-tune language models together, each peer holding some of the blocks.
+
+The names below are the public API; docs/api.md says which of them are stable. They are imported when they are first
+used: `petals --help` and `run_dht` start without torch.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-    # Threads that wait for each other spin, and libgomp, which torch brings, lets them do so for milliseconds: all the
-    # while a server's thread takes the core from which its neighbour, or the client, should answer. A tenth of a
-    # millisecond bridges the gap to the next product. Measured on two cores (torch 2.13): alone 3 % slower, a token
-    # through two servers 10 % sooner, loading on a busy machine 9 s instead of 46.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if TYPE_CHECKING:
+    from petals.errors import PetalsError
+    from petals.models.client.generation import InferenceSession
+    from petals.models.client.tuning import LoraSettings
+    from petals.models.errors import (
+        BlockRangeError,
+        CacheFull,
+        CheckpointError,
+        DocumentError,
+        ModelError,
+        SourceUnreachable,
+        StepError,
+        UnsupportedLibrary,
+        UnsupportedModel,
+    )
+    from petals.peer.base.config import LanConfig, NatConfig, PeerConfig, RelayLimits, ServeConfig, Timeouts
+    from petals.peer.base.identity import IdentityError
+    from petals.peer.client.generation.generation import (
+        Chat,
+        GenerationOptions,
+        Prompt,
+        PromptTooLong,
+        Seconds,
+        Token,
+        TokenStream,
+    )
+    from petals.peer.client.model_client import ClientOptions
+    from petals.peer.client_config import ClientConfig
+    from petals.peer.node import Peer, open_peer
+    from petals.peer.pretrained import (
+        AutoDistributedConfig,
+        AutoDistributedModel,
+        AutoDistributedModelForCausalLM,
+        AutoDistributedModelForSequenceClassification,
+        AutoDistributedSpeculativeModel,
+        RemoteSequential,
+    )
+    from petals.peer.pretrained_families import (
+        DistributedBloomConfig,
+        DistributedBloomForCausalLM,
+        DistributedBloomForSequenceClassification,
+        DistributedBloomForSpeculativeGeneration,
+        DistributedBloomModel,
+        DistributedFalconConfig,
+        DistributedFalconForCausalLM,
+        DistributedFalconForSequenceClassification,
+        DistributedFalconForSpeculativeGeneration,
+        DistributedFalconModel,
+        DistributedLlamaConfig,
+        DistributedLlamaForCausalLM,
+        DistributedLlamaForSequenceClassification,
+        DistributedLlamaForSpeculativeGeneration,
+        DistributedLlamaModel,
+        DistributedMixtralConfig,
+        DistributedMixtralForCausalLM,
+        DistributedMixtralForSequenceClassification,
+        DistributedMixtralForSpeculativeGeneration,
+        DistributedMixtralModel,
+    )
+    from petals.peer.sync import SyncPeer, connect
+    from petals.protocols.errors import (
+        ConfigError,
+        Forbidden,
+        LocalProtocolError,
+        MissingBlocks,
+        PeerBusy,
+        PeerUnreachable,
+        ProtocolViolation,
+        RemoteError,
+        RemoteProtocolError,
+        RequestRefused,
+        RouteError,
+        SwarmError,
+        UserError,
+        WrongAnswer,
+    )
 
-# Names are looked up when first used: `petals --help` and `run_dht` must start without importing torch.
-_HOMES: dict[str, str] = {
-    "open_peer": "petals.peer.node",
-    "Peer": "petals.peer.node",
-    "PeerConfig": "petals.peer.base.config",
-    "ServeConfig": "petals.peer.base.config",
-    "Timeouts": "petals.peer.base.config",
-    "connect": "petals.peer.sync",
-    "SyncPeer": "petals.peer.sync",
-    "GenerationOptions": "petals.peer.client.generation.generation",
-    "RemoteSequential": "petals.peer.pretrained",
-    "InferenceSession": "petals.models.client.generation",
-    "LoraSettings": "petals.models.client.tuning",
-    "ClientConfig": "petals.peer.client_config",
+__all__ = [
+    "AutoDistributedConfig",
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "AutoDistributedSpeculativeModel",
+    "BlockRangeError",
+    "CacheFull",
+    "Chat",
+    "CheckpointError",
+    "ClientConfig",
+    "ClientOptions",
+    "ConfigError",
+    "DistributedBloomConfig",
+    "DistributedBloomForCausalLM",
+    "DistributedBloomForSequenceClassification",
+    "DistributedBloomForSpeculativeGeneration",
+    "DistributedBloomModel",
+    "DistributedFalconConfig",
+    "DistributedFalconForCausalLM",
+    "DistributedFalconForSequenceClassification",
+    "DistributedFalconForSpeculativeGeneration",
+    "DistributedFalconModel",
+    "DistributedLlamaConfig",
+    "DistributedLlamaForCausalLM",
+    "DistributedLlamaForSequenceClassification",
+    "DistributedLlamaForSpeculativeGeneration",
+    "DistributedLlamaModel",
+    "DistributedMixtralConfig",
+    "DistributedMixtralForCausalLM",
+    "DistributedMixtralForSequenceClassification",
+    "DistributedMixtralForSpeculativeGeneration",
+    "DistributedMixtralModel",
+    "DocumentError",
+    "Forbidden",
+    "GenerationOptions",
+    "IdentityError",
+    "InferenceSession",
+    "LanConfig",
+    "LocalProtocolError",
+    "LoraSettings",
+    "MissingBlocks",
+    "ModelError",
+    "NatConfig",
+    "Peer",
+    "PeerBusy",
+    "PeerConfig",
+    "PeerUnreachable",
+    "PetalsError",
+    "Prompt",
+    "PromptTooLong",
+    "ProtocolViolation",
+    "RelayLimits",
+    "RemoteError",
+    "RemoteProtocolError",
+    "RemoteSequential",
+    "RequestRefused",
+    "RouteError",
+    "Seconds",
+    "ServeConfig",
+    "SourceUnreachable",
+    "StepError",
+    "SwarmError",
+    "SyncPeer",
+    "Timeouts",
+    "Token",
+    "TokenStream",
+    "UnsupportedLibrary",
+    "UnsupportedModel",
+    "UserError",
+    "WrongAnswer",
+    "__version__",
+    "connect",
+    "open_peer",
+]
+
+_MODULES = {
+    "petals.errors": "PetalsError",
+    "petals.models.client.generation": "InferenceSession",
+    "petals.models.client.tuning": "LoraSettings",
+    "petals.models.errors": (
+        "BlockRangeError CacheFull CheckpointError DocumentError ModelError SourceUnreachable StepError "
+        "UnsupportedLibrary UnsupportedModel"
+    ),
+    "petals.peer.base.config": "LanConfig NatConfig PeerConfig RelayLimits ServeConfig Timeouts",
+    "petals.peer.base.identity": "IdentityError",
+    "petals.peer.client.generation.generation": (
+        "Chat GenerationOptions Prompt PromptTooLong Seconds Token TokenStream"
+    ),
+    "petals.peer.client.model_client": "ClientOptions",
+    "petals.peer.client_config": "ClientConfig",
+    "petals.peer.node": "Peer open_peer",
+    "petals.peer.pretrained": (
+        "AutoDistributedConfig AutoDistributedModel AutoDistributedModelForCausalLM "
+        "AutoDistributedModelForSequenceClassification AutoDistributedSpeculativeModel RemoteSequential"
+    ),
+    "petals.peer.pretrained_families": (
+        "DistributedBloomConfig DistributedBloomForCausalLM DistributedBloomForSequenceClassification "
+        "DistributedBloomForSpeculativeGeneration DistributedBloomModel DistributedFalconConfig "
+        "DistributedFalconForCausalLM DistributedFalconForSequenceClassification "
+        "DistributedFalconForSpeculativeGeneration DistributedFalconModel DistributedLlamaConfig "
+        "DistributedLlamaForCausalLM DistributedLlamaForSequenceClassification "
+        "DistributedLlamaForSpeculativeGeneration DistributedLlamaModel DistributedMixtralConfig "
+        "DistributedMixtralForCausalLM DistributedMixtralForSequenceClassification "
+        "DistributedMixtralForSpeculativeGeneration DistributedMixtralModel"
+    ),
+    "petals.peer.sync": "SyncPeer connect",
+    "petals.protocols.errors": (
+        "ConfigError Forbidden LocalProtocolError MissingBlocks PeerBusy PeerUnreachable ProtocolViolation "
+        "RemoteError RemoteProtocolError RequestRefused RouteError SwarmError UserError WrongAnswer"
+    ),
 }
+"""Where the names live; tests/test_public_api.py compares this with what type checkers read above."""
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
 __path__.append(os.path.join(os.path.dirname(__file__), "compat"))
 """Petals' own module paths (`petals.client`, `petals.utils`, ...) lead to thin modules in that folder."""
-_PRETRAINED = ("AutoDistributed", "Distributed")
-"""What the classes with `from_pretrained` begin with, one for each head and family."""
 
 
-def __getattr__(name: str) -> Any:
-    home = "petals.peer.pretrained" if name.startswith(_PRETRAINED) else _HOMES.get(name)
-    try:
-        if home is not None:
-            return getattr(importlib.import_module(home), name)
-    except AttributeError:
-        pass
-    if not name.startswith("_"):
-        from petals.compat.top_level import __getattr__ as moved
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
-        return moved(name)
-    raise AttributeError(f"module 'petals' has no attribute {name!r}")
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        if not name.startswith("_"):
+            from petals.compat.top_level import __getattr__ as moved
+
+            return moved(name)
+        raise AttributeError(f"module 'petals' has no attribute {name!r}")

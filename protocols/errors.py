@@ -1,33 +1,51 @@
 """The exception family. Each member is a decision: who is to blame, and what the caller does next.
 
-SwarmError
-├─ UserError                 the user's mistake: one line, exit code 2
-├─ ProtocolViolation         a broken rule, whose fault is known to the end that catches it
-├─ LocalProtocolError        a bug at home                       never retried
-├─ RouteError
-│  └─ MissingBlocks          nobody holds .blocks                wait for the next refresh
-└─ RemoteError               carries .peer_id
-   ├─ PeerUnreachable        silence, a cut link, a frozen peer  another peer; short ban
-   ├─ PeerBusy               no room, and it said so             another peer; no ban
-   ├─ RequestRefused         it cannot serve what we asked       another peer; no ban
-   │  └─ Forbidden           it serves others, not us            another peer; long ban
-   ├─ RemoteProtocolError    nonsense on the wire                another peer; long ban
-   └─ WrongAnswer            others compute something else       another peer, and not this one for a day
+PetalsError                  petals/errors.py
+└─ SwarmError
+   ├─ UserError                 the user's mistake: one line, exit code 2
+   │  └─ ConfigError            a setting with a wrong value: carries .config, .field, .value, .allowed
+   ├─ ProtocolViolation         a broken rule, whose fault is known to the end that catches it
+   ├─ LocalProtocolError        a bug at home                       never retried
+   ├─ RouteError
+   │  └─ MissingBlocks          nobody holds .blocks                wait for the next refresh
+   └─ RemoteError               carries .peer_id
+      ├─ PeerUnreachable        silence, a cut link, a frozen peer  another peer; short ban
+      ├─ PeerBusy               no room, and it said so             another peer; no ban
+      ├─ RequestRefused         it cannot serve what we asked       another peer; no ban
+      │  └─ Forbidden           it serves others, not us            another peer; long ban
+      ├─ RemoteProtocolError    nonsense on the wire                another peer; long ban
+      └─ WrongAnswer            others compute something else       another peer, and not this one for a day
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from petals.errors import PetalsError
 from petals.protocols.types import PeerId
 
 
-class SwarmError(Exception):
+class SwarmError(PetalsError):
     """Root of everything this package raises on purpose about the swarm."""
 
 
 class UserError(SwarmError):
     """Something the user asked for cannot be; the message says what was wrong and what to do."""
+
+
+class ConfigError(UserError):
+    """A field of a configuration has a value that it can not have. Raised when the configuration is made.
+
+    Attributes:
+        config: name of the class, such as "ServeConfig".
+        field: name of the field.
+        value: what it was, as text; hidden where the field is secret.
+        allowed: what it may be, as text.
+    """
+
+    def __init__(self, config: str, field: str, value: str, allowed: str) -> None:
+        self.config, self.field, self.value, self.allowed = config, field, value, allowed
+        super().__init__(f"{config}.{field} is {value}; allowed: {allowed}")
 
 
 class ProtocolViolation(SwarmError):

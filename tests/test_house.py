@@ -13,16 +13,19 @@ from pathlib import Path
 
 import pytest
 
+import petals
+
 ROOT = Path(__file__).parent.parent
 ROOMS = ("cli", "dht", "gateway", "models", "peer", "protocols")
 MAY_IMPORT = {
-    "cli": {"cli", "gateway", "peer", "dht", "models", "protocols"},
-    "gateway": {"gateway", "peer", "dht", "models", "protocols"},
-    "peer": {"peer", "dht", "models", "protocols"},
-    "dht": {"dht", "protocols"},
-    "models": {"models"},
-    "protocols": {"protocols"},
+    "cli": {"cli", "gateway", "peer", "dht", "models", "protocols", "errors"},
+    "gateway": {"gateway", "peer", "dht", "models", "protocols", "errors"},
+    "peer": {"peer", "dht", "models", "protocols", "errors"},
+    "dht": {"dht", "protocols", "errors"},
+    "models": {"models", "errors"},
+    "protocols": {"protocols", "errors"},
 }
+"""`petals/errors.py` is the root of all errors, and imports nothing."""
 LIBP2P_LIVES_IN = (
     "dht/directory.py",
     "peer/base/identity.py",
@@ -168,7 +171,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         capture_output=True,
     )
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    assert {name.split("/")[0] for name in names} == {"petals", "petals_libp2p-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"petals", f"petals_libp2p-{petals.__version__}.dist-info"}
     for expected in (
         "petals/py.typed",
         "petals/protocols/SPEC.md",

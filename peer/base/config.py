@@ -1,14 +1,26 @@
-"""Frozen settings, one small class per concern. Times are in seconds, sizes in bytes."""
+"""Frozen settings, one small class per concern. Times are in seconds, sizes in bytes.
+
+Each class checks its values when it is made, and raises a ConfigError that names the field.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
-from petals.protocols.errors import UserError
+from petals.peer.base.config_checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Within,
+    check_addresses,
+    check_fields,
+    refuse,
+)
 from petals.protocols.types import PeerId
 
 
@@ -38,9 +50,7 @@ class Timeouts:
     """Saying goodbye on a stream that may be dead."""
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if not getattr(self, name) > 0:
-                raise UserError(f"timeout {name} must be positive")
+        check_fields(self, dict.fromkeys(self.__slots__, POSITIVE))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +114,7 @@ class ServeConfig:
     reciprocal: those who serve have a larger one (docs/contribution.md)."""
     max_lora_bytes: int = 64 << 20
     """Most bytes of low-rank updates that a client may send with one session or request; they count as its cache."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16."""
     quant_type: Literal["none", "int8", "nf4"] = "none"
     compression: Literal["none", "float16", "int8"] = "none"
@@ -125,27 +135,36 @@ class ServeConfig:
     """The most of it a second, to all of them together."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.balance_quality < 1:
-            raise UserError("balance_quality must be at least 0 (never move) and below 1")
-        if self.prefix_idle_s < 0:
-            raise UserError("prefix_idle_s must not be negative")
-        if self.max_share_bytes_s <= 0:
-            raise UserError("max_share_mb_s must be positive; --no_share_weights shares nothing")
-        if self.mean_balance_check_period <= 0:
-            raise UserError("mean_balance_check_period must be positive")
-        if not 0 < self.max_peer_share <= 1:
-            raise UserError("max_peer_share must be above 0 and at most 1 (all of the cache)")
-        if self.cache_tokens is not None and self.cache_tokens < 1:
-            raise UserError("cache_tokens must be at least 1")
-        if self.max_sessions_per_peer < 1:
-            raise UserError("max_peer_sessions must be at least 1")
-        if self.work_bytes < 1 << 20:
-            raise UserError("work_mb must be at least 1")
-        for rate in (self.max_peer_tokens_s, self.max_peer_bytes_s):
-            if rate is not None and rate <= 0:
-                raise UserError("max_peer_tokens_s and max_peer_bytes_s must be positive")
-        if self.priority not in ("fair", "reciprocal"):
-            raise UserError(f"unknown priority {self.priority!r}: choose fair or reciprocal")
+        check_fields(self, _SERVE_BOUNDS)
+        if self.blocks is not None and (self.blocks.step != 1 or not 0 <= self.blocks.start < self.blocks.stop):
+            refuse(self, "blocks", "None, or a range of at least one block, half-open, such as range(0, 12)")
+        if self.blocks is not None and self.num_blocks is not None:
+            refuse(self, "num_blocks", "None where blocks says which blocks")
+
+
+_SERVE_BOUNDS: Mapping[str, Within] = {
+    "num_blocks": AT_LEAST_1,
+    "balance_quality": Within(0, 1, below=True),
+    "mean_balance_check_period": POSITIVE,
+    "drain_s": NOT_NEGATIVE,
+    "cache_bytes": AT_LEAST_1,
+    "cache_tokens": AT_LEAST_1,
+    "work_bytes": Within(1 << 20),
+    "max_peer_share": Within(0, 1, above=True),
+    "max_wait_s": NOT_NEGATIVE,
+    "max_sessions_per_peer": AT_LEAST_1,
+    "max_peer_tokens_s": POSITIVE,
+    "max_peer_bytes_s": POSITIVE,
+    "max_batch_tokens": AT_LEAST_1,
+    "prefill_chunk_tokens": AT_LEAST_1,
+    "prefix_idle_s": NOT_NEGATIVE,
+    "max_lora_bytes": NOT_NEGATIVE,
+    "session_idle_s": POSITIVE,
+    "payload_s": POSITIVE,
+    "announce_s": POSITIVE,
+    "throughput": POSITIVE,
+    "max_share_bytes_s": POSITIVE,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +186,10 @@ class RelayLimits:
     """What may pass through one circuit, both ways together; 0: as much as it likes. Go's default is 131,072, which a
     prompt's hidden states fill at once."""
 
+    def __post_init__(self) -> None:
+        at_least_1 = dict.fromkeys(("slots", "circuits", "circuits_per_peer", "reservation_s"), AT_LEAST_1)
+        check_fields(self, at_least_1 | dict.fromkeys(("bytes_per_s", "circuit_s", "circuit_bytes"), NOT_NEGATIVE))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NatConfig:
@@ -179,6 +202,10 @@ class NatConfig:
     upnp: bool = True
     """Ask the router for a port when others can not dial us."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, {})
+        check_addresses(self, "relays")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanConfig:
@@ -190,6 +217,9 @@ class LanConfig:
     """How long to look for somebody before going on alone; 0: do not wait."""
     required: bool = False
     """Whether going on alone makes no sense."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"search_s": NOT_NEGATIVE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,3 +255,7 @@ class PeerConfig:
     timeouts: Timeouts = field(default_factory=Timeouts)
     update_s: float = 15.0
     """How often the client's view of the swarm is renewed."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"keep_alive_s": POSITIVE, "update_s": POSITIVE})
+        check_addresses(self, "listen", "announce", "initial_peers")

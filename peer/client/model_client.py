@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import trio
@@ -25,6 +25,7 @@ from petals.models.errors import ModelError
 from petals.models.source.checkpoint import Checkpoint
 from petals.peer.accounting.ledger import nobody_counts
 from petals.peer.base.config import Timeouts
+from petals.peer.base.config_checks import NOT_NEGATIVE, POSITIVE, SHARE, check_fields, refuse
 from petals.peer.base.identity import Identity, verify
 from petals.peer.base.portal import Portal
 from petals.peer.client.async_model import AsyncTwins
@@ -44,7 +45,7 @@ from petals.peer.membership.complaints import ComplaintBook
 from petals.peer.membership.record_exchange import fetch_record
 from petals.peer.net.host import Host
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import RemoteError, RouteError, UserError
+from petals.protocols.errors import RemoteError, RouteError
 from petals.protocols.evidence import Complaint, SignedAnswer, sign_complaint
 from petals.protocols.tensors import COMPRESSIONS, FLOATS_BY_NAME
 from petals.protocols.types import ModelId, PeerId
@@ -58,7 +59,7 @@ class ClientOptions:
     blocked_servers: frozenset[PeerId] = frozenset()
     max_retries: float = 10
     """Failures in a row that one step, or one span of a batch, may survive; math.inf: any number."""
-    compression: str = "none"
+    compression: Literal["none", "float16", "int8"] = "none"
     """none (exact), float16 or int8: how hidden states travel."""
     head_quant: HeadQuant = "none"
     """none (exact) or int8: how the language model's head is held here. On a CPU that is a quarter of the bytes to read
@@ -95,19 +96,9 @@ class ClientOptions:
     """Say which servers a session goes through, and how long each takes."""
 
     def __post_init__(self) -> None:
-        if self.compression not in COMPRESSIONS:
-            raise UserError(f"unknown compression {self.compression!r}: choose {', '.join(COMPRESSIONS)}")
-        if self.head_quant not in get_args(HeadQuant):
-            raise UserError(f"unknown head_quant {self.head_quant!r}: choose {', '.join(get_args(HeadQuant))}")
-        if self.max_retries < 0:
-            raise UserError("max_retries must not be negative")
-        if not 0 <= self.audit <= 1:
-            raise UserError("audit is a probability: from 0 to 1")
-        if any(not isinstance(blocks, range) or blocks.step != 1 for blocks in self.local_blocks):
-            raise UserError("local_blocks are ranges of blocks, such as (range(0, 2), range(28, 30))")
-        for name in ("allowed_servers", "blocked_servers"):
-            if isinstance(getattr(self, name), str):
-                raise UserError(f"{name} is a collection of peer IDs, not one of them")
+        check_fields(self, {"max_retries": NOT_NEGATIVE, "audit": SHARE, "request_timeout": POSITIVE})
+        if any(blocks.step != 1 or not 0 <= blocks.start < blocks.stop for blocks in self.local_blocks):
+            refuse(self, "local_blocks", "ranges of at least one block, such as (range(0, 2), range(28, 30))")
 
 
 LIVE_OPTIONS = frozenset(each.name for each in fields(ClientOptions)) - READ_WHEN_OPENED

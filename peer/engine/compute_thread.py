@@ -8,10 +8,13 @@ step of SmolLM2 took 41 ms instead of 24 as soon as a second thread, the loader'
 
 from __future__ import annotations
 
+import logging
+import os
 import queue
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import outcome
@@ -19,6 +22,14 @@ import torch
 import trio
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@cache
+def _remind_of_spinning() -> None:
+    """Once: in a program that is not ours the environment is not set (cli/cores.py says what it saves)."""
+    if sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        log.info("torch's idle threads spin; to share cores, set GOMP_SPINCOUNT=3000 before torch is imported")
 
 
 class ComputeThread:
@@ -34,7 +45,12 @@ class ComputeThread:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """The thread lives as long as the context. Until then torch uses one core in the loop's thread."""
+        """The thread lives as long as the context. Until then torch uses one core in the loop's thread.
+
+        That is the thread of whoever runs `trio.run`: torch in other threads of a program that serves keeps its cores
+        (tests/peer/test_compute_thread.py), but each that multiplies costs what is said above.
+        """
+        _remind_of_spinning()
         cls = type(self)
         if not cls._running:
             cls._cores = torch.get_num_threads()

@@ -7,7 +7,6 @@ Above this file a peer is a `PeerId`, an address is a `str`, a stream is a `Byte
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -57,9 +56,9 @@ from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
 
 log = logging.getLogger(__name__)
-if "LIBP2P_DEBUG" not in os.environ:
-    # py-libp2p 0.8.1 gives itself a logger without handler and warns there of every peer that left, with every query.
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+# py-libp2p warns of every peer that left, with every query. Where a program has set up no logging, Python would print
+# that on stderr; with a handler that does nothing it does not, and a program that has set it up gets every record.
+logging.getLogger("libp2p").addHandler(logging.NullHandler())
 
 Handler = Callable[[ByteStream], Awaitable[None]]
 """Answers one stream. When it returns, the stream is closed; when it raises, the stream is reset and that is all."""

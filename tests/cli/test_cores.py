@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from petals.cli.cores import THREADS, honour_quota, quota
+from petals.cli.cores import SPINNING, THREADS, honour_quota, quota, yield_idle_cores
 
 V1, V2 = "4:memory:/here\n1:cpu,cpuacct:/here/unit\n", "0::/here/unit\n"
 
@@ -67,18 +67,27 @@ def test_threads_are_what_the_quota_feeds_unless_somebody_has_said_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("given", "first", "after"),
+    ("given", "after"),
     [
-        ({}, "", "3000"),
-        ({"GOMP_SPINCOUNT": "7"}, "", "7"),
-        ({"OMP_WAIT_POLICY": "active"}, "", "None"),
-        ({}, "import torch; ", "None"),
+        ({}, {SPINNING: "3000"}),
+        ({SPINNING: "7"}, {SPINNING: "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
-    ids=["default", "said", "policy", "too-late"],
+    ids=["default", "said", "policy"],
 )
-def test_threads_that_wait_soon_give_their_core_up(given: Mapping[str, str], first: str, after: str) -> None:
-    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # this process has imported petals
-    environ = {name: value for name, value in os.environ.items() if name not in ours} | dict(given)
-    code = f"{first}import os, petals; print(os.environ.get('GOMP_SPINCOUNT'))"
+def test_threads_that_wait_soon_give_their_core_up(given: Mapping[str, str], after: Mapping[str, str]) -> None:
+    environ = dict(given)
+    yield_idle_cores(environ)
+    assert environ == after
+
+
+def test_the_command_line_sets_it_before_torch_is_imported_and_importing_petals_sets_nothing() -> None:
+    environ = {name: value for name, value in os.environ.items() if name not in (SPINNING, "OMP_WAIT_POLICY")}
+    code = (
+        "import os, sys, petals; assert 'GOMP_SPINCOUNT' not in os.environ\n"
+        "from petals.cli import main as cli\n"
+        "cli.run = lambda _: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
+        "cli.main(['doctor'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == after
+    assert done.stdout.strip() == "3000 False"

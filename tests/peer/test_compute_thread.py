@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -28,11 +28,20 @@ async def test_everything_runs_in_one_thread_that_has_all_cores(three_cores: Non
         assert threading.get_ident() not in names
         assert await one.run(torch.get_num_threads) == 3
         assert torch.get_num_threads() == 1
+        assert await _in_a_new_thread(torch.get_num_threads) == 3  # other threads of the program keep their cores
         async with two.running():
             assert await two.run(threading.get_ident) not in names
             assert await two.run(torch.get_num_threads) == 3
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 3
+
+
+async def _in_a_new_thread(function: Callable[[], int]) -> int:
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    await trio.to_thread.run_sync(thread.join)
+    return results[0]
 
 
 async def test_an_error_is_the_askers() -> None:
