@@ -29,15 +29,10 @@ if TYPE_CHECKING:
     )
     from petals.peer.base.config import LanConfig, NatConfig, PeerConfig, RelayLimits, ServeConfig, Timeouts
     from petals.peer.base.identity import IdentityError
-    from petals.peer.client.generation.generation import (
-        Chat,
-        GenerationOptions,
-        Prompt,
-        PromptTooLong,
-        Seconds,
-        Token,
-        TokenStream,
-    )
+    from petals.peer.client.constraints import Constraint, ConstraintError
+    from petals.peer.client.generation.generation import Seconds, Token, TokenStream
+    from petals.peer.client.generation.generation_options import GenerationOptions
+    from petals.peer.client.generation.prompts import Chat, Prompt, PromptTooLong
     from petals.peer.client.model_client import ClientOptions
     from petals.peer.client_config import ClientConfig
     from petals.peer.node import Peer, open_peer
@@ -102,6 +97,8 @@ __all__ = [
     "ClientConfig",
     "ClientOptions",
     "ConfigError",
+    "Constraint",
+    "ConstraintError",
     "DistributedBloomConfig",
     "DistributedBloomForCausalLM",
     "DistributedBloomForSequenceClassification",
@@ -175,9 +172,10 @@ _MODULES = {
     ),
     "petals.peer.base.config": "LanConfig NatConfig PeerConfig RelayLimits ServeConfig Timeouts",
     "petals.peer.base.identity": "IdentityError",
-    "petals.peer.client.generation.generation": (
-        "Chat GenerationOptions Prompt PromptTooLong Seconds Token TokenStream"
-    ),
+    "petals.peer.client.constraints": "Constraint ConstraintError",
+    "petals.peer.client.generation.generation": "Seconds Token TokenStream",
+    "petals.peer.client.generation.generation_options": "GenerationOptions",
+    "petals.peer.client.generation.prompts": "Chat Prompt PromptTooLong",
     "petals.peer.client.model_client": "ClientOptions",
     "petals.peer.client_config": "ClientConfig",
     "petals.peer.node": "Peer open_peer",
