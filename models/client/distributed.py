@@ -225,6 +225,7 @@ def _second_names(model: Any, base: Any, stack: Any, blocks: RemoteSequential) -
         (base, "word_embeddings", base.get_input_embeddings()),
         (base, "word_embeddings_layernorm", nn.Identity()),
         (base, "ln_f", norms[-1] if norms else nn.Identity()),
+        (base, "get_prompt", model.get_prompt),
     ]
     head = model.get_output_embeddings()
     return parts if head is None else [*parts, (model, "lm_head", head)]

@@ -32,7 +32,7 @@ from petals.peer.client.session.pipelined_step import PIECE_TOKENS, PipelinedSte
 from petals.peer.client.session.pushed_step import PushedStep
 from petals.peer.net.host import Host
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import Forbidden, LocalProtocolError, RemoteError, RouteError, WrongAnswer
+from petals.protocols.errors import Forbidden, LocalProtocolError, RemoteError, RouteError, UserError, WrongAnswer
 from petals.protocols.types import PeerId
 
 log = logging.getLogger(__name__)
@@ -225,6 +225,8 @@ class RemoteSession:
         """
         if self._broken:
             raise SessionBroken("an earlier step of this session was cut off; open a new one")
+        if hidden.shape[0] != self.spec.batch_size:  # no server could accept it
+            raise UserError(f"hidden has {hidden.shape[0]} rows, the session {self.spec.batch_size}: open another one")
         if self._position + hidden.shape[1] > self.spec.max_length:
             raise RouteError(
                 f"{self._position} + {hidden.shape[1]} tokens are more than this session's max_length of "
