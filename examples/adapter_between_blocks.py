@@ -16,7 +16,7 @@ from torch import nn
 from petals import AutoDistributedModel, connect
 
 SEED, BATCH = 0, 16
-steps = STEPS or 60
+steps = STEPS or 40
 random.seed(SEED)
 torch.manual_seed(SEED)
 
@@ -43,7 +43,7 @@ class Spliced(nn.Module):
         self.down, self.up = nn.Linear(size, width), nn.Linear(width, size)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        self.head = nn.Linear(size, 2)
+        self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 2))
 
     def forward(self, embedded, mask):
         hidden = self.lower(embedded, attention_mask=mask)
@@ -78,7 +78,7 @@ def accuracy(model, rows):
 
 # %%
 untrained = copy.deepcopy(model)
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
 losses = []
 for step in range(steps):
     logits, labels = run(model, random.sample(training, BATCH))

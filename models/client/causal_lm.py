@@ -69,15 +69,9 @@ class GenerationMixin(DistributedMixin):
             raise StepError(f"the session has {len(known)} rows, inputs {len(inputs)}: open another one")
         parts = [part for part in (known, inputs) if part is not None]
         full = torch.cat(parts, dim=1) if parts else None
+        if known is not None and full is not None:
+            self._extend_mask(cache, known, full, kwargs)
         self._make_room(session, cache, full, kwargs)
-        mask = kwargs.get("attention_mask")
-        if (
-            mask is not None
-            and full is not None
-            and known is not None
-            and mask.shape[1] == full.shape[1] - known.shape[1]
-        ):
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(known.shape), mask], dim=1)
         result = super().generate(full, *args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)  # type: ignore[misc]
         sequences = result if isinstance(result, Tensor) else result.sequences
         session.output_ids = sequences
@@ -87,6 +81,16 @@ class GenerationMixin(DistributedMixin):
             return fresh
         result.sequences = fresh
         return result
+
+    def _extend_mask(self, cache: ChainCache, known: Tensor, full: Tensor, kwargs: dict[str, Any]) -> None:
+        """Left out, or over the new tokens only, a mask goes on from what the servers were told. The library would take
+        tokens of the answer for padding where they are the padding token."""
+        mask = kwargs.get("attention_mask")
+        new = full.shape[1] - known.shape[1]
+        if mask is None or mask.shape[1] == new != full.shape[1]:
+            fresh = full.new_ones(len(full), new) if mask is None else mask
+            before = cache.text_mask(len(known), known.shape[1]).to(fresh)
+            kwargs["attention_mask"] = torch.cat([before, fresh], dim=1)
 
     def _make_room(
         self, session: InferenceSession, cache: ChainCache, full: Tensor | None, kwargs: dict[str, Any]

@@ -149,6 +149,18 @@ class ChainCache(Cache):
         if self._mask is not None:
             self._mask = self._mask[beam_idx.to(self._mask.device)]
 
+    def text_mask(self, rows: int, tokens: int) -> Tensor:
+        """What of the first `tokens` tokens is real as the servers were told, (rows, tokens) int64.
+
+        Args:
+            rows: of the text; where the servers' rows are beams, as many of each.
+        """
+        mask = torch.ones(rows, tokens, dtype=torch.long)
+        if self._mask is not None:
+            known = self._mask[:: max(1, len(self._mask) // rows), self._prefix :][:, :tokens]
+            mask[:, : known.shape[1]] = known
+        return mask
+
     def full_mask(self, mask: Tensor, new_tokens: int) -> Tensor:
         """A mask over all tokens of the text, from one that may cover the new ones only.
 

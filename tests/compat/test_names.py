@@ -154,3 +154,12 @@ def test_nobody_in_the_house_uses_the_old_names() -> None:
         parts = path.relative_to(ROOT).parts
         if parts[0] in ("cli", "dht", "gateway", "models", "peer", "protocols"):
             assert "petals.compat" not in path.read_text(), path
+
+
+def test_the_facts_that_petals_checks_are_checked_here() -> None:
+    """Every test that the page names is there."""
+    section = PAGE.split("## What Petals' own tests check")[1].split("\n## ")[0]
+    named = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", section)
+    assert len(named) + section.count("cannot apply: ") == section.count("\n| ") - section.count("\n| **") - 1 >= 71
+    for file, test in named:
+        assert re.search(rf"^(async )?def {test}\(", (ROOT / file).read_text(), re.M), f"{file}::{test}"
