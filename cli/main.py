@@ -22,7 +22,7 @@ from petals.cli.cores import honour_quota, yield_idle_cores
 from petals.cli.doctor import doctor
 from petals.cli.status import status
 from petals.errors import PetalsError
-from petals.protocols.errors import ConfigError, SwarmError, UserError
+from petals.protocols.errors import ConfigError, NeverFits, SwarmError, UserError
 
 if TYPE_CHECKING:
     import trio
@@ -191,7 +191,8 @@ async def _cancel_on_signal(scope: trio.CancelScope, came: list[int], *, task_st
 def complain(error: Exception) -> int:
     """One line on stderr: what was wrong, and what to do."""
     hush()
-    kind = "" if isinstance(error, UserError) or not isinstance(error, SwarmError) else f"{type(error).__name__}: "
+    said_by_itself = isinstance(error, UserError | NeverFits) or not isinstance(error, SwarmError)
+    kind = "" if said_by_itself else f"{type(error).__name__}: "
     text = in_flags(error) if isinstance(error, ConfigError) else str(error)
     print(f"petals: {kind}{' '.join(text.split())}", file=sys.stderr)
     return EXIT_MISTAKE

@@ -8,7 +8,7 @@ from typing import Any
 
 from petals.models.errors import ModelError
 from petals.peer.client.generation.prompts import PromptTooLong
-from petals.protocols.errors import MissingBlocks, PeerBusy, SwarmError, UserError
+from petals.protocols.errors import MissingBlocks, NeverFits, PeerBusy, SwarmError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case PromptTooLong():
+        case PromptTooLong() | NeverFits():
             return ApiError(400, message, code="context_length_exceeded")
         case UserError():
             return ApiError(400, message)

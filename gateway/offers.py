@@ -8,6 +8,7 @@ from dataclasses import replace
 from petals.gateway.config import HttpConfig
 from petals.gateway.errors import ApiError
 from petals.gateway.generations import Offered
+from petals.models.source.context_length import longest_context
 from petals.peer.node import Peer
 
 LATEST = ":latest"
@@ -56,7 +57,7 @@ class Offers:
     async def max_length(self, model: Offered) -> int | None:
         """Tokens that a model can look back on; None: as many as fit."""
         client = await self._peer.client(model.argument)
-        limit = getattr(client.checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        limit = longest_context(client.checkpoint.config.get_text_config())
         return None if limit is None else int(limit)
 
     async def describe(self, model: Offered) -> dict[str, object]:

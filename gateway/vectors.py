@@ -19,6 +19,7 @@ from petals.gateway.errors import as_api_error
 from petals.gateway.fields import Fields
 from petals.gateway.request_parser import read_prompts
 from petals.gateway.tools import read_tools
+from petals.models.source.context_length import longest_context
 from petals.peer.client.generation.prompts import Chat, Prompt, tokenise
 from petals.peer.client.generation.scoring import Pooling, embed
 from petals.peer.node import Peer
@@ -118,7 +119,7 @@ async def _tokenize(desk: Desk, peer: Peer, request: Request) -> Response:
         ids = await trio.to_thread.run_sync(tokenise, tokenizer, prompt, client.checkpoint)
     except Exception as error:
         raise as_api_error(error) from error
-    limit = getattr(client.checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_context(client.checkpoint.config.get_text_config())
     body: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids}
     if strings:
         body["token_strs"] = tokenizer.convert_ids_to_tokens(ids)

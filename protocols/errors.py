@@ -12,7 +12,8 @@ PetalsError                  petals/errors.py
       ├─ PeerUnreachable        silence, a cut link, a frozen peer  another peer; short ban
       ├─ PeerBusy               no room, and it said so             another peer; no ban
       ├─ RequestRefused         it cannot serve what we asked       another peer; no ban
-      │  └─ Forbidden           it serves others, not us            another peer; long ban
+      │  ├─ Forbidden           it serves others, not us            another peer; long ban
+      │  └─ NeverFits           more than it ever gives anybody     another peer; never asked again for as much
       ├─ RemoteProtocolError    nonsense on the wire                another peer; long ban
       └─ WrongAnswer            others compute something else       another peer, and not this one for a day
 """
@@ -106,6 +107,10 @@ class RequestRefused(RemoteError):
 
 class Forbidden(RequestRefused):
     """The peer serves others, not us; asking again is of no use before its operator has changed that."""
+
+
+class NeverFits(RequestRefused):
+    """More than the peer ever gives to one session; waiting is of no use, asking for less is."""
 
 
 class RemoteProtocolError(RemoteError):

@@ -56,7 +56,7 @@ DEFAULT_TOP_K = 50
 Choose = Callable[[Tensor], Tensor]
 """Scores (batch, vocabulary) float32 -> tokens (batch,) int64."""
 
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
     "num_return_sequences": (None, 1),
@@ -80,8 +80,8 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 def ignored_settings(config: GenerationConfig) -> list[str]:
     """`name=value` of each setting of a model's `generation_config.json` that a single stream of tokens leaves out:
     beams, several answers, drafts. `model.generate` of the PyTorch client follows them."""
-    found = ((name, getattr(config, name, None)) for name in _UNSUPPORTED)
-    return [f"{name}={value}" for name, value in found if value not in _UNSUPPORTED[name]]
+    found = ((name, getattr(config, name, None)) for name in UNSUPPORTED)
+    return [f"{name}={value}" for name, value in found if value not in UNSUPPORTED[name]]
 
 
 def processors_of(

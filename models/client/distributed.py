@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from petals.models.client.chain import BlockChain
 from petals.models.client.generation import ChainCache, InferenceSession
+from petals.models.client.generation_settings import read_settings
 from petals.models.client.growing_cache import GrowingCache
 from petals.models.client.remote_sequential import Call, RemoteSequential
 from petals.models.client.trained import load_trained, save_trained
@@ -144,8 +144,9 @@ def load_model(
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(_NEW_HEAD))
     if missing:
         raise CheckpointError(f"{checkpoint.name} lacks {', '.join(missing[:3])} ({len(missing)} tensors)")
-    if (checkpoint.directory / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.directory))
+    if model.can_generate():
+        model.generation_config, left_out = read_settings(checkpoint.directory, model.generation_config)
+        model.ignored_settings = tuple(left_out)
     output = model.get_output_embeddings()
     if type(output) is nn.Linear and head_quant == "int8":
         model.set_output_embeddings(quantize_head(output))

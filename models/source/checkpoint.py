@@ -110,7 +110,8 @@ class Checkpoint:
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> file."""
-        if (self.directory / INDEX).exists():
+        # As transformers has it: where both are, the single file is the model, and the index is left over.
+        if (self.directory / INDEX).exists() and not (self.directory / SINGLE).exists():
             found = _read_json(self.directory / INDEX).get("weight_map")
             if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
                 raise CheckpointError(f"{self.name}: {INDEX} has no weight_map of names and files")
@@ -255,7 +256,7 @@ class Checkpoint:
                 self.directory, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # three libraries read what somebody wrote, and raise what they like
-            raise CheckpointError(f"{self.name} has no usable tokenizer: {_first_line(error)}") from error
+            raise CheckpointError(f"{self.name} has no usable tokenizer: {first_line(error)}") from error
         return tokenizer
 
     def _path_of(self, file: str) -> Path:
@@ -356,7 +357,7 @@ def _load_config(name: str, directory: Path) -> PretrainedConfig:
         for each in (config, text):  # weights are read by us (formats.py); the library would want its own packages
             vars(each).pop("quantization_config", None)
     except Exception as error:  # somebody else's file; the library's readers raise whatever meets them first
-        raise CheckpointError(f"{name} is not a model that transformers knows: {_first_line(error)}") from error
+        raise CheckpointError(f"{name} is not a model that transformers knows: {first_line(error)}") from error
     counts = (getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None))
     if not all(isinstance(count, int) and count > 0 for count in counts):
         raise CheckpointError(f"{name} ({config.model_type}) has no transformer blocks")
@@ -383,9 +384,12 @@ def _refuse_others(name: str, directory: Path) -> None:
         )
 
 
-def _manifest_paths(directory: Path) -> tuple[Path, Path]:
+def _manifest_paths(directory: Path) -> tuple[Path, ...]:
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:32]
-    return directory / MANIFEST, cache_directory() / "manifests" / f"{key}.json"
+    try:
+        return directory / MANIFEST, cache_directory() / "manifests" / f"{key}.json"
+    except CheckpointError:  # a user without a home: the place beside the checkpoint has to do
+        return (directory / MANIFEST,)
 
 
 def _load_manifest(path: Path) -> dict[str, Any]:
@@ -432,11 +436,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot read {path}: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"cannot read {path}: it is no JSON object")
     return found
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

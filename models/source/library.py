@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from petals.models.errors import CheckpointError
 from petals.models.source.disk import cache_directory, write_json
 
 Names = Mapping[Any, Any]
@@ -89,7 +90,10 @@ def names_of(folder: Path, scan: Callable[[Path], Names]) -> Names:
         return scan(folder)
     status = folder.stat()
     mark = [str(folder), status.st_ino, status.st_mtime_ns]
-    path = cache_directory() / "transformers.json"
+    try:
+        path = cache_directory() / "transformers.json"
+    except CheckpointError:  # a user without a home
+        return scan(folder)
     with suppress(OSError, ValueError, TypeError, LookupError):
         kept = json.loads(path.read_bytes())
         if kept["mark"] == mark:

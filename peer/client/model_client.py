@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from petals.dht.records import ServerRecord
 from petals.models.blocks.adapters import Lora
 from petals.models.client.causal_lm import load_causal_lm
+from petals.models.client.decoding import ignored_settings
 from petals.models.client.distributed import Head, HeadQuant, load_model
 from petals.models.client.tuning import Tuning
 from petals.models.errors import ModelError
@@ -408,6 +409,8 @@ class ModelClient:
 
     def _load(self, dtype: torch.dtype, head_quant: HeadQuant) -> tuple[Any, PreTrainedTokenizerBase]:
         model = load_causal_lm(self.checkpoint, self.chain(), dtype=dtype, head_quant=head_quant)
+        if ignored := [*model.ignored_settings, *ignored_settings(model.generation_config)]:
+            self._say(f"generation_config.json of {self.checkpoint.name}: ignored are {', '.join(ignored)}")
         return model, self.checkpoint.tokenizer()
 
     def load_model(

@@ -26,7 +26,14 @@ from petals.peer.client.routing.view import SwarmWatcher
 from petals.peer.engine.lora_codec import encode_lora
 from petals.peer.net.host import Host
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import LocalProtocolError, RemoteError, RemoteProtocolError, SwarmError
+from petals.protocols.errors import (
+    LocalProtocolError,
+    NeverFits,
+    RemoteError,
+    RemoteProtocolError,
+    RouteError,
+    SwarmError,
+)
 from petals.protocols.inference import MAX_MESSAGE_BYTES
 from petals.protocols.receipts import BACKWARD, block_tokens
 from petals.protocols.stream import MessageStream
@@ -145,7 +152,8 @@ class BatchTrainer:
             try:
                 output = (await self._ask(leg, hidden, companions.of(leg.blocks), None)).hidden
             except RemoteError as error:
-                failures, avoid, route = self._count_failure(leg, error, failures), avoid | {leg.peer_id}, []
+                avoid, route = avoid | {leg.peer_id}, []
+                failures = self._count_failure(leg, error, failures, avoid)
                 continue
             spans.append(SpanInput(leg.blocks, hidden))
             hidden = output.to(hidden.dtype)
@@ -172,7 +180,8 @@ class BatchTrainer:
             try:
                 done.insert(0, await self._ask(leg, span.hidden, companions.of(leg.blocks), grad))
             except RemoteError as error:
-                failures, avoid = self._count_failure(leg, error, failures), avoid | {leg.peer_id}
+                avoid |= {leg.peer_id}
+                failures = self._count_failure(leg, error, failures, avoid)
                 todo.append(span)
                 continue
             grad = done[0].hidden
@@ -180,10 +189,15 @@ class BatchTrainer:
         lora = {place: factors for each in done for place, factors in each.lora.items()}
         return Gradients(grad, torch.cat(prompts) if prompts else None, lora)
 
-    def _count_failure(self, leg: RouteHop, error: RemoteError, failures: int) -> int:
+    def _count_failure(self, leg: RouteHop, error: RemoteError, failures: int, avoid: frozenset[PeerId]) -> int:
         self.watcher.report(leg.peer_id, error)
         if failures >= self.max_retries:
             raise error
+        if isinstance(error, NeverFits):  # another server may have more room; waiting is of no use
+            try:
+                self.find_route(leg.blocks, avoid)
+            except RouteError:
+                raise error from None
         log.warning("blocks %d:%d: %s; asking somebody else", leg.blocks.start, leg.blocks.stop, error)
         return failures + 1
 

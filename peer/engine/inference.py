@@ -132,6 +132,8 @@ class Sessions(Guard):
         blocks = self._check_servable(opening)
         factors = lora_payload(opening.lora, blocks)
         nbytes = self.span.cache_bytes(blocks, opening.batch_size, opening.max_length) + self._lora_bytes(factors)
+        if nbytes > self.budget.max_peer_bytes:
+            raise Refused(pb.QUOTA, self._why_never(opening, blocks, nbytes))
         lease = await self._lease(messages.remote_peer, nbytes, opening.wait_ms / 1000)
         with lease, self._mailbox(opening) as mailbox:
             await self._turn(messages.remote_peer, 0, factors)
@@ -155,6 +157,17 @@ class Sessions(Guard):
                         await self._read_payload(messages, [_hidden_of(request.supply)])
                     case _:
                         await self._step(messages, conversation, session, request.step)
+
+    def _why_never(self, opening: pb.Open, blocks: range, nbytes: int) -> str:
+        most, rows, tokens = self.budget.max_peer_bytes, opening.batch_size, opening.max_length
+        per_token = self.span.cache_bytes(blocks, rows, tokens) / tokens
+        asked = f"{tokens:,} tokens" if rows == 1 else f"{rows} rows of {tokens:,} tokens"
+        share = "" if most == self.budget.total_bytes else " and --max_peer_share"
+        return (
+            f"{asked} over blocks {blocks.start}:{blocks.stop} need {nbytes / 1e6:,.1f} MB of KV cache, one peer may "
+            f"hold {most / 1e6:,.1f} MB here: {int(most / per_token):,} tokens; ask for fewer, or have the server's "
+            f"operator change --cache_mb{share}"
+        )
 
     async def _begin(self, peer_id: PeerId, cache: SpanCache, opening: pb.Open) -> int:
         """Fill the cache with what is kept of its prefix; returns how many tokens that is."""

@@ -248,6 +248,9 @@ class _Work:
             on_token=on_token,
             drafter=TextDrafter(self._drafts, time.perf_counter),
         )
+        stream = self._stream()
+        if stream is not None and stream.finish_reason is None:
+            stream.finish_reason = "stop"  # by the settings' stop strings or time limit
 
     def _begin_with_kept(self, chain: RemoteChain, prompt: Tensor) -> RemoteChainSession:
         """A session that begins with what the servers have kept of the prompt; its last token is computed anyway."""

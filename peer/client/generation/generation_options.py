@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from petals.models.client.drafts import DraftMode
 from petals.models.source.checkpoint import Checkpoint
+from petals.models.source.context_length import longest_context
 from petals.peer.client.constraints import Constraint
 from petals.peer.client.generation.prompts import PromptTooLong
 from petals.protocols.errors import UserError
@@ -152,7 +153,7 @@ class GenerationOptions:
 
 def room_for(length: int, options: GenerationOptions, checkpoint: Checkpoint) -> int:
     """How many tokens to generate after a prompt of `length`."""
-    limit = getattr(checkpoint.config, "max_position_embeddings", None)
+    limit = longest_context(checkpoint.config)
     allowed = min((each for each in (options.max_length, limit) if each is not None), default=None)
     if allowed is None or length + options.max_new_tokens <= allowed:
         return options.max_new_tokens

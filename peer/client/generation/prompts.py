@@ -73,6 +73,12 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, checkpoint: Che
             raise UserError(f"{checkpoint.name} has tokens 0 to {vocabulary - 1}; the prompt names others")
     if not ids:
         raise UserError("the prompt is empty")
+    if (beyond := max(ids)) >= checkpoint.config.get_text_config().vocab_size:
+        word = tokenizer.convert_ids_to_tokens(beyond)
+        raise UserError(
+            f"the tokenizer of {checkpoint.name} makes {word!r} token {beyond}, for which the model has no embedding; "
+            "leave it out of the prompt"
+        )
     return ids
 
 
@@ -105,9 +111,9 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, model: str) -> st
         )
     except UserError:
         raise
-    except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
-        # templates refuse what their model has not learned, such as two users in a row; others stumble over it
-        raise UserError(f"the chat template of {model} refuses this conversation: {error}") from None
+    except Exception as error:  # somebody else's program; it refuses two users in a row, or stumbles over something
+        reason = str(error) if isinstance(error, TemplateError | ValueError) else repr(error)
+        raise UserError(f"the chat template of {model} refuses this conversation: {reason}") from None
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

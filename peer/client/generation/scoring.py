@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from petals.models.client.decoding import next_logits
 from petals.models.client.generation import ChainCache
 from petals.models.library_contract import cache_name
+from petals.models.source.context_length import longest_context
 from petals.peer.base.concurrency import shielded_for
 from petals.peer.client.generation.prompts import Prompt, PromptTooLong, tokenise
 from petals.peer.client.generation.sampling import Chance, Chances
@@ -100,7 +101,7 @@ async def _tokenised(client: ModelClient, tokenizer: PreTrainedTokenizerBase, pr
         partial(tokenise, tokenizer, prompt, client.checkpoint),
         abandon_on_cancel=True,  # type: ignore[call-arg]  # trio_typing knows its old name
     )
-    limit = getattr(client.checkpoint.config, "max_position_embeddings", None)
+    limit = longest_context(client.checkpoint.config)
     if limit is not None and len(ids) > limit:
         raise PromptTooLong(
             f"a prompt of {len(ids)} tokens is more than the {limit} that {client.checkpoint.name} can look back on"

@@ -25,6 +25,7 @@ from petals.protocols import messages_pb2 as pb
 from petals.protocols.errors import (
     Forbidden,
     LocalProtocolError,
+    NeverFits,
     PeerBusy,
     PeerUnreachable,
     ProtocolViolation,
@@ -96,6 +97,8 @@ def error_of(reply: pb.Error, peer_id: PeerId) -> RemoteError | LocalProtocolErr
             return PeerBusy(message, peer_id, reply.retry_after_ms / 1000 or None)
         case pb.QUOTA if reply.retry_after_ms:
             return PeerBusy(message, peer_id, reply.retry_after_ms / 1000)
+        case pb.QUOTA | pb.TOO_LONG:
+            return NeverFits(message, peer_id)
         case pb.FORBIDDEN:
             return Forbidden(message, peer_id)
         case pb.INTERNAL:

@@ -32,7 +32,15 @@ from petals.peer.client.session.pipelined_step import PIECE_TOKENS, PipelinedSte
 from petals.peer.client.session.pushed_step import PushedStep
 from petals.peer.net.host import Host
 from petals.protocols import messages_pb2 as pb
-from petals.protocols.errors import Forbidden, LocalProtocolError, RemoteError, RouteError, UserError, WrongAnswer
+from petals.protocols.errors import (
+    Forbidden,
+    LocalProtocolError,
+    NeverFits,
+    RemoteError,
+    RouteError,
+    UserError,
+    WrongAnswer,
+)
 from petals.protocols.types import PeerId
 
 log = logging.getLogger(__name__)
@@ -530,15 +538,16 @@ class RemoteSession:
         """Sessions at servers that hold `blocks` together. Whoever refuses is avoided, until nobody is left."""
         deadline = trio.current_time() + self._timeouts.route_s
         refusal: RemoteError | None = None
-        forbidden: dict[PeerId, Forbidden] = {}
+        final: dict[PeerId, RemoteError] = {}
+        """Refusals that waiting does not change."""
         while True:
             try:
                 route = self.find_route(blocks, avoid)
             except RouteError:
-                if forbidden and avoid <= forbidden.keys():  # nobody else has them
-                    raise next(iter(forbidden.values())) from None
+                if final and avoid <= final.keys():  # nobody else has them
+                    raise next(iter(final.values())) from None
                 if avoid:
-                    avoid = frozenset(forbidden)  # rather somebody who failed before than nobody
+                    avoid = frozenset(final)  # rather somebody who failed before than nobody
                     if refusal is None:
                         continue
                 if trio.current_time() >= deadline:
@@ -569,8 +578,8 @@ class RemoteSession:
                     self.watcher.report(leg.peer_id, result)
                     avoid |= {leg.peer_id}
                     refusal = result
-                    if isinstance(result, Forbidden):
-                        forbidden[leg.peer_id] = result
+                    if isinstance(result, Forbidden | NeverFits):
+                        final[leg.peer_id] = result
                 elif not isinstance(result, Hop):
                     raise result
             if trio.current_time() >= deadline and refusal is not None:
