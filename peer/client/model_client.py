@@ -392,7 +392,7 @@ class ModelClient:
             adapter=options.active_adapter or "",
             encoding=COMPRESSIONS[options.compression],
             max_retries=options.max_retries,
-            took=self._took,
+            took=self._count,
         )
 
     async def language_model(self, head_quant: HeadQuant = "none") -> tuple[Any, PreTrainedTokenizerBase]:

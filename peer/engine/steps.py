@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -13,6 +14,10 @@ from petals.models.blocks.block import BlockSpan
 from petals.models.blocks.cache import SpanCache
 from petals.peer.engine.scheduler import SharedWork
 from petals.peer.engine.stream_rules import Adapter
+
+log = logging.getLogger(__name__)
+MAX_REASONS = 16
+"""So many different failures of shared passes are logged, in the whole life of the process."""
 
 
 class StepWork(SharedWork):
@@ -72,7 +77,8 @@ class StepWork(SharedWork):
                 if fit
                 else ()
             )
-        except Exception:  # whose fault it is shows when each is alone
+        except Exception as error:  # whose fault it is shows when each is alone
+            _report(error, len(fit))
             return [outcome.capture(work) for work in works]
         return [outcome.Value(next(done)) if isinstance(result, outcome.Value) else result for result in ready]
 
@@ -88,6 +94,17 @@ class StepWork(SharedWork):
     def _rollback(self) -> None:
         if self._position < self._cache.position:
             self._cache.rollback(self._position)
+
+
+_reported: set[str] = set()
+
+
+def _report(error: Exception, steps: int) -> None:
+    """Log why a shared pass failed, each reason once: from then on it costs every step twice the time."""
+    reason = f"{type(error).__name__}: {error}"
+    if reason not in _reported and len(_reported) < MAX_REASONS:
+        _reported.add(reason)
+        log.warning("a pass of %d steps failed and is run again, step by step: %s", steps, reason, exc_info=error)
 
 
 def whole(outputs: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from petals.models.blocks.block import BlockSpan
 from petals.models.errors import CacheFull, StepError
 from petals.models.source.checkpoint import open_checkpoint
 from petals.models.source.loading import load_span
+from petals.peer.engine import steps
 from petals.peer.engine.scheduler import Lane, Priority, SharedWork, Visitor, back_by, next_piece
 from petals.peer.engine.steps import StepWork
 from tests.models.tiny import BLOCKS, CASES, HIDDEN, save_tiny
@@ -213,17 +214,22 @@ def test_a_step_that_fails_costs_nobody_else_theirs(llama_span: BlockSpan, noise
         assert (result.unwrap() - truth[0]).abs().max() < 1e-4
 
 
-def test_a_pass_that_breaks_is_done_one_by_one(
-    llama_span: BlockSpan, noise: Tensor, monkeypatch: pytest.MonkeyPatch
+def test_a_pass_that_breaks_is_done_one_by_one_and_the_log_says_why_once(
+    llama_span: BlockSpan, noise: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def breaks(*_: object) -> None:
         raise StepError("a pass of ours")
 
     monkeypatch.setattr(llama_span, "step_together", breaks)
-    caches = [llama_span.new_cache(range(BLOCKS), 1, 8) for _ in range(2)]
-    results = StepWork.together([StepWork(llama_span, cache, 0, {"hidden": noise}, None) for cache in caches])
-    assert all(isinstance(result, outcome.Value) for result in results)
-    assert [cache.position for cache in caches] == [noise.shape[1]] * 2
+    monkeypatch.setattr(steps, "_reported", set())
+    for _ in range(3):
+        caches = [llama_span.new_cache(range(BLOCKS), 1, 8) for _ in range(2)]
+        results = StepWork.together([StepWork(llama_span, cache, 0, {"hidden": noise}, None) for cache in caches])
+        assert all(isinstance(result, outcome.Value) for result in results)
+        assert [cache.position for cache in caches] == [noise.shape[1]] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "a pass of 2 steps failed and is run again, step by step: StepError: a pass of ours"
+    ]
 
 
 def test_steps_of_padded_batches_go_together_once_their_padding_is_old(llama_span: BlockSpan) -> None:

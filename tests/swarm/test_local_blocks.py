@@ -79,7 +79,8 @@ async def test_tokens_are_those_of_the_unsplit_model_and_nobody_else_is_asked_fo
         remote = session.cache.session.remote
         assert [hop.blocks for hop in remote.hops if hop.peer_id.endswith("@home")] == [*ENDS]
         lost = {hop.peer_id for hop in remote.hops}
-        for peer in [peer for peer in swarm.peers if peer.peer_id in lost]:
+        stopped = [peer for peer in swarm.peers if peer.peer_id in lost]
+        for peer in stopped:
             await swarm.stop(peer)
         await remote.hops[0].messages.reset()  # a failure at home is survived as well
         rest = await model.agenerate(max_new_tokens=5)
@@ -87,6 +88,9 @@ async def test_tokens_are_those_of_the_unsplit_model_and_nobody_else_is_asked_fo
         assert [hop.blocks for hop in remote.hops if hop.peer_id.endswith("@home")] == [*ENDS]
     expected = tiny_truth.model.generate(IDS, **settings)
     assert torch.equal(torch.cat([first, rest], dim=1), expected)
+    # Own work is nobody's: neither generation nor training books it, and it makes no peer of "0:1@home".
+    assert 0 < len(bootstrap.ledger.accounts) <= 5
+    assert set(bootstrap.ledger.accounts) <= {peer.peer_id for peer in (*swarm.peers, *stopped)}
     assert asked_for
     assert all(range(1, 3).start <= blocks.start and blocks.stop <= 3 for blocks in asked_for)
     for peer in swarm.peers[1:]:
@@ -129,7 +133,11 @@ async def test_a_client_can_do_without_anybody(make_swarm: MakeSwarm, tiny_truth
 
 @pytest.mark.parametrize(
     ("local", "said"),
-    [((range(3, 5),), "the model has blocks 0:4"), ((range(2), range(1, 3)), "named twice"), (("0:2",), "are ranges")],
+    [
+        ((range(3, 5),), "the model has blocks 0:4"),
+        ((range(2), range(1, 3)), "named twice"),
+        (("0:2",), "a tuple of ranges"),
+    ],
 )
 async def test_local_blocks_that_cannot_be(
     make_swarm: MakeSwarm, tiny_truth: Truth, local: tuple[Any, ...], said: str
