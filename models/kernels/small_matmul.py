@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petals.models.kernels.float16_weights import HalfLinear, HalfMatrix, halve
+from petals.models.kernels.packed_layers import PackedLinear
 from petals.models.kernels.quantize import Int8Linear, int8_product
 from petals.models.kernels.threads import ThreadChoices
 
@@ -157,6 +158,18 @@ class HalfProduct:
         return torch.cat([matrix.times(x) for matrix in self.matrices], -1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedProduct:
+    """Matrices in other bits (packed_layers.py) and their biases, outputs side by side."""
+
+    layers: tuple[PackedLinear, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(self.layers) == 1:
+            return self.layers[0](x)  # type: ignore[no-any-return]
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
 Samples = defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]]
 """The weights of a span by shape and dtype, in the order of their use."""
 
@@ -178,6 +191,9 @@ def fuse(linears: Sequence[nn.Module], samples: Samples | None) -> Product | Non
     halves = [layer.matrix for layer in linears if isinstance(layer, HalfLinear)]
     if len(halves) == len(linears):
         return HalfProduct(tuple(halves))
+    packed = [layer for layer in linears if isinstance(layer, PackedLinear)]
+    if len(packed) == len(linears):
+        return PackedProduct(tuple(packed))
     if all(isinstance(layer, Int8Linear) for layer in linears):
         weight, scale, bias = (_stack(linears, name) for name in ("weight", "scale", "bias"))
         return None if weight is None or scale is None else Int8Product(weight, scale, bias)
