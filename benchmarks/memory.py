@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ _LOAD = """
 import json, sys, time
 import torch, transformers.models.bloom.modeling_bloom
 from petals.models.source.checkpoint import open_checkpoint
+from petals.models.kernels.backends import usable
 from petals.models.kernels.float16_weights import can_halve
 from petals.models.source.loading import load_span
 
@@ -25,15 +25,20 @@ def peak():  # not ru_maxrss, which an exec inherits from the parent
     with open("/proc/self/status") as status:
         return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
+def resident():
+    with open("/proc/self/status") as status:
+        return 1024 * int(next(line for line in status if line.startswith("RssAnon")).split()[1])
+
 directory, start, stop, quant_type = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 checkpoint = open_checkpoint(directory)
 torch.nn.Linear(8, 8)(torch.zeros(1, 8))
-can_halve()  # what torch's libraries allocate for themselves
-before = peak()
+can_halve(), usable()  # what torch's libraries allocate for themselves
+before, least = peak(), resident()
 began = time.perf_counter()
 span = load_span(checkpoint, range(start, stop), dtype=torch.float32, quant_type=quant_type)
 seconds = time.perf_counter() - began
-print(json.dumps({"before": before, "peak": peak(), "weights": span.weight_bytes, "seconds": seconds}))
+figures = {"before": before, "peak": peak(), "weights": span.weight_bytes, "seconds": seconds}
+print(json.dumps({**figures, "held": resident() - least}))
 """
 
 
@@ -51,10 +56,7 @@ def write_checkpoint(directory: Path, *, hidden: int, blocks: int, vocab: int, s
 def measure(directory: Path, blocks: range, quant_type: str = "none") -> dict[str, float]:
     """Bytes and seconds of loading `blocks` in a process of its own."""
     command = [sys.executable, "-c", _LOAD, str(directory), str(blocks.start), str(blocks.stop), quant_type]
-    # What is freed goes back at once, as large models' tensors do: glibc would keep those of less than 32 MB, in holes
-    # that other tensors fit into or not (the same load of a 38 MB span: 67 to 104 MB).
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

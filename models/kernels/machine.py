@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -60,3 +63,38 @@ def describe_device() -> str:
         return f"cuda:0, {properties.name}, {properties.total_memory / 1e9:.1f} GB"
     threads = torch.get_num_threads()
     return f"cpu, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's mallopt."""
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """While open, what is freed of large tensors goes back to the system at once, where the C library is glibc.
+
+    Otherwise it keeps blocks of less than 32 MB in its heap. Loading allocates a matrix to keep, and copies of it to
+    throw away, in turn; the holes that these leave are too small by some bytes for the next matrix, so that a server of
+    2.5 GB of experts took 5.
+    """
+    mallopt = _mallopt()
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 256 << 10)
+    try:
+        yield
+    finally:  # as large as it would have grown by itself, so that steps do not ask the system for every tensor
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
+
+
+@cache
+def _mallopt() -> Callable[[int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        found: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return None
+    return found

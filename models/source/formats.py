@@ -145,6 +145,10 @@ def _blocks_of(width: int, count: int, what: str) -> int:
 # FP8
 
 
+_PIECE_ROWS = 64
+"""Of a matrix that are looked at at a time: a copy of it leaves a hole that the next matrix does not fit into."""
+
+
 def _fp8(stem: str, members: Mapping[str, str], shapes: Shapes, settings: Settings) -> PackedSource | None:
     """Blocks (`weight_scale_inv`), rows or whole matrices (`weight_scale`) of e4m3 codes."""
     weight, fused = (members[".weight"], False) if ".weight" in members else (stem, True)
@@ -159,7 +163,7 @@ def _fp8(stem: str, members: Mapping[str, str], shapes: Shapes, settings: Settin
         codes, scale = parts["codes"], parts["scale"].float()
         if codes.dtype != torch.float8_e4m3fn:
             raise CheckpointError(f"{stem} is stored as {codes.dtype}, not as float8_e4m3fn")
-        if bool(((codes.view(torch.uint8) & 127) == 127).any()):
+        if any(bool(((piece & 127) == 127).any()) for piece in torch.split(codes.view(torch.uint8), _PIECE_ROWS)):
             raise CheckpointError(f"{stem} has weights that are no numbers")
         return Fp8Matrix(codes, scale.reshape(-(-rows // block[0]), -(-width // block[1])), block)
 

@@ -35,6 +35,7 @@ from petals.models.blocks.selftest import agrees, check_span, check_weights
 from petals.models.blocks.standin import stand_in
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
+from petals.models.kernels.machine import freed_memory_returned
 from petals.models.kernels.quantize import check_quant_type
 from petals.models.progress import Meter
 from petals.models.source.checkpoint import Checkpoint, Progress
@@ -94,7 +95,8 @@ def load_span(
     check_range(checkpoint, blocks)
     dtype = dtype or checkpoint.dtype
     keeping = Keeping(dtype, torch.device(device), check_quant_type(quant_type), keep_transposed)
-    model, path, proofs = _load(checkpoint, prepare_config(checkpoint, keeping), blocks, keeping, progress)
+    with freed_memory_returned():
+        model, path, proofs = _load(checkpoint, prepare_config(checkpoint, keeping), blocks, keeping, progress)
     span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
     _prepare(span, checkpoint, proofs if self_test else None, deterministic)
     return span
