@@ -52,7 +52,8 @@ def swarm() -> Iterator[tuple[str, ...]]:
             servers.callback(server.wait)
             servers.callback(server.send_signal, signal.SIGTERM)
             assert server.stdout is not None
-            addrs = addrs or tuple(json.loads(server.stdout.readline())["addrs"])
+            ready = json.loads(server.stdout.readline())  # printed once its blocks are served
+            addrs = addrs or tuple(ready["addrs"])
         yield addrs
 
 
