@@ -305,7 +305,7 @@ def decode(
             if ended or int(text[0, end - 1]) != guess:
                 break
             right += 1
-        drafter.policy.note(len(draft), right, took)
+        drafter.note(len(draft), right, took)
         if cache.get_seq_length() >= end:  # the rest of a draft that was wrong
             cache.keep(end - 1)
     return text[:, :end]

@@ -26,6 +26,10 @@ PAYS = 1.05
 """A draft must promise this many times the tokens per second of a plain step: guesses are never sure."""
 WORTH_S = 0.01
 """Plain steps quicker than this are left alone: there is no network to hide."""
+PRIOR, FORGIVEN = 0.5, 0.05
+FIRST_MORE = 0.03
+"""Share of a plain step that a drafted token is taken to add, before it was measured."""
+_MATCHES = range(SHORTEST_MATCH, LONGEST_MATCH + 1)
 FIRST_PLAIN = 3
 """Plain steps before the first draft, to know how long one takes; the first one opens caches."""
 
@@ -44,7 +48,7 @@ class NgramIndex:
         """Add tokens to the end of the text."""
         for token in tokens:
             end = len(self._text)
-            for length in range(SHORTEST_MATCH, LONGEST_MATCH + 1):
+            for length in _MATCHES:
                 if end >= length:  # what ends just before `token` is followed by it
                     self._after[tuple(self._text[end - length :])] = end
             self._text.append(token)
@@ -52,16 +56,17 @@ class NgramIndex:
     def __len__(self) -> int:
         return len(self._text)
 
-    def propose(self, count: int) -> list[int]:
-        """At most `count` tokens that followed the end of the text where it stood before; the latest such place."""
+    def match(self) -> tuple[int, int]:
+        """How many tokens at the end of the text stood there before, at most `LONGEST_MATCH`, and where the latest such
+        place ends; (0, 0) if fewer than `SHORTEST_MATCH` did."""
         for length in range(LONGEST_MATCH, SHORTEST_MATCH - 1, -1):
             place = self._after.get(tuple(self._text[-length:])) if len(self._text) >= length else None
             if place is not None:
-                return self._repeat(place, count)
-        return []
+                return length, place
+        return 0, 0
 
-    def _repeat(self, place: int, count: int) -> list[int]:
-        """From `place` on; a draft that reaches the end of the text goes on with itself, as a period does."""
+    def repeat(self, place: int, count: int) -> list[int]:
+        """`count` tokens from `place` on; what reaches the end of the text goes on with itself, as a period does."""
         draft: list[int] = []
         for offset in range(count):
             at = place + offset
@@ -78,29 +83,32 @@ class DraftPolicy:
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
-    _chance: float = 0.6
-    """That a drafted token is right when those before it were."""
+    _first: dict[int, float] = field(default_factory=lambda: dict.fromkeys(_MATCHES, PRIOR))
+    """The chance that the first token of a draft is right, by the length of the match."""
+    _next: float = 0.8
+    """That a later one is, when those before it were: a text that is being repeated goes on being repeated."""
     _plain_s: float | None = None
     _more_s: float | None = None
     """Seconds that each token of a draft adds to a step."""
     _plain_seen: int = 0
 
-    def length(self) -> int:
-        """Tokens that the next draft may have; 0: none."""
+    def length(self, match: int) -> int:
+        """Tokens that the next draft may have, behind a match of so many; 0: none."""
         if self.mode != "auto":
             return LONGEST_DRAFT if self.mode == "always" else 0
         if self._plain_s is None or self._plain_seen < FIRST_PLAIN or self._plain_s < WORTH_S:
             return 0
-        more = 0.1 * self._plain_s if self._more_s is None else self._more_s
+        more = FIRST_MORE * self._plain_s if self._more_s is None else self._more_s
         expected, best, rate = 1.0, 0, PAYS / self._plain_s
         for length in range(1, LONGEST_DRAFT + 1):
-            expected += self._chance**length
+            expected += self._first[match] * self._next ** (length - 1)
             if expected / (self._plain_s + more * length) > rate:
                 best, rate = length, expected / (self._plain_s + more * length)
         return best
 
-    def note(self, drafted: int, accepted: int, seconds: float) -> None:
-        """A step with a draft of `drafted` tokens took `seconds`, and `accepted` of them were right."""
+    def note(self, match: int, drafted: int, accepted: int, seconds: float) -> None:
+        """A step took `seconds`; it had a draft of `drafted` tokens behind a match of `match`, of which `accepted` were
+        right."""
         self.steps += 1
         self.drafted += drafted
         self.accepted += accepted
@@ -108,9 +116,12 @@ class DraftPolicy:
             self._plain_seen += 1
             if self._plain_seen > 1:  # the first step is a prompt
                 self._plain_s = _mixed(self._plain_s, seconds)
+            if match:  # what is not tried is slowly forgiven: the text may have turned to repeating itself
+                self._first[match] += FORGIVEN * (PRIOR - self._first[match])
             return
-        for right in [1.0] * accepted + [0.0] * (accepted < drafted):
-            self._chance = _mixed(self._chance, right)
+        self._first[match] = _mixed(self._first[match], float(accepted > 0))
+        for right in ([1.0] * accepted + [0.0] * (accepted < drafted))[1:]:
+            self._next = _mixed(self._next, right)
         if self._plain_s is not None:
             self._more_s = _mixed(self._more_s, max(0.0, seconds - self._plain_s) / drafted)
 
@@ -126,6 +137,7 @@ class TextDrafter:
     policy: DraftPolicy
     clock: Callable[[], float]
     index: NgramIndex = field(default_factory=NgramIndex)
+    _match: int = 0
 
     @classmethod
     def without_drafts(cls) -> Self:
@@ -137,5 +149,10 @@ class TextDrafter:
         if self.policy.mode == "never":
             return []
         self.index.extend(text[len(self.index) :])
-        length = min(room, self.policy.length())
-        return self.index.propose(length) if length > 0 else []
+        self._match, place = self.index.match()
+        length = min(room, self.policy.length(self._match)) if self._match else 0
+        return self.index.repeat(place, length)
+
+    def note(self, drafted: int, accepted: int, seconds: float) -> None:
+        """The step with the last draft took `seconds`, and `accepted` of its `drafted` tokens were right."""
+        self.policy.note(self._match, drafted, accepted, seconds)

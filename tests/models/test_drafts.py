@@ -14,7 +14,12 @@ from petals.models.client.drafts import LONGEST_DRAFT, SHORTEST_MATCH, DraftPoli
 def proposal(text: Sequence[int], count: int = 4) -> list[int]:
     index = NgramIndex()
     index.extend(text)
-    return index.propose(count)
+    return drafted(index, count)
+
+
+def drafted(index: NgramIndex, count: int) -> list[int]:
+    match, place = index.match()
+    return index.repeat(place, count) if match else []
 
 
 def test_what_followed_the_same_words_is_proposed() -> None:
@@ -39,7 +44,7 @@ def test_an_index_that_grows_is_the_index_of_the_whole_text(text: list[int], cou
     growing = NgramIndex()
     for at in range(0, len(text), piece):
         growing.extend(text[at : at + piece])
-    draft = growing.propose(count)
+    draft = drafted(growing, count)
     assert draft == proposal(text, count)
     assert len(draft) in (0, count)
     if draft:  # it did stand in the text, behind the same words
@@ -47,30 +52,39 @@ def test_an_index_that_grows_is_the_index_of_the_whole_text(text: list[int], cou
         assert any(text[at : at + 2] == tail and text[at + 2] == draft[0] for at in range(len(text) - 2))
 
 
-def measured(plain_s: float, more_s: float, right: int = 0, drafted: int = 4) -> DraftPolicy:
+def measured(plain_s: float, more_s: float, right: int, drafted: int = 4) -> DraftPolicy:
     policy = DraftPolicy()
     for _ in range(4):
-        policy.note(0, 0, plain_s)
+        policy.note(0, 0, 0, plain_s)
     for _ in range(12):
-        policy.note(drafted, right, plain_s + more_s * drafted)
+        policy.note(3, drafted, right, plain_s + more_s * drafted)
     return policy
 
 
 def test_nothing_is_drafted_before_steps_are_measured_or_where_they_are_quick() -> None:
-    assert DraftPolicy().length() == 0
-    assert measured(0.002, 0.0, right=4).length() == 0
+    assert DraftPolicy().length(3) == 0
+    assert measured(0.002, 0.0, right=4).length(3) == 0
 
 
 def test_far_servers_get_long_drafts_while_they_are_right_and_none_while_they_are_wrong() -> None:
-    assert measured(0.150, 0.001, right=4).length() == LONGEST_DRAFT
-    assert measured(0.150, 0.010, right=0).length() <= 1
-    assert measured(0.050, 0.050, right=0).length() == 0
+    assert measured(0.150, 0.001, right=4).length(3) == LONGEST_DRAFT
+    assert measured(0.150, 0.010, right=0).length(3) <= 1
+    assert measured(0.050, 0.050, right=0).length(3) == 0
 
 
 def test_a_busy_processor_gets_shorter_drafts_than_a_far_one() -> None:
-    assert 0 < measured(0.040, 0.020, right=3).length() < measured(0.040, 0.001, right=3).length()
+    assert 0 < measured(0.040, 0.020, right=3).length(3) < measured(0.040, 0.001, right=3).length(3)
+
+
+def test_what_was_wrong_for_a_while_is_tried_again() -> None:
+    policy = measured(0.050, 0.010, right=0)
+    assert policy.length(3) == 0
+    assert policy.length(4) > 0  # longer matches are judged by themselves
+    for _ in range(40):
+        policy.note(3, 0, 0, 0.050)
+    assert policy.length(3) > 0
 
 
 @pytest.mark.parametrize(("mode", "length"), [("always", LONGEST_DRAFT), ("never", 0)])
 def test_a_caller_may_decide(mode: str, length: int) -> None:
-    assert DraftPolicy(mode=mode).length() == length  # type: ignore[arg-type]
+    assert DraftPolicy(mode=mode).length(3) == length  # type: ignore[arg-type]
