@@ -170,7 +170,7 @@ def test_every_field_of_petals_settings() -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         ClientConfig(
-            **{name: "something" if name == "dht_prefix" else 7 for name in WITHOUT_EFFECT},  # type: ignore[arg-type]
+            **(dict.fromkeys(WITHOUT_EFFECT, 7) | {"dht_prefix": "x", "use_chunked_forward": False}),  # type: ignore[arg-type]
             initial_peers=["/ip4/1.2.3.4/tcp/5"],  # type: ignore[arg-type]
             max_retries=None,
         )
