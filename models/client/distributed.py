@@ -145,7 +145,8 @@ def load_model(
     if missing:
         raise CheckpointError(f"{checkpoint.name} lacks {', '.join(missing[:3])} ({len(missing)} tensors)")
     if model.can_generate():
-        model.generation_config, left_out = read_settings(checkpoint.directory, model.generation_config)
+        vocabulary = config.get_text_config().vocab_size
+        model.generation_config, left_out = read_settings(checkpoint.directory, model.generation_config, vocabulary)
         model.ignored_settings = tuple(left_out)
     output = model.get_output_embeddings()
     if type(output) is nn.Linear and head_quant == "int8":

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from transformers import GenerationConfig
 
-from petals.models.client.decoding import UNSUPPORTED
+from petals.models.client.decoding import UNSUPPORTED, processors_of
+from petals.models.source.loading import quiet_library
 
 FILE = "generation_config.json"
 MAX_FILE_BYTES = 1 << 20
@@ -48,12 +50,13 @@ _TOKENS = frozenset({"eos_token_id", "pad_token_id", "forced_bos_token_id", "for
 _TOKEN_LISTS = frozenset({"suppress_tokens", "begin_suppress_tokens"})
 
 
-def read_settings(directory: Path, default: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
+def read_settings(directory: Path, default: GenerationConfig, vocabulary: int) -> tuple[GenerationConfig, list[str]]:
     """The settings beside a checkpoint.
 
     Args:
         directory: of the checkpoint.
         default: what the model's configuration says, where there is no usable file.
+        vocabulary: tokens that the model knows.
 
     Returns: the settings; and a sentence for each thing in the file that is left out.
     """
@@ -68,17 +71,26 @@ def read_settings(directory: Path, default: GenerationConfig) -> tuple[Generatio
             raise ValueError("no object")
     except (OSError, ValueError, RecursionError):
         return default, [f"{FILE} is no JSON object"]
-    kept, left_out = _filtered(content)
+    with quiet_library():
+        return _followed(content, default, vocabulary)
+
+
+def _followed(
+    content: Mapping[str, Any], default: GenerationConfig, vocabulary: int
+) -> tuple[GenerationConfig, list[str]]:
+    kept, left_out = _filtered(content, vocabulary)
     for attempt in (kept, {name: value for name, value in kept.items() if name not in UNSUPPORTED}):
         try:
-            return GenerationConfig.from_dict(attempt), left_out
+            config = GenerationConfig.from_dict(attempt)
+            _try(config, vocabulary)
+            return config, left_out
         except Exception as error:  # the library's own checks: settings that contradict each other
             reason = " ".join(str(error).split())[:200]
             left_out = [*left_out, *(f"{name}={attempt[name]!r}" for name in UNSUPPORTED if name in attempt)]
     return default, [f"{FILE}: {reason}"]
 
 
-def _filtered(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _filtered(content: Mapping[str, Any], vocabulary: int) -> tuple[dict[str, Any], list[str]]:
     kept: dict[str, Any] = {}
     left_out = []
     for name, value in content.items():
@@ -86,7 +98,7 @@ def _filtered(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             continue
         if name in _NOT_OURS:
             continue  # what they ask for changes no token
-        if not _is_plausible(name, value):
+        if not _is_plausible(name, value) or not _works(name, value, vocabulary):
             left_out.append(f"{name[:60]}={str(value)[:60]!r}")
         else:
             kept[name] = value
@@ -108,6 +120,31 @@ def _is_plausible(name: str, value: Any) -> bool:
         texts = [value] if isinstance(value, str) else value
         return isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
     return True
+
+
+def _works(name: str, value: Any, vocabulary: int) -> bool:
+    """Whether a setting can be followed by itself: the library's processors refuse numbers and tokens out of range."""
+    if name in UNSUPPORTED:
+        return True  # not followed here
+    try:
+        _try(GenerationConfig.from_dict({name: value, "do_sample": True}), vocabulary)
+    except Exception:
+        return False
+    return True
+
+
+def _try(config: GenerationConfig, vocabulary: int) -> None:
+    """Three steps of a generation with these settings. Raises what the library raises."""
+    ends = config.eos_token_id
+    listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if any(not 0 <= token < vocabulary for token in listed):
+        raise ValueError("an end that is no token of the model")
+    processors = processors_of(config, prompt_length=1, max_length=4, ends=listed)
+    for length in (1, 2, 3):
+        text = torch.zeros(1, length, dtype=torch.int64)
+        scores = processors(cast("torch.LongTensor", text), cast("torch.FloatTensor", torch.zeros(1, vocabulary)))
+        if scores.shape != (1, vocabulary):
+            raise ValueError("scores of another shape")
 
 
 def _is_number(value: Any) -> bool:

@@ -18,9 +18,12 @@ import gguf
 import numpy
 import torch
 from safetensors.torch import save
+from transformers import GenerationConfig
 
 from petals.gateway.keys import hash_key, hash_of, load_keys
 from petals.models.blocks.adapters import CONFIG, WEIGHTS, load_lora
+from petals.models.client.decoding import processors_of
+from petals.models.client.generation_settings import read_settings
 from petals.models.errors import ModelError
 from petals.models.source import checkpoint as checkpoint_module
 from petals.models.source.checkpoint import INDEX, MANIFEST, SINGLE, open_checkpoint
@@ -29,7 +32,7 @@ from petals.peer.base.identity import IdentityError, create_identity, load_ident
 from petals.protocols.errors import UserError
 from petals.protocols.types import PeerId
 from tests.fuzz.sessions import span
-from tests.models.tiny import CASES, HIDDEN, save_tiny
+from tests.models.tiny import CASES, HIDDEN, VOCABULARY, save_tiny
 
 MAX_READ = 1 << 20
 
@@ -48,6 +51,32 @@ def _file(name: str, data: bytes) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return path
+
+
+def generation_settings(data: bytes) -> None:
+    """A `generation_config.json`: whatever it holds, a generation can follow what is left of it."""
+    _file("settings/generation_config.json", data)
+    default = GenerationConfig()
+    config, left_out = read_settings(room() / "settings", default, VOCABULARY)
+    assert all(len(line) < 1000 and line.isprintable() for line in left_out)
+    for samples in (False, True):
+        config.do_sample = samples
+        processors = processors_of(config, prompt_length=3, max_length=8, ends=[])
+        for length in (3, 5, 7):
+            text = torch.arange(length)[None]
+            assert processors(text, torch.zeros(1, VOCABULARY)).shape == (1, VOCABULARY)
+
+
+def generation_settings_seeds() -> list[bytes]:
+    """What people have, and one of everything."""
+    usual = {"bos_token_id": 1, "eos_token_id": [2, 5], "temperature": 0.7, "top_p": 0.9, "do_sample": True}
+    rules = {
+        "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "bad_words_ids": [[9], [4, 5]], "suppress_tokens": [11],
+        "begin_suppress_tokens": [20], "sequence_bias": [[[5], 2.0]], "min_new_tokens": 4, "forced_eos_token_id": 7,
+        "exponential_decay_length_penalty": [3, 1.5], "stop_strings": ["the"], "max_time": 5.0, "top_k": 20,
+    }  # fmt: skip
+    odd = {"num_beams": 4, "penalty_alpha": 0.6, "use_cache": False, "cache_implementation": "static", "min_p": 0.01}
+    return [json.dumps(each).encode() for each in (usual, rules, odd, usual | rules | odd)]
 
 
 def keys(data: bytes) -> None:

@@ -71,6 +71,7 @@ HARNESSES: Mapping[str, Harness] = {
     "keys": Harness(files.keys, files.keys_seeds, "proto", ci_inputs=30),
     "api_keys": Harness(files.api_keys, files.api_keys_seeds),
     "config": Harness(files.config, files.config_seeds, "json", ci_inputs=30),
+    "generation_settings": Harness(files.generation_settings, files.generation_settings_seeds, "json", ci_inputs=30),
     "index": Harness(files.index, files.index_seeds, "json", ci_inputs=30),
     "manifest": Harness(files.manifest, files.manifest_seeds, "json", ci_inputs=30),
     "safetensors": Harness(files.safetensors, files.safetensors_seeds, "json"),

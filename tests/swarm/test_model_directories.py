@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from petals.models.client.generation_settings import read_settings
 from petals.models.source.checkpoint import open_checkpoint
 from petals.peer.base.config import PeerConfig, ServeConfig
 from petals.peer.client.generation.generation import TokenStream
@@ -179,3 +180,21 @@ async def test_a_template_that_raises_is_one_line(model: Path) -> None:
         (model / "chat_template.jinja").write_text(template())
         with pytest.raises(UserError, match="the chat template of model"):
             await ours(model, Chat([{"role": "user", "content": "hello"}]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [
+        ({"temperature": -1.0, "do_sample": True}, "temperature"),
+        ({"suppress_tokens": ["some"]}, "suppress_tokens"),
+        ({"bad_words_ids": "all of them"}, "bad_words_ids"),
+        ({"eos_token_id": 10**6}, "eos_token_id"),
+        ({"sequence_bias": {"not": "a bias"}}, "sequence_bias"),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_settings_that_can_not_be_followed_are_left_out(tmp_path: Path, asked: dict[str, Any], left: str) -> None:
+    edit(tmp_path / "generation_config.json", top_k=7, **asked)
+    config, left_out = read_settings(tmp_path, GenerationConfig(), vocabulary=199)
+    assert config.top_k == 7
+    assert [line.partition("=")[0] for line in left_out] == [left]
