@@ -128,7 +128,9 @@ def _dht() -> Any:
 
 def _emptied(dht: Any) -> Any:
     """Every input meets the same node: nothing stored, and a stranger who has not said too much yet."""
-    stores = (dht.value_store.store, dht.value_store._keys_of, dht.provider_store.providers)
+    for key in list(dht.value_store.store):
+        dht.value_store.remove(key)
+    stores = (dht.value_store._keys_of, dht.provider_store.providers)
     for table in (*stores, dht.provider_store._keys_of, dht._provider_rate_limits):
         table.clear()
     return dht
