@@ -1,6 +1,10 @@
 """What quantised blocks cost and keep: bytes, loss on real text, speed. The default model, one process, no network.
 
     python benchmarks/quantization.py              # a Markdown table; docs/models.md has one
+    python benchmarks/quantization.py --formats    # the same for checkpoints that are quantised already
+
+For --formats the model's weights are written in each format by the quantisers of the tests, which round to the nearest
+code and calibrate nothing: a package that looks at activations does better.
 
 The text is Python's own reference manual as every interpreter ships it (pydoc_data.topics): English prose the model was
 not asked to memorise. Loss is nats per token over the same windows for every row: once with whole windows (quantised
@@ -13,16 +17,21 @@ import argparse
 import platform
 import pydoc_data.topics
 import re
+import shutil
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from petals.models.blocks.block import BlockSpan
 from petals.models.client.local import LocalChain
-from petals.models.source.checkpoint import open_checkpoint
+from petals.models.source.checkpoint import Checkpoint, open_checkpoint
 from petals.models.source.loading import load_span
 
 ROWS = (("none", torch.float32), ("none", torch.bfloat16), ("int8", torch.float32), ("nf4", torch.float32))
@@ -70,11 +79,37 @@ def decode_ms(chain: LocalChain, steps: int) -> float:
     return 1000 * statistics.median(times)
 
 
+def row(name: str, full: PreTrainedModel, span: BlockSpan, ids: Tensor) -> str:
+    """Of the table."""
+    chain, per_block = LocalChain(span), span.weight_bytes / len(span.blocks) / 1e6
+    whole, stepped = loss(full, chain, ids, None), loss(full, chain, ids, 16)
+    return f"| {name} | {per_block:.2f} | {whole:.4f} | {stepped:.4f} | {decode_ms(chain, 20):.0f} |"
+
+
+def rows_of_formats(checkpoint: Checkpoint, room: Path) -> Iterator[tuple[str, Checkpoint]]:
+    """The model in each format that a quantiser is at hand for."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.models.packers import CASES, quantise
+
+    full = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
+    state = {name: tensor for name, tensor in full.state_dict().items() if name != "lm_head.weight"}
+    for case in CASES:
+        if case.id in _SAID_TWICE:
+            continue
+        quantise(full, case, room / case.id, state)
+        yield f"{case.settings['quant_method']}: {case.holds}", open_checkpoint(room / case.id)
+        shutil.rmtree(room / case.id)
+
+
+_SAID_TWICE = ("fp8-small-blocks", "gptq-v2", "gptq-act-order", "compressed-fp8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="MODEL; default: SmolLM2-135M-Instruct")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--formats", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     checkpoint = open_checkpoint(args.model)
@@ -87,13 +122,18 @@ def main() -> None:
     )
     print("| blocks | MB per block | loss, whole windows | loss, 16 tokens a step | ms per token, all blocks |")
     print("|---|---|---|---|---|")
+    if args.formats:
+        with tempfile.TemporaryDirectory() as room:
+            whole = load_span(checkpoint, range(checkpoint.num_blocks), dtype=torch.float32)
+            print(row("as it is, in float32", full, whole, ids), flush=True)
+            for name, packed in rows_of_formats(checkpoint, Path(room)):
+                span = load_span(packed, range(packed.num_blocks), dtype=torch.float32)
+                print(row(name, full, span, ids), flush=True)
+        return
     for quant_type, dtype in ROWS:
         span = load_span(checkpoint, range(checkpoint.num_blocks), dtype=dtype, quant_type=quant_type)
-        chain = LocalChain(span)
         name = str(dtype).removeprefix("torch.") if quant_type == "none" else quant_type
-        per_block = span.weight_bytes / len(span.blocks) / 1e6
-        whole, stepped = loss(full, chain, ids, None), loss(full, chain, ids, 16)
-        print(f"| {name} | {per_block:.2f} | {whole:.4f} | {stepped:.4f} | {decode_ms(chain, 20):.0f} |", flush=True)
+        print(row(name, full, span, ids), flush=True)
 
 
 if __name__ == "__main__":

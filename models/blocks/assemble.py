@@ -121,7 +121,7 @@ def _linear(module: Any, recipes: dict[str, Recipe], keeping: Keeping) -> nn.Mod
         return PackedLinear(matrix.to(keeping.device), on_device, keeping.dtype)
     weight = evaluate(recipes["weight"]).to(keeping.dtype)
     if keeping.halves:
-        half = halve(weight.t().contiguous() if turned else weight, bias)
+        half = halve(weight.t().contiguous() if turned else weight, bias, spent=True)
         if half is not None:
             return HalfLinear(half, bias, keep_transposed=keeping.keep_transposed)
     module.weight = nn.Parameter(weight, requires_grad=False)
@@ -159,7 +159,7 @@ def _experts(module: nn.Module, name: str, recipe: Recipe, keeping: Keeping) -> 
 def _kept(weight: Tensor, keeping: Keeping) -> Matrix:
     if keeping.quant_type != "none":
         return quantize_matrix(weight, keeping.quant_type, keeping.device)
-    return (halve(weight) if keeping.halves else None) or DenseMatrix(weight.to(keeping.device))
+    return (halve(weight, spent=True) if keeping.halves else None) or DenseMatrix(weight.to(keeping.device))
 
 
 def _fill(module: nn.Module, name: str, recipe: Recipe, keeping: Keeping) -> None:

@@ -27,6 +27,8 @@ _TOKENS = 6
 _PADS = 2
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference, relative to the largest value: rounding differs between one token and several at once."""
+_PIECE_ROWS = 1024
+"""Of a matrix that are widened at a time."""
 _WEIGHTS_TOLERANCE = {
     (quant_type, dtype): max(rounding, half)
     for quant_type, rounding in (("none", 0.0), ("int8", 0.05), ("nf4", 0.5))
@@ -47,9 +49,9 @@ def check_weights(span: BlockSpan, proofs: Sequence[Proof], *, title: str) -> No
     generator = torch.Generator().manual_seed(2)
     for proof in proofs:
         with torch.inference_mode():
-            numbers = proof.numbers().float()
+            numbers = proof.numbers()
             rows = torch.randn(2, numbers.shape[1], generator=generator).to(span.dtype)
-            theirs = rows.float() @ numbers.t()
+            theirs = torch.cat([rows.float() @ piece.float().t() for piece in torch.split(numbers, _PIECE_ROWS)], 1)
             ours = proof.product(rows.to(span.device)).float().cpu()
         right = ours.shape == theirs.shape and bool(
             ((ours - theirs).norm() <= _WEIGHTS_TOLERANCE[span.quant_type, span.dtype] * theirs.norm()).all()

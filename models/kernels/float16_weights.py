@@ -83,13 +83,14 @@ class HalfLinear(nn.Module):
 class HalfMatrix:
     """A matrix (out, in) in float16, as FBGEMM lays it out, and a bias (out,)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, exponent: int) -> None:
-        """weight and bias in float32, of which 2**exponent times is kept."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, exponent: int, *, spent: bool = False) -> None:
+        """weight and bias in float32, of which 2**exponent times is kept. `spent`: the weight's memory may be used."""
         self.shape = (len(weight), weight.shape[1])
         self.exponent = exponent
         self._scale = 2.0**-exponent
         if exponent:
-            weight, bias = weight * 2.0**exponent, None if bias is None else bias * 2.0**exponent
+            weight = weight.mul_(2.0**exponent) if spent else weight * 2.0**exponent
+            bias = None if bias is None else bias * 2.0**exponent
         self._packed = _ops().linear_prepack_fp16(weight, bias)
 
     @property
@@ -147,9 +148,9 @@ def halve_linears(module: nn.Module, *, keep_transposed: bool = True) -> None:
             setattr(module.get_submodule(parent_name), leaf, half)
 
 
-def halve(weight: Tensor, bias: Tensor | None = None) -> HalfMatrix | None:
+def halve(weight: Tensor, bias: Tensor | None = None, *, spent: bool = False) -> HalfMatrix | None:
     """A float32 matrix (out, in), and a bias (out,), in half the bytes; None if float16 can not hold the matrix's
-    values, or not here. The bias stays float32."""
+    values, or not here. The bias stays float32. `spent`: the weight is not needed afterwards if this succeeds."""
     if not can_halve() or weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.numel():
         return None
     if _fits(weight, 0):
@@ -158,7 +159,7 @@ def halve(weight: Tensor, bias: Tensor | None = None) -> HalfMatrix | None:
     if not 0 < largest < float("inf"):
         return None
     exponent = _TOP_EXPONENT - int(torch.frexp(torch.tensor(largest)).exponent)
-    return HalfMatrix(weight, bias, exponent) if abs(exponent) < 100 and _fits(weight, exponent) else None
+    return HalfMatrix(weight, bias, exponent, spent=spent) if abs(exponent) < 100 and _fits(weight, exponent) else None
 
 
 def _fits(weight: Tensor, exponent: int) -> bool:

@@ -81,8 +81,11 @@ class Packed(ABC):
         return self.tensors()[0].device
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """All of it, (out, in)."""
-        return self.floats(0, self.shape[0]).to(dtype)
+        """All of it, (out, in); made in pieces, since a dequantiser needs room for a few copies."""
+        made = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for first, last in self._pieces():
+            made[first:last] = self.floats(first, last)
+        return made
 
     def times(self, rows: Tensor) -> Tensor:
         """rows (..., in) @ matrix.T: (..., out) in the dtype of `rows`; no gradient."""

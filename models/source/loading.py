@@ -35,6 +35,7 @@ from petals.models.blocks.selftest import agrees, check_span, check_weights
 from petals.models.blocks.standin import stand_in
 from petals.models.errors import BlockRangeError, CheckpointError, UnsupportedModel
 from petals.models.families import base_class_of, family_of
+from petals.models.kernels.backends import usable
 from petals.models.kernels.machine import freed_memory_returned
 from petals.models.kernels.quantize import check_quant_type
 from petals.models.progress import Meter
@@ -95,11 +96,22 @@ def load_span(
     check_range(checkpoint, blocks)
     dtype = dtype or checkpoint.dtype
     keeping = Keeping(dtype, torch.device(device), check_quant_type(quant_type), keep_transposed)
+    _say_what_is_slow(checkpoint, keeping, progress)
     with freed_memory_returned():
         model, path, proofs = _load(checkpoint, prepare_config(checkpoint, keeping), blocks, keeping, progress)
     span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
     _prepare(span, checkpoint, proofs if self_test else None, deterministic)
     return span
+
+
+def _say_what_is_slow(checkpoint: Checkpoint, keeping: Keeping, progress: Progress | None) -> None:
+    packed = checkpoint.scheme is not None and keeping.quant_type == "none"
+    if progress is not None and packed and keeping.device.type == "cpu" and not usable():
+        assert checkpoint.scheme is not None
+        progress(
+            f"{checkpoint.scheme.format.title} weights are dequantised for every step by torch's operations, about ten "
+            "times slower than by compiled ones: pip install petals-libp2p[fast] (numba)"
+        )
 
 
 def _prepare(span: BlockSpan, checkpoint: Checkpoint, proofs: list[Proof] | None, deterministic: bool) -> None:

@@ -20,8 +20,8 @@ BYTES_PER_WEIGHT = {"int8": 1.02, "nf4": 0.57}
 _SCHEME_BYTES = {"fp8": 1.01, "fbgemm_fp8": 1.01, "gguf": 1.0}
 _SCHEME_BYTES_OTHERWISE = 0.6
 """Of matrices of a quantised checkpoint whose files are not here: 4 bits with scales for groups of 32."""
-_FLOAT32_COPIES = 3
-"""Of the matrix that is being loaded, as float32, at once: as it was read, scaled for float16, and being packed."""
+_FLOAT32_COPIES = 2
+"""Of the matrix that is being loaded, as float32, at once: itself, and half of one as it was read and as it is kept."""
 
 
 @dataclass(frozen=True, slots=True)

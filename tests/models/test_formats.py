@@ -247,6 +247,16 @@ def test_a_first_shard_alone(tmp_path: Path) -> None:
         load_span(open_checkpoint(checkpoint.directory), range(1))
 
 
+def test_without_numba_the_server_says_that_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, checkpoint = made(LLAMA, CASES[0], tmp_path)
+    for home in ("petals.models.source.loading", "petals.models.kernels.packed"):
+        monkeypatch.setattr(f"{home}.usable", lambda: False)
+    said: list[str] = []
+    load_span(checkpoint, range(1), progress=said.append)
+    assert said[0].startswith("FP8 weights are dequantised for every step")
+    check_against(reference, checkpoint)
+
+
 def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a model's own code imports when it is built."""
     _, checkpoint = made(LLAMA, CASES[0], tmp_path)

@@ -20,7 +20,9 @@ from petals.models.source import hub
 from petals.models.source.checkpoint import open_checkpoint
 from petals.models.source.gguf_file import GgufCheckpoint
 from petals.models.source.loading import load_span
+from petals.models.source.weights import SharedWeights
 from tests.models.test_formats import check_against, file_bytes
+from tests.models.test_weights import assemble
 from tests.models.tiny import Reference
 
 HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
@@ -226,6 +228,19 @@ def test_llama_3s_rotary_embedding(tmp_path: Path) -> None:
     write(tmp_path / "other.gguf", "Q4_K", rope=np.linspace(1, 3, 32).astype(np.float32))
     with pytest.raises(CheckpointError, match=r"rope_freqs\) in a way that is not known"):
         open_checkpoint(tmp_path / "other.gguf", progress=quietly)
+
+
+def test_it_can_be_passed_on_to_another_peer(tmp_path: Path) -> None:
+    """Who fetches it has safetensors of the file's own blocks."""
+    write(tmp_path / "model.gguf", "Q4_K", "qwen3moe")
+    checkpoint = open_checkpoint(tmp_path / "model.gguf", progress=quietly)
+    fetched = assemble(SharedWeights(checkpoint), tmp_path / "fetched")
+    assert not isinstance(fetched, GgufCheckpoint)
+    assert fetched.digest == checkpoint.digest
+    hidden = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (load_span(each, range(2)) for each in (fetched, checkpoint))
+    assert torch.equal(ours.forward(hidden, range(2)), theirs.forward(hidden, range(2)))
+    assert ours.weight_bytes == theirs.weight_bytes
 
 
 def test_the_same_content_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
