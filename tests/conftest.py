@@ -25,7 +25,7 @@ settings.load_profile("petals")
 LONG = (
     "test_storms", "test_readme", "test_generation", "test_muxer", "test_commands", "test_processes", "test_scripts",
     "test_routers", "test_site", "test_pages", "test_packaging", "test_private_page", "test_chat", "test_client",
-    "test_failover", "test_status", "test_docs", "test_examples",
+    "test_failover", "test_status", "test_docs", "test_examples", "test_model_directories", "test_bootstrap_away",
 )  # fmt: skip
 """Files that take longest, which start first: one at the end would have one worker to itself and the others idle."""
 SKIPPED = ROOT / ".venv" / "log" / "skipped"
