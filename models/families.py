@@ -50,6 +50,20 @@ _FAMILIES: dict[str, Family] = {
         Family(model_type="gpt_neox", title="GPT-NeoX, Pythia", verified=True),
         Family(model_type="gpt2", title="GPT-2", verified=True),
         Family(model_type="opt", title="OPT", verified=True),
+        Family(model_type="mpt", title="MPT", verified=True),
+        Family(model_type="olmo", title="OLMo 1", verified=True),
+        Family(model_type="nanochat", title="nanochat", verified=True),
+        Family(model_type="granite_swa", title="Granite SWA", verified=True),
+        Family(model_type="modernbert-decoder", title="ModernBERT decoder", verified=True),
+        Family(model_type="llama4_text", title="Llama 4 (text)", verified=True),
+        Family(model_type="gpt_oss", title="gpt-oss", verified=True),
+        Family(model_type="deepseek_v3", title="DeepSeek V3, Kimi K2", verified=True),
+        Family(model_type="deepseek_v32", title="DeepSeek V3.2", verified=True),
+        Family(model_type="qwen3_next", title="Qwen3-Next", verified=True),
+        Family(model_type="qwen3_5_text", title="Qwen3.5 (text)", verified=True),
+        Family(model_type="granitemoehybrid", title="Granite 4 hybrid", verified=True),
+        Family(model_type="falcon_h1", title="Falcon-H1", verified=True),
+        Family(model_type="lfm2", title="LFM2", verified=True),
     )
 }
 
@@ -69,6 +83,15 @@ def register_family(family: Family) -> None:
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a configuration; one that nobody listed is described by its model_type alone."""
     return _FAMILIES.get(config.model_type) or Family(model_type=config.model_type, title=config.model_type)
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without head in one with a head. Some classes name a prefix that is no child of theirs (Llama 4's)."""
+    base = getattr(model, model.base_model_prefix, model)
+    wanted = base_class_of(model.config)
+    if base is not model or isinstance(model, wanted):
+        return cast("PreTrainedModel", base)
+    return next((child for child in model.modules() if isinstance(child, wanted)), model)
 
 
 def base_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:

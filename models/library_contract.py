@@ -27,9 +27,9 @@ from typing import Any
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-OLD_CACHE_NAME, NEW_CACHE_NAME = "past_key_values", "cache"
-CACHE_NAMES = (NEW_CACHE_NAME, OLD_CACHE_NAME)
-"""What a caller may name the cache, whatever the installed version calls it."""
+OLD_CACHE_NAME, NEW_CACHE_NAME, STATES_NAME = "past_key_values", "cache", "cache_params"
+CACHE_NAMES = (NEW_CACHE_NAME, OLD_CACHE_NAME, STATES_NAME)
+"""What a caller may name the cache, whatever the installed version calls it; the last name is the state spaces'."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,8 +19,18 @@ from petals.models.blocks.adapters import Applied, Lora, LoraHook, check_lora, l
 from petals.models.blocks.cache import LayerShape, NoCache, SpanCache, cache_bytes
 from petals.models.blocks.joint import Joint
 from petals.models.blocks.lean import Lean, lean_path
-from petals.models.blocks.model_views import get_layers, has_stateful_rope, shorten, with_own_rope
+from petals.models.blocks.model_views import (
+    device_of,
+    get_layers,
+    has_stateful_rope,
+    own_tensors,
+    shorten,
+    with_own_rope,
+)
 from petals.models.blocks.passes import NewTokens
+from petals.models.blocks.prompts import PromptHook
+from petals.models.blocks.recorder import Recorder
+from petals.models.blocks.states import REPLAY_TOKENS
 from petals.models.errors import BlockRangeError, StepError, UnsupportedModel
 from petals.models.kernels.float16_weights import HalfLinear
 from petals.models.kernels.packed_layers import PackedExperts, PackedLinear
@@ -38,19 +47,26 @@ class BlockSpan:
     """
 
     def __init__(
-        self, model: PreTrainedModel, path: str, blocks: range, *, quant_type: str, dtype: torch.dtype
+        self,
+        model: PreTrainedModel,
+        path: str,
+        blocks: range,
+        *,
+        quant_type: str,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`model` is a base model whose list of blocks at `path` holds exactly `blocks`."""
+        """`model` is a base model whose list of blocks at `path` holds exactly `blocks`, all on `device`."""
         self.blocks = blocks
         self.dtype = dtype
         self.quant_type = quant_type
         text = model.config.get_text_config(decoder=True)
         self.hidden_size: int = text.hidden_size
-        self.heads: int = text.num_attention_heads
+        self.heads: int = getattr(text, "num_attention_heads", 1)  # state spaces have none
         self._model = model
         self._path = path
         self._layers = list(get_layers(model, path))
-        self.device: torch.device = next(chain(self._layers[0].parameters(), self._layers[0].buffers())).device
+        self.device = device_of(self._layers[0], torch.device(device))
         self._applied = Applied()
         self._adapters: dict[str, Lora] = {}
         self._linear_features: dict[int, dict[str, tuple[int, int]]] = {}
@@ -60,8 +76,11 @@ class BlockSpan:
         self._cache_name = cache_name(type(model).forward)
         self._stateful_rope = has_stateful_rope(model)
         for index, layer in zip(blocks, self._layers, strict=True):
-            layer.register_forward_pre_hook(_PromptHook(self._applied, index), with_kwargs=True)
+            layer.register_forward_pre_hook(PromptHook(self._applied, index), with_kwargs=True)
         self._shapes: list[LayerShape] = []
+        self._one_by_one = False
+        self._numbers_tokens = False
+        """Whether the stack must be told positions: Bamba's counts from 0 in every step."""
         self._lean: Lean | None = None
         self._joint: Joint | None = None
 
@@ -80,11 +99,22 @@ class BlockSpan:
     def cache_depends_on_tokens_only(self) -> bool:
         """Whether a prefix of one session's cache may be the beginning of another's: not where rotary embeddings
         change with the length of the whole sequence."""
-        return not self._stateful_rope
+        return not self._stateful_rope and not self.keeps_states
+
+    @property
+    def cuts_tokens(self) -> bool:
+        """Whether a training pass may run some tokens of a row behind others (pieces.py), whose keys and values are all
+        that it needs."""
+        return self.cache_depends_on_tokens_only and not any(shape.index_dim for shape in self._shapes)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether blocks keep states of constant size (states.py): their sessions share no passes and no prefixes."""
+        return any(shape.states or not shape.keeps_tokens for shape in self._shapes)
 
     def find_lean_path(self, *, measured: bool) -> None:
         """Go the lean way from now on, if there is one for these blocks. Before the first session."""
-        if not self._stateful_rope:
+        if not self._stateful_rope and not self.keeps_states:
             self._lean = lean_path(self._model, self._path, self._layers, self.blocks, measured=measured)
 
     def find_joint_path(self) -> None:
@@ -172,18 +202,33 @@ class BlockSpan:
 
     def measure_shapes(self) -> None:
         """Learn the shape of every block's keys and values by running one token through the span."""
-        recorder = _Recorder()
+        recorder = Recorder()
+        before = own_tensors(self._layers)
         hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
         with torch.inference_mode():
             self._run(self._view(self.blocks), hidden, recorder, None)
-        missing = [block for block in self.blocks if not recorder.knows(block)]
-        if missing:
-            raise UnsupportedModel(f"block {missing[0]} keeps no keys and values; such blocks cannot be served yet")
+        strange = sorted(own_tensors(self._layers).keys() - before.keys())
+        if strange:  # sessions would share it
+            raise UnsupportedModel(f"its blocks keep what they remember in themselves ({strange[0]}), not in a cache")
         self._shapes = [recorder.shape_of(block) for block in self.blocks]
+        self._numbers_tokens = self._takes_positions and not recorder.asked_length
+        self._one_by_one = self.keeps_states and not self._continues()
+
+    @torch.inference_mode()
+    def _continues(self) -> bool:
+        """Whether several tokens at once go on from a state. Some blocks of transformers begin anew then (Mamba 1's and
+        Jamba's in 5.23); they get one token at a time."""
+        generator = torch.Generator().manual_seed(4)
+        hidden = torch.randn(2, 6, self.hidden_size, generator=generator).to(self.device, self.dtype)
+        cache = self.new_cache(self.blocks, 2, 6)
+        steps = torch.cat([self.step(hidden[:, :3], cache), self.step(hidden[:, 3:], cache)], 1)
+        whole = self.forward(hidden, self.blocks)
+        limit = (1e-3 if self.dtype == torch.float32 else 2e-2) * whole.abs().max()
+        return bool(((steps - whole).abs() <= limit).all())
 
     def cache_bytes(self, blocks: range, batch_size: int, max_length: int) -> int:
         """Bytes that `new_cache` with the same arguments reserves."""
-        return cache_bytes(self._shapes_of(blocks), batch_size, max_length)
+        return cache_bytes(self._shapes_of(blocks), batch_size, max_length, (self.hidden_size, self.dtype))
 
     def new_cache(self, blocks: range, batch_size: int, max_length: int) -> SpanCache:
         """Reserve a session's caches over `blocks`, a sub-range of the span.
@@ -192,7 +237,8 @@ class BlockSpan:
         """
         if batch_size < 1 or max_length < 1:
             raise StepError(f"a session needs batch_size and max_length of at least 1, got {batch_size}, {max_length}")
-        cache = SpanCache(blocks, self._shapes_of(blocks), batch_size, max_length, self.device)
+        shapes, inputs = self._shapes_of(blocks), (self.hidden_size, self.dtype)
+        cache = SpanCache(blocks, shapes, batch_size, max_length, self.device, inputs)
         cache.view = self._view(blocks, private=self._stateful_rope)
         return cache
 
@@ -225,13 +271,39 @@ class BlockSpan:
         assert isinstance(cache.view, PreTrainedModel)
         if self._lean is not None and prompts is None and lora is None and self.can_join(hidden, cache, mask):
             return self._run_together([self._new_tokens(hidden, cache, mask)])[0].to(hidden)
+        self._catch_up(cache, lora)
         position = cache.position
+        cache.begin_step()
         try:
             with self._applying(lora, prompts, cache.blocks):
-                return self._run(cache.view, hidden, cache.library_cache, mask)
+                output = self._run_cached(cache, hidden, mask)
+            cache.end_step(position, hidden, mask, prompted=prompts is not None)
+            return output
         except BaseException:  # blocks before the failing one have already appended their keys and values
             cache.truncate(position)
             raise
+
+    def _catch_up(self, cache: SpanCache, lora: Lora | None) -> None:
+        """Run again what a roll-back of states left out."""
+        while lag := cache.lag:
+            tokens = lag[:REPLAY_TOKENS]
+            hidden, mask = cache.replayed(tokens)
+            with self._applying(lora, None, cache.blocks):
+                self._run_cached(cache, hidden, mask)
+            cache.end_replay(tokens.stop)
+
+    def _run_cached(self, cache: SpanCache, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """New tokens through the cache's blocks, in one piece where they allow it."""
+        assert isinstance(cache.view, PreTrainedModel)
+        begin, count = cache.reached, hidden.shape[1]
+        if not self._one_by_one or begin == 0 or count == 1:
+            return self._run(cache.view, hidden, cache.library_cache, mask)
+        outputs = []
+        for at in range(count):
+            known = None if mask is None else mask[:, : begin + at + 1]
+            outputs.append(self._run(cache.view, hidden[:, at : at + 1], cache.library_cache, known))
+            cache.reach(begin + at + 1)
+        return torch.cat(outputs, 1)
 
     def can_join(
         self,
@@ -352,6 +424,9 @@ class BlockSpan:
             extra["attention_mask"] = mask
             if self._takes_positions:
                 extra["position_ids"] = position_ids(mask)[:, -hidden.shape[1] :]
+        elif self._numbers_tokens and cache is not None:
+            begin = cache.get_seq_length()
+            extra["position_ids"] = torch.arange(begin, begin + hidden.shape[1], device=self.device)[None]
         output = view(inputs_embeds=inputs, use_cache=cache is not None, **{self._cache_name: cache}, **extra)
         last: Tensor = output.last_hidden_state
         return last.to(device=hidden.device, dtype=hidden.dtype)
@@ -421,46 +496,3 @@ class BlockSpan:
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions of all tokens of a padded batch, as `transformers.generate` counts them: (batch, length) int64."""
     return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
-
-
-class _PromptHook:
-    """Adds this thread's prompt, if any, to the first positions of one block's input."""
-
-    def __init__(self, applied: Applied, block: int) -> None:
-        self._applied = applied
-        self._block = block
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._applied.prompts is None:
-            return None
-        prompt = self._applied.prompts[self._block]
-        if args:
-            return (_add_prefix(args[0], prompt), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": _add_prefix(kwargs["hidden_states"], prompt)}
-
-
-def _add_prefix(hidden: Tensor, prompt: Tensor) -> Tensor:
-    """hidden (batch, tokens, size) + prompt (batch, prefix, size) on its first `prefix` positions, out of place."""
-    prefix = prompt.shape[1]
-    return torch.cat([hidden[:, :prefix] + prompt, hidden[:, prefix:]], dim=1)
-
-
-class _Recorder(NoCache):
-    """Keeps nothing but the shapes of what it is told."""
-
-    def __init__(self) -> None:
-        self._shapes: dict[int, LayerShape] = {}
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kw: object
-    ) -> tuple[Tensor, Tensor]:
-        self._shapes[layer_idx] = LayerShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
-        return keys, values
-
-    def knows(self, block: int) -> bool:
-        return block in self._shapes
-
-    def shape_of(self, block: int) -> LayerShape:
-        return self._shapes[block]

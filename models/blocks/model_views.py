@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import chain
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -49,15 +52,34 @@ def shorten(model: PreTrainedModel, path: str, have: range, want: range) -> PreT
     return result
 
 
+_NOT_PER_LAYER = ("time_step_limit", "mrope_section", "architectures")
+"""Lists that may happen to be as long as there are layers."""
+
+
 def config_slice(config: PretrainedConfig, blocks: range) -> PretrainedConfig:
     """A configuration of `len(blocks)` layers: every list with one entry per layer of the whole model is cut."""
     total = config.num_hidden_layers
     sliced = copy.deepcopy(config)
     for key, value in list(vars(sliced).items()):
-        if isinstance(value, (list, tuple)) and len(value) == total and total > 1:
+        if key not in _NOT_PER_LAYER and isinstance(value, (list, tuple)) and len(value) == total > 1:
             setattr(sliced, key, type(value)(value[blocks.start : blocks.stop]))
     sliced.num_hidden_layers = len(blocks)
+    if blocks.start:
+        _pin_computed(sliced, config, blocks)
     return sliced
+
+
+def _pin_computed(sliced: PretrainedConfig, config: PretrainedConfig, blocks: range) -> None:
+    """Lists per layer that the class computes from a layer's number (Jamba's kinds of layers) start at layer 0."""
+    computed: dict[str, Any] = {}
+    for name in dir(type(config)):
+        if isinstance(getattr(type(config), name, None), property):
+            with suppress(Exception):  # properties that this configuration has no use for
+                value = getattr(config, name)
+                if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers:
+                    computed[name] = value[blocks.start : blocks.stop]
+    if computed:
+        sliced.__class__ = type(type(config).__name__, (type(config),), computed)
 
 
 def _rotary_modules(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
@@ -82,3 +104,19 @@ def with_ropes(view: PreTrainedModel, make: Callable[[str, nn.Module], nn.Module
         owner, leaf = _own_parents(twin, name)
         owner._modules[leaf] = make(name, module)
     return twin
+
+
+def own_tensors(layers: Sequence[nn.Module]) -> dict[str, int]:
+    """Tensors that are neither parameters nor buffers, by the attributes that hold them."""
+    modules = [module for layer in layers for module in layer.modules()]
+    return {
+        f"{type(module).__name__}.{name}": id(value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def device_of(layer: nn.Module, told: torch.device) -> torch.device:
+    """With the index of a GPU. A block whose norms have no weights may hold no tensor (OLMo 1, kept in float16)."""
+    return next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), told)

@@ -310,7 +310,7 @@ def _rows(span: BlockSpan, given: Sequences, units: int) -> int:
 
 def _whole_blocks(span: BlockSpan, units: int, rows: int, tokens: int) -> int:
     """Through how many blocks whole rows go in a piece; 0: not even through one, their tokens are cut."""
-    if not span.cache_depends_on_tokens_only:
+    if not span.cuts_tokens:
         return max(1, units // (rows * tokens))
     if tokens > MIN_TOKENS and 4 * span.heads * rows * tokens * tokens > SCORES_BYTES:
         return 0

@@ -101,7 +101,7 @@ def _check_block(span: BlockSpan, block: int, hidden: Tensor, other: Tensor, tit
     _expect(_same(extras, other_extras), title, "blocks are given more than a hidden state and positions")
 
     cache = span.new_cache(one, 2, _TOKENS)
-    cuts = ((0, _TOKENS - 2), (_TOKENS - 2, _TOKENS - 1), (_TOKENS - 1, _TOKENS))
+    cuts = ((0, _TOKENS - 4), (_TOKENS - 4, _TOKENS - 2), (_TOKENS - 2, _TOKENS - 1), (_TOKENS - 1, _TOKENS))
     steps = torch.cat([span.step(hidden[:, begin:end], cache) for begin, end in cuts], 1)
     _expect(_close(span, steps, ours), title, f"block {block} with a cache differs from itself without")
 

@@ -15,7 +15,7 @@ from petals.models.client.distributed import DistributedMixin, build_client, hea
 from petals.models.client.generation import ChainCache, InferenceSession
 from petals.models.errors import CacheFull, StepError
 from petals.models.families import base_class_of
-from petals.models.library_contract import DEFAULT_CACHE_NAME, pop_cache
+from petals.models.library_contract import DEFAULT_CACHE_NAME, STATES_NAME, cache_name, pop_cache
 from petals.models.source.checkpoint import Checkpoint
 from petals.models.source.loading import find_layers
 
@@ -37,9 +37,9 @@ class GenerationMixin(DistributedMixin):
         inputs = kwargs.pop("input_ids", inputs)
         given = pop_cache(kwargs)
         if given is not None and session is not None:
-            raise StepError(f"give a session or {DEFAULT_CACHE_NAME}, not both")
+            raise StepError("give a session or a cache, not both")
         if given is not None:
-            return super().generate(inputs, *args, **{DEFAULT_CACHE_NAME: given}, **kwargs)  # type: ignore[misc]
+            return super().generate(inputs, *args, **{self._cache_name: given}, **kwargs)  # type: ignore[misc]
         session = session or self.active_session
         if session is not None:
             return self._generate_in(session, inputs, args, kwargs)
@@ -47,7 +47,7 @@ class GenerationMixin(DistributedMixin):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         cache = self._new_cache(self._room(inputs, kwargs))
         try:
-            return super().generate(inputs, *args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)  # type: ignore[misc]
+            return super().generate(inputs, *args, **{self._cache_name: cache}, **kwargs)  # type: ignore[misc]
         finally:
             cache.close()
 
@@ -72,7 +72,7 @@ class GenerationMixin(DistributedMixin):
         if known is not None and full is not None:
             self._extend_mask(cache, known, full, kwargs)
         self._make_room(session, cache, full, kwargs)
-        result = super().generate(full, *args, **{DEFAULT_CACHE_NAME: cache}, **kwargs)  # type: ignore[misc]
+        result = super().generate(full, *args, **{self._cache_name: cache}, **kwargs)  # type: ignore[misc]
         sequences = result if isinstance(result, Tensor) else result.sequences
         session.output_ids = sequences
         session.beams = (self._setting(kwargs, "num_beams") or 1) > 1
@@ -113,6 +113,12 @@ class GenerationMixin(DistributedMixin):
             cache.restart()  # the text is sent again, for other rows than the servers have
         elif cache.get_seq_length() >= length:
             cache.keep(length - 1)  # the library needs the logits of the last token
+
+    @property
+    def _cache_name(self) -> str:
+        """What the family's `generate` calls its cache."""
+        named = cache_name(type(self).forward)  # type: ignore[attr-defined]
+        return STATES_NAME if named == STATES_NAME else DEFAULT_CACHE_NAME
 
     def _setting(self, arguments: Mapping[str, Any], name: str) -> Any:
         """An argument of `generate`, or what the generation configuration says."""

@@ -28,6 +28,7 @@ from petals.models.client.generation import ChainCache
 from petals.models.client.local import LocalChain
 from petals.models.client.miniature import lively_weights, miniature
 from petals.models.errors import ModelError, UnsupportedLibrary
+from petals.models.families import base_of
 from petals.models.source.disk import cache_directory, write_json
 from petals.models.source.loading import cut, find_layers, quiet_library
 
@@ -109,7 +110,7 @@ def _pair_of(config: PretrainedConfig, head_class: type[Any], build: Build) -> _
             skeleton = head_class(copy.deepcopy(config))
         state = lively_weights(skeleton)
         whole = head_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=dict(state)).float().eval()
-    base = copy.deepcopy(whole.base_model)
+    base = copy.deepcopy(base_of(whole))
     path = find_layers(type(base), config)
     blocks = range(config.num_hidden_layers)
     cut(base, path, blocks)

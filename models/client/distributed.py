@@ -34,10 +34,10 @@ from petals.models.client.remote_sequential import Call, RemoteSequential
 from petals.models.client.trained import load_trained, save_trained
 from petals.models.client.tuning import Tuning, add_tuning, get_prompt, lora_of, prompt_length
 from petals.models.errors import CheckpointError, StepError, UnsupportedModel
-from petals.models.families import base_class_of
+from petals.models.families import base_class_of, base_of
 from petals.models.kernels.quantize import quantize_head
 from petals.models.kernels.small_matmul import FewRowsLinear
-from petals.models.library_contract import CACHE_NAMES, DEFAULT_CACHE_NAME, cache_name, pop_cache
+from petals.models.library_contract import CACHE_NAMES, DEFAULT_CACHE_NAME, STATES_NAME, cache_name, pop_cache
 from petals.models.source.checkpoint import Checkpoint
 from petals.models.source.loading import find_layers, quiet_library
 
@@ -148,6 +148,7 @@ def load_model(
         vocabulary = config.get_text_config().vocab_size
         model.generation_config, left_out = read_settings(checkpoint.directory, model.generation_config, vocabulary)
         model.ignored_settings = tuple(left_out)
+        model.generation_config.use_cache = True
     output = model.get_output_embeddings()
     if type(output) is nn.Linear and head_quant == "int8":
         model.set_output_embeddings(quantize_head(output))
@@ -173,6 +174,8 @@ def build_client(
     model, info = loaded
     model.eval()
     _probe_convention(model.base_model, model.blocks)
+    if model.can_generate():  # MPT was published without: the whole text would be sent again for every token
+        model.generation_config.use_cache = True
     model.requires_grad_(False)
     return model, info
 
@@ -196,6 +199,7 @@ def _client_class(config: PretrainedConfig, head: Head, mixins: Sequence[type]) 
         stack_path, _, name = path.rpartition(".")
         stack: Any = base.get_submodule(stack_path)
         blocks = RemoteSequential()
+        blocks.stand_for(getattr(stack, name))
         setattr(stack, name, blocks)
         # Second names, not second children: ours, and the ones that Petals' users know on every family.
         object.__setattr__(self, "blocks", blocks)
@@ -204,15 +208,20 @@ def _client_class(config: PretrainedConfig, head: Head, mixins: Sequence[type]) 
                 object.__setattr__(owner, alias, target)
         stack.forward = _Around(base, stack, blocks)  # not the base's own: OPT's head calls the stack in it directly
 
+    more: dict[str, Any] = {}
+    if cache_name(head_class.forward) == STATES_NAME and hasattr(head_class, "prepare_inputs_for_generation"):
+        more["prepare_inputs_for_generation"] = _only_new_tokens(head_class.prepare_inputs_for_generation)
     # The library looks conversions up by the class's name and module: keep them.
     return type(
         head_class.__name__,
         (*mixins, DistributedMixin, head_class),
-        {
+        more
+        | {
             "__init__": __init__,
             "forward": _with_cache_names(head_class.forward),
             "__module__": head_class.__module__,
             "__qualname__": head_class.__qualname__,
+            "base_model": property(base_of),
             "head_kind": head,
         },
     )
@@ -251,13 +260,27 @@ def _with_cache_names(forward: Callable[..., Any]) -> Callable[..., Any]:
     return with_names
 
 
+def _only_new_tokens(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The library asks a cache of keys and values how long it is; to a state space it sends the whole text again."""
+
+    @functools.wraps(prepare)
+    def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        made = prepare(self, input_ids, *args, **kwargs)
+        cache, ids = made.get(STATES_NAME), made.get("input_ids")
+        if isinstance(cache, ChainCache) and ids is not None:
+            made["input_ids"] = ids[:, cache.get_seq_length() - input_ids.shape[1] :]
+        return made
+
+    return prepare_inputs_for_generation
+
+
 def _probe_convention(base: Any, blocks: RemoteSequential) -> None:
-    """Find out whether the family's stack takes what a block returns, or the first item of it.
+    """Find out whether the family's stack takes what a block returns, or the first item of it, or one of two items.
 
     Two rows of two tokens go through with blocks that do nothing: the wrong answer loses a dimension.
     """
     ids = torch.zeros(2, 2, dtype=torch.long, device=base.device)
-    for blocks.wants_tuple in (False, True):
+    for blocks.tuple_size in (0, 1, 2):
         with torch.no_grad(), contextlib.suppress(Exception), blocks.pretending():
             if base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state.shape[
                 :2

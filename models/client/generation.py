@@ -142,6 +142,9 @@ class ChainCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.held if self._counts_prefix else max(0, self.held - self._prefix)
 
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.held > 0  # what stacks with recurrent blocks ask
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on from old row beam_idx[i]; sent with the next step."""
         beam_idx = beam_idx.long()  # the library's beam search counts in int32

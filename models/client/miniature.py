@@ -46,6 +46,17 @@ _SIZES: Mapping[str, int] = {
     "qk_nope_head_dim": 8,
     "qk_head_dim": 16,
     "v_head_dim": 8,
+    "rotary_dim": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 6,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": HEAD_SIZE,
+    "linear_value_head_dim": HEAD_SIZE,
+    "linear_num_heads": 4,
+    "linear_head_dim": HEAD_SIZE,
+    "lru_width": HIDDEN,
 }
 """The largest values that a miniature has of these; smaller ones and None stay."""
 
@@ -57,17 +68,21 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     """
     config = copy.deepcopy(config.get_text_config(decoder=True))
     config = config_slice(config, range(_layers_wanted(config)))
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 1)
     key_heads = {name: getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads")}
+    # DeepSeek's and what came of it: `head_dim` is the rotary part's
+    rotary_heads = getattr(config, "qk_rope_head_dim", None) == (getattr(config, "head_dim", None) or 0)
     rotary = getattr(config, "head_dim", None) or config.hidden_size // heads
     for name, largest in _SIZES.items():
         value = getattr(config, name, None)
         if type(value) is int and value > largest:
             setattr(config, name, largest)
+    if rotary_heads:
+        config.head_dim = config.qk_rope_head_dim
     for name, count in key_heads.items():
         if count is not None:
             setattr(config, name, HEADS if count >= heads else min(count, HEADS // 2))
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     _shrink_rope(getattr(config, "rope_parameters", None), rotary, head_size)
     _move_switch(config)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, None

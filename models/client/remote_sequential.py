@@ -44,9 +44,10 @@ class RemoteSequential(nn.Module):
         """`sessions`: of the stack that this is a slice of."""
         super().__init__()
         self._sessions = sessions or ActiveSessions()
-        self.wants_tuple = False
-        """What the family's own loop expects of a block: a tensor, or a tuple that starts with it."""
+        self.tuple_size = 0
+        """What the family's own loop expects of a block: a tensor (0), or a tuple of so many that starts with it."""
         self._chain = chain
+        self._like: dict[str, Any] = {}
         self._local = threading.local()
 
     @property
@@ -55,6 +56,16 @@ class RemoteSequential(nn.Module):
         if self._chain is None:
             raise BlockRangeError("this model is not connected to any blocks")
         return self._chain
+
+    def stand_for(self, blocks: nn.ModuleList) -> None:
+        """Have the plain attributes of the first of these, which a family's loop may look at: what it chooses by them
+        (masks, mostly) is made for a local block and not used."""
+        plain = (str, int, float, bool, type(None))
+        self._like = {name: value for name, value in vars(blocks[0]).items() if isinstance(value, plain)}
+
+    def __getattr__(self, name: str) -> Any:
+        like = self.__dict__.get("_like", {})
+        return like[name] if name in like else super().__getattr__(name)
 
     def connect(self, chain: BlockChain) -> None:
         """Plug in the blocks."""
@@ -113,7 +124,7 @@ class RemoteSequential(nn.Module):
         if call is None:
             return self._alone(hidden, prompts, *args, **kwargs)
         output = hidden if self.pretends else self._run(hidden, call)
-        return (output,) if self.wants_tuple else output
+        return (output, *[None] * (self.tuple_size - 1)) if self.tuple_size else output
 
     def _alone(
         self,
@@ -176,6 +187,8 @@ class RemoteSequential(nn.Module):
             yield session
 
     def __len__(self) -> int:
+        if self._chain is None:
+            return 0  # while the library builds the model, it may look for blocks to fill
         return 1 if self._inside else len(self.chain.blocks)
 
     def __iter__(self) -> Iterator[RemoteSequential]:
@@ -196,7 +209,7 @@ class RemoteSequential(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
         """The same blocks in the same swarm, with the same sessions: nothing of them is here to be copied."""
         twin = RemoteSequential(self._chain, self._sessions)
-        twin.wants_tuple = self.wants_tuple
+        twin.tuple_size, twin._like = self.tuple_size, self._like
         memo[id(self)] = twin
         return twin
 

@@ -99,7 +99,7 @@ def load_span(
     _say_what_is_slow(checkpoint, keeping, progress)
     with freed_memory_returned():
         model, path, proofs = _load(checkpoint, prepare_config(checkpoint, keeping), blocks, keeping, progress)
-    span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype)
+    span = BlockSpan(model, path, blocks, quant_type=quant_type, dtype=dtype, device=device)
     _prepare(span, checkpoint, proofs if self_test else None, deterministic)
     return span
 
@@ -130,7 +130,7 @@ def _prove(
 ) -> None:
     span.measure_shapes()
     if proofs is not None:
-        check_span(span, title=title, thorough=not family_of(checkpoint.config).verified)
+        check_span(span, title=title, thorough=span.keeps_states or not family_of(checkpoint.config).verified)
         check_weights(span, proofs, title=title)
     span.find_lean_path(measured=not deterministic)
     if span.lean and not agrees(span):
@@ -147,7 +147,7 @@ def share_layers(span: BlockSpan, checkpoint: Checkpoint) -> None:
     Only for families that the tests prove exact: a mask may be of a kind that a few tokens do not show.
     """
     family = family_of(checkpoint.config)
-    if not family.verified:
+    if not family.verified or span.keeps_states:
         return
     try:
         span.find_joint_path()
@@ -192,7 +192,7 @@ def prepare_config(checkpoint: Checkpoint, keeping: Keeping) -> PretrainedConfig
     if checkpoint.scheme is not None or keeping.quant_type != "none" or keeping.halves:
         config._experts_implementation = "eager"  # one expert after another: a stack in fewer bytes is no tensor
     config.vocab_size = 1
-    config.pad_token_id = None
+    config.pad_token_id = 0  # of the vocabulary of one; some configurations take no None
     config.use_cache = True
     return config
 
@@ -241,12 +241,27 @@ def cut(model: nn.Module, path: str, blocks: range) -> None:
     owner = model
     for step in [*filter(None, stack_path.split(".")), name]:
         for child_name, child in list(owner.named_children()):
-            if child_name == step or "rotary" in type(child).__name__.lower():
+            if child_name == step or _is_rotary(child):
                 continue
             owner._modules[child_name] = _neutral(child_name, child)
         if step != name:
             owner = owner.get_submodule(step)
     owner._modules[name] = nn.ModuleList(list(layers)[blocks.start : blocks.stop])
+
+
+def _is_rotary(child: nn.Module) -> bool:
+    """Whether it makes positions, or is a list of such (one for each base, as Granite-SWA has them)."""
+    if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        inner = list(child.children())
+        return bool(inner) and all(map(_is_rotary, inner))
+    return "rotary" in type(child).__name__.lower()
+
+
+class _Through(nn.Identity):
+    """Hands on its first tensor, by position or by name: embeddings of which only the norm is left to do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return next(value for value in (*args, *kwargs.values()) if value is not None)
 
 
 class _NoPositions(nn.Module):
@@ -260,7 +275,7 @@ _POSITION_TABLES = re.compile(r"wpe|position|pos_emb")
 
 
 def _neutral(name: str, child: nn.Module) -> nn.Module:
-    return _NoPositions() if _POSITION_TABLES.search(name) else nn.Identity()
+    return _NoPositions() if _POSITION_TABLES.search(name) else _Through()
 
 
 def block_numel(config: PretrainedConfig) -> int:

@@ -17,6 +17,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from petals.models.blocks.block import BlockSpan
 from petals.models.blocks.cache import SpanCache
+from petals.models.blocks.states import MASK_BYTES, SNAPSHOTS
 from petals.models.errors import BlockRangeError, CacheFull, StepError, UnsupportedModel
 from petals.models.source.checkpoint import open_checkpoint
 from petals.models.source.loading import load_span
@@ -132,8 +133,13 @@ def test_cache_bytes_are_those_of_the_tensors(tiny: Tiny) -> None:
 
 
 def held_bytes(cache: SpanCache) -> int:
-    tensors = [t for layer in cache.library_cache.layers for t in (layer.keys, layer.values)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    layers = [cache.layer(block) for block in cache.blocks]
+    tensors = [t for layer in layers for t in (layer.keys, layer.values, layer.index_keys) if t is not None]
+    recall = cache._recall
+    if recall is None:
+        return sum(tensor.nbytes for tensor in tensors)
+    tensors += [*recall.states * (1 + SNAPSHOTS), recall.inputs]
+    return sum(tensor.nbytes for tensor in tensors) + MASK_BYTES * cache.batch_size * cache.max_length
 
 
 def test_half_precision_takes_half_the_cache(llama: Tiny) -> None:
@@ -214,16 +220,19 @@ def test_families_nobody_listed_are_exact(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "settings"),
-    [("mamba", {"state_size": 4}), ("lfm2", {"layer_types": ["conv", "full_attention"] * 2})],
+    ("model_type", "settings", "why"),
+    [
+        ("recurrent_gemma", {"lru_width": HIDDEN, "block_types": ["recurrent", "attention"]}, "in themselves"),
+        ("minimax", {"layer_types": ["linear_attention", "full_attention"] * 2}, "cache of its own"),
+    ],
 )
 def test_blocks_with_another_memory_are_refused(
-    model_type: str, settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+    model_type: str, settings: dict[str, object], why: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     directory = tmp_path_factory.mktemp(model_type)
     case = Case(model_type, model_type, "", SMALL | settings)
     make_model(case.config()).save_pretrained(directory)
-    with pytest.raises(UnsupportedModel, match="keys and values") as caught:
+    with pytest.raises(UnsupportedModel, match=why) as caught:
         load_span(open_checkpoint(directory), range(4))
     assert model_type in str(caught.value)
 

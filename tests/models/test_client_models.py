@@ -14,12 +14,15 @@ from petals.models.client.distributed import load_model
 from petals.models.client.local import LocalChain
 from petals.models.client.tuning import Tuning
 from petals.models.errors import StepError
+from petals.models.families import base_of
 from petals.models.library_contract import DEFAULT_CACHE_NAME
 from tests.models.conftest import Tiny
 from tests.models.tiny import BLOCKS, HIDDEN, VOCABULARY
 from tests.tolerance import assert_rounded
 
 PREFIX = 3
+NO_EMBEDS = ("falcon_h1",)
+"""Whose own `generate` takes no `inputs_embeds`."""
 
 
 def some_ids(batch: int = 2, length: int = 9) -> Tensor:
@@ -106,6 +109,8 @@ def test_a_trained_prompt_is_text_in_front(tiny: Tiny) -> None:
     expected = reference(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **theirs).logits[:, PREFIX:]
     real = batch["attention_mask"].bool()
     assert_rounded(model(**batch, **ours).logits[real], expected[real])
+    if tiny.case.model_type in NO_EMBEDS:
+        return
     settings = {"max_new_tokens": 6, "do_sample": False}
     said = tiny.reference.fresh().generate(inputs_embeds=embeds, attention_mask=mask, **settings)
     assert torch.equal(model.generate(**batch, **settings)[:, 9:], said)
@@ -144,7 +149,7 @@ def test_only_what_is_new_is_trained(llama: Tiny) -> None:
 def test_the_body_alone(tiny: Tiny) -> None:
     model = load_model(tiny.checkpoint, LocalChain(tiny.parts), head="base")
     ours = model(some_ids()).last_hidden_state
-    assert_rounded(ours, tiny.reference.fresh().base_model(some_ids()).last_hidden_state)
+    assert_rounded(ours, base_of(tiny.reference.fresh())(some_ids()).last_hidden_state)
     assert model.h is model.blocks
     assert len(model.h) == BLOCKS
     with model.inference_session(max_length=4) as session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
+from torch.testing import assert_close as torch_assert_close
 
 from petals.models.client.local import LocalChain
 from petals.models.library_contract import DEFAULT_CACHE_NAME
@@ -123,7 +123,7 @@ def test_gradients_of_input_and_prompts(tiny: Tiny) -> None:
     out = LocalChain(tiny.parts).forward(hidden, prompts=prompts)
     gradients = torch.autograd.grad((out * weight).sum(), [hidden, prompts])
     for ours, theirs in zip((out, *gradients), expected, strict=True):
-        assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+        torch_assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
     assert not any(p.requires_grad for layer in tiny.whole.layers() for p in layer.parameters())
 
 

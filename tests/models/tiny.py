@@ -39,6 +39,39 @@ _HEAD_DIM: Mapping[str, Any] = {**_GROUPED, "head_dim": 16}
 _MOE: Mapping[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
+_DEEPSEEK: Mapping[str, Any] = {
+    **_COMMON,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+_LINEAR: Mapping[str, Any] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}
+_MAMBA: Mapping[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One configuration of one family, and what about it the test proves."""
@@ -220,6 +253,108 @@ CASES: tuple[Case, ...] = (
         },
     ),
     Case("opt", "opt", "learned positions with an offset (added by the client)", {**_COMMON, "ffn_dim": 48}),
+    Case(
+        "mpt",
+        "mpt",
+        "alibi; a configuration that wants no cache",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": HIDDEN,
+            "n_layers": BLOCKS,
+            "n_heads": 4,
+            "max_seq_len": 128,
+            "use_cache": False,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+    ),
+    Case("olmo", "olmo", "norms without weights", _GROUPED),
+    Case("nanochat", "nanochat", "norms without weights, squared ReLU", _GROUPED),
+    Case(
+        "granite-swa",
+        "granite_swa",
+        "a rotary base for each block, sliding and full blocks",
+        {
+            **_GROUPED,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    Case(
+        "modernbert-decoder",
+        "modernbert-decoder",
+        "normed embeddings, sliding and full blocks",
+        {
+            **_COMMON,
+            "intermediate_size": 48,
+            "local_attention": 10,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+    ),
+    Case(
+        "llama4",
+        "llama4_text",
+        "chunked attention, blocks without positions, experts",
+        {
+            **_HEAD_DIM,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_chunk_size": 32,
+            "no_rope_layers": [1, 1, 1, 0],
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+    Case(
+        "gpt-oss",
+        "gpt_oss",
+        "attention sinks, sliding and full blocks, experts with biases",
+        {
+            **_HEAD_DIM,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            **_rope("default"),
+        },
+    ),
+    Case("deepseek-v3", "deepseek_v3", "compressed attention, a dense block, grouped experts", _DEEPSEEK),
+    Case(
+        "deepseek-v32",
+        "deepseek_v32",
+        "an indexer that chooses what attention sees",
+        {**_DEEPSEEK, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64},
+    ),
+    Case(
+        "qwen3-next",
+        "qwen3_next",
+        "gated delta rule in three of four blocks, experts",
+        {**_HEAD_DIM, **_LINEAR, **_MOE, "shared_expert_intermediate_size": 24},
+    ),
+    Case("qwen3.5", "qwen3_5_text", "gated delta rule in three of four blocks", {**_HEAD_DIM, **_LINEAR}),
+    Case(
+        "granite-hybrid",
+        "granitemoehybrid",
+        "Mamba 2 blocks around one of attention",
+        {
+            **_GROUPED,
+            **_MAMBA,
+            "layer_types": ["mamba", "attention", "mamba", "mamba"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 24,
+        },
+    ),
+    Case("falcon-h1", "falcon_h1", "attention and Mamba 2 side by side", {**_HEAD_DIM, **_MAMBA, "mamba_d_ssm": 64}),
+    Case(
+        "lfm2",
+        "lfm2",
+        "short convolutions around attention",
+        {**_GROUPED, "layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ),
 )
 
 
