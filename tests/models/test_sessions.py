@@ -415,3 +415,15 @@ def test_a_session_by_hand_is_no_ones_active_session(two: list[Tiny]) -> None:
         assert model.active_session is session
     session.close()
     session.close()
+
+
+@torch.no_grad()
+def test_every_family_has_the_names_of_the_parts_around_the_blocks(tiny: Tiny) -> None:
+    model = open_client(tiny, tuning=Tuning(mode="ptune", pre_seq_len=2))
+    base, ids = model.transformer, torch.tensor([[5, 6, 7]])
+    words = base.word_embeddings_layernorm(base.word_embeddings(ids))
+    assert words.shape[:2] == (1, 3)
+    states = torch.randn(1, 3, tiny.checkpoint.hidden_size)
+    assert model.lm_head(base.ln_f(states)).shape == (1, 3, model.config.vocab_size)
+    assert len(base.h) == tiny.checkpoint.num_blocks
+    assert base.get_prompt(3)[0].shape[:2] == (3, 2)
