@@ -424,6 +424,10 @@ def test_every_family_has_the_names_of_the_parts_around_the_blocks(tiny: Tiny) -
     words = base.word_embeddings_layernorm(base.word_embeddings(ids))
     assert words.shape[:2] == (1, 3)
     states = torch.randn(1, 3, tiny.checkpoint.hidden_size)
-    assert model.lm_head(base.ln_f(states)).shape == (1, 3, model.config.vocab_size)
+    head = model.lm_head(base.ln_f(states))
+    if model.lm_head is model.get_output_embeddings():  # a family's own part of that name stays what it is
+        assert head.shape == (1, 3, model.config.vocab_size)
+    else:
+        assert tiny.case.id == "modernbert-decoder"
     assert len(base.h) == tiny.checkpoint.num_blocks
     assert base.get_prompt(3)[0].shape[:2] == (3, 2)
