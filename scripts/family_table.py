@@ -54,7 +54,7 @@ def decoder_types() -> list[str]:
     """All that `AutoModelForCausalLM` knows and that generate on their own."""
     known = []
     for model_type, config_class in CONFIG_MAPPING.items():
-        if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if config_class in MODEL_FOR_CAUSAL_LM_MAPPING and not _is_other(config_class):
             known.append(model_type)
     return sorted(known)
 
@@ -103,14 +103,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"lru_width": 64, "hidden_size": 64},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "ministral": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "hunyuan_v1_moe": {"head_dim": 16},
 }
 """Of families whose defaults are no model, or have no layer of some kind among the first."""
 
 
+def _is_other(config_class: type[PretrainedConfig]) -> bool:
+    """Whether it is a wrapper, whose text model has a type of its own, or an encoder-decoder."""
+    try:
+        config = config_class()
+    except Exception:  # a configuration without defaults is tried, and its verdict says so
+        return False
+    return config.get_text_config(decoder=True) is not config or bool(getattr(config, "is_encoder_decoder", False))
+
+
 def tiny_config(model_type: str) -> PretrainedConfig:
     """The family's default configuration, made small. Raises what the family raises."""
     config: PretrainedConfig = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+    if getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True  # BERT and what came of it
     return miniature(config)
 
 

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -139,7 +139,10 @@ def load_model(
         if not hasattr(config, name):
             raise StepError(f"unknown argument {name!r}: {type(config).__name__} has no such entry")
         setattr(config, name, value)
-    state = checkpoint.read(checkpoint.other_tensor_names())
+    names = _text_names(checkpoint.other_tensor_names())
+    state = {names[name]: tensor for name, tensor in checkpoint.read(list(names)).items()}
+    if any(name != own for name, own in names.items()) and not any("lm_head" in own for own in names.values()):
+        config.tie_word_embeddings = True  # which the wrapper's configuration says, not the text's (Mistral 3)
     model, info = build_client(config, state, head=head, mixins=mixins, dtype=dtype or checkpoint.dtype)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(_NEW_HEAD))
     if missing:
@@ -161,6 +164,24 @@ def load_model(
         model.score.register_forward_pre_hook(lambda score, args: (args[0].to(score.weight.dtype),))
     model.blocks.connect(chain)
     return model
+
+
+_WRAPPED = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", ""))
+"""What vision-language checkpoints put before the names of their text model, and what that has instead."""
+
+
+def _text_names(names: Iterable[str]) -> dict[str, str]:
+    """Names in the checkpoint -> names in the text model. Of a vision-language model only the text is read."""
+    names = list(names)
+    if not any("language_model." in name for name in names):
+        return {name: name for name in names}
+    found = {name: name for name in names if name.startswith("lm_head.")}
+    for name in names:
+        for prefix, instead in _WRAPPED:
+            if name.startswith(prefix):
+                found[name] = instead + name.removeprefix(prefix)
+                break
+    return found
 
 
 def build_client(

@@ -261,7 +261,8 @@ class _Through(nn.Identity):
     """Hands on its first tensor, by position or by name: embeddings of which only the norm is left to do."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return next(value for value in (*args, *kwargs.values()) if value is not None)
+        named = kwargs.get("inputs_embeds")
+        return named if named is not None else next(each for each in (*args, *kwargs.values()) if each is not None)
 
 
 class _NoPositions(nn.Module):
