@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from functools import partial
 from typing import Any
 
@@ -166,3 +167,30 @@ def test_without_the_engine_the_error_names_it(smollm: Truth, monkeypatch: pytes
 def test_what_is_no_constraint_is_said_at_once(make: Any) -> None:
     with pytest.raises(ConstraintError):
         make()
+
+
+async def test_a_client_that_leaves_while_its_grammar_is_compiled_frees_its_place(
+    open_door: OpenDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    compiled = MaskEngine.compile
+
+    def slow(engine: MaskEngine, *rest: Any) -> Any:
+        began.set()
+        assert go_on.wait(60)
+        return compiled(engine, *rest)
+
+    monkeypatch.setattr(MaskEngine, "compile", slow)
+    body = {"model": NAME, "messages": COLOURS, "max_tokens": 4, "choice": ["a"]}
+    async with open_door(max_answers=1) as door:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(door.post, "/v1/chat/completions", body)
+                assert await trio.to_thread.run_sync(began.wait, 60)
+                nursery.cancel_scope.cancel()
+            with trio.fail_after(30):
+                answer = await door.post("/v1/chat/completions", {**body, "choice": None})
+            assert answer.status_code == 200, "its place is free, though the engine still works"
+        finally:
+            go_on.set()
+        await all_leases_returned(door.server)
