@@ -40,7 +40,8 @@ from petals.peer.client.routing.local_blocks import Home, check_local, is_home, 
 from petals.peer.client.routing.routing import Route, RouteChoice, RouteHop, find_route, push_pays, why_not
 from petals.peer.client.routing.view import SwarmWatcher
 from petals.peer.client.sequence_manager import RemoteSequenceManager
-from petals.peer.client.session.session import RemoteSession, StepTrace
+from petals.peer.client.session.recovery import RecoveryOptions
+from petals.peer.client.session.session import RemoteSession, SessionOptions, StepTrace
 from petals.peer.client.training import BatchTrainer, Companions
 from petals.peer.membership.complaints import ComplaintBook
 from petals.peer.membership.record_exchange import fetch_record
@@ -228,15 +229,17 @@ class ModelClient:
             spec,
             self._deadlines(options),
             find,
-            max_retries=options.max_retries,
-            exact_recovery=options.exact_recovery,
-            push=options.use_server_to_server is not False,
-            push_pays=self._push_pays if options.use_server_to_server is None else lambda before, after: True,
-            prefix_inputs=prefix_inputs,
-            standby_in=self._nursery if options.standby else None,
-            on_step=options.on_step,
-            audit=partial(self._audit, options) if options.audit else None,
-            audit_in=self._nursery,
+            SessionOptions(
+                recovery=RecoveryOptions(
+                    max_retries=options.max_retries, exact=options.exact_recovery, prefix_inputs=prefix_inputs
+                ),
+                push=options.use_server_to_server is not False,
+                push_pays=self._push_pays if options.use_server_to_server is None else lambda before, after: True,
+                standby_in=self._nursery if options.standby else None,
+                on_step=options.on_step,
+                audit=partial(self._audit, options) if options.audit else None,
+                audit_in=self._nursery,
+            ),
         )
         try:
             await session.open()

@@ -23,7 +23,8 @@ from petals.peer.base.config import ServeConfig, Timeouts
 from petals.peer.client.hops.hop import SessionSpec
 from petals.peer.client.routing.routing import find_route
 from petals.peer.client.routing.view import SwarmWatcher
-from petals.peer.client.session.session import RemoteSession
+from petals.peer.client.session.recovery import RecoveryOptions
+from petals.peer.client.session.session import RemoteSession, SessionOptions
 from petals.peer.engine.admission import Admission
 from petals.peer.engine.cache_budget import CacheBudget
 from petals.peer.engine.endpoint import Inbound
@@ -80,6 +81,10 @@ class MemoryHost:
     def has_better_way(self, stream: object) -> bool:
         """Now and then the dice say that a session could leave its relay."""
         return self._swarm.dice.random() < self._swarm.better_ways
+
+    def plausible(self, namer: PeerId, addrs: Sequence[str]) -> tuple[str, ...]:
+        """Servers in memory have no addresses to doubt."""
+        return tuple(addrs)
 
     def link(self, peer_id: PeerId) -> str:
         return "direct"
@@ -176,7 +181,9 @@ class MemorySwarm:
         def find(wanted: range, avoid: frozenset[PeerId]) -> Any:
             return find_route(self.watcher.view, wanted, pushed=True, blocked=avoid)
 
-        session = RemoteSession(self.host, self.watcher, blocks, spec, timeouts, find, max_retries=50, **settings)
+        how = {name: settings.pop(old) for old, name in (("exact_recovery", "exact"),) if old in settings}
+        options = SessionOptions(recovery=RecoveryOptions(max_retries=50, **how), **settings)
+        session = RemoteSession(self.host, self.watcher, blocks, spec, timeouts, find, options)
         await session.open()
         return session
 

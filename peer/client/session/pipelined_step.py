@@ -104,7 +104,7 @@ class PipelinedStep:
 
     async def _replace(self, lost: Hop, error: RemoteError, failures: int) -> None:
         kept = self._progress.pop(id(lost))
-        await self.session.replace(lost, error, failures)
+        await self.session.recovery.replace(lost, error, failures)
         for hop in self.session.hops:
             if id(hop) not in self._progress:
                 self._progress[id(hop)] = replace(kept)
