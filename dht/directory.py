@@ -40,6 +40,7 @@ from libp2p.kad_dht.provider_store import ProviderRecord, ProviderStore
 from libp2p.kad_dht.value_store import ValueStore
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.peer.peerstore import env_to_send_in_RPC
 from libp2p.records.pubkey import PublicKeyValidator
 from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
@@ -181,6 +182,8 @@ class Directory:
         """The same, for people."""
         self.namesake = Namesake(secrets.token_bytes(8), clock)
         """Another process with our key."""
+        self._deaf: set[PeerId] = set()
+        """Nodes that answer us only without our own record."""
         self.asked = 0
         """Questions sent to other nodes, so far."""
 
@@ -467,12 +470,16 @@ class Directory:
 
     async def _ask(self, peer_id: PeerId, request: Message) -> Message | None:
         """One question to one node; None: no answer that makes sense, within `RPC_S`."""
-        # No `senderRecord`: a node of the library (0.8.1) that has seen a newer one of ours - of another process with
-        # our key, or of ourselves before our clock was set back - answers nothing any more. Identify says where we are.
+        # `senderRecord` tells a node of the library our addresses, the ways through relays among them. One (0.8.1) that
+        # has seen a newer record - of another process with our key, or of ours before the clock was set back - then
+        # resets whatever we ask: it is asked without.
         self.asked += 1
+        request.ClearField("senderRecord")
+        if peer_id not in self._deaf:
+            request.senderRecord = env_to_send_in_RPC(self._host.libp2p)[0]
         try:
             with trio.move_on_after(RPC_S):
-                reply = await self._exchange(peer_id, request)
+                reply = await self._heard(peer_id, request)
                 if reply is not None and reply.type == request.type:
                     await self._dht.add_peer(ID.from_base58(peer_id), skip_server_mode_check=True)
                     return reply
@@ -482,6 +489,20 @@ class Directory:
         except SwarmError as error:
             log.debug("node …%s is of no use: %s", peer_id[-6:], error)
         return None
+
+    async def _heard(self, peer_id: PeerId, request: Message) -> Message | None:
+        """`_exchange`, once more without our record where that was reset at once."""
+        try:
+            return await self._exchange(peer_id, request)
+        except PeerUnreachable:
+            if not request.HasField("senderRecord") or peer_id not in self._host.connected_peers():
+                raise
+            request.ClearField("senderRecord")
+            reply = await self._exchange(peer_id, request)
+            if len(self._deaf) > MAX_PROVIDERS:
+                self._deaf.clear()
+            self._deaf.add(peer_id)
+            return reply
 
     async def _exchange(self, peer_id: PeerId, request: Message) -> Message | None:
         stream = await self._host.open_stream(peer_id, str(PROTOCOL_ID), addrs=self._addrs.get(peer_id, ()))
