@@ -25,6 +25,7 @@ from petals.models.progress import Meter
 from petals.models.source.disk import cache_directory, write_json
 from petals.models.source.formats import Scheme, scheme_of
 from petals.models.source.licence import find_licence
+from petals.models.source.settings import check_tokenizer, configuration_directory, scratch_directory
 from petals.models.source.shard import TensorEntry, parse_header, read_tensor, sample_hash
 from petals.models.source.sources import sources_of
 
@@ -251,6 +252,7 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the checkpoint. Raises CheckpointError when there is none."""
+        check_tokenizer(self.name, self.directory)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.directory, local_files_only=True, trust_remote_code=False
@@ -351,11 +353,15 @@ def _written(directory: Path, entry: str) -> str | None:
 
 def _load_config(name: str, directory: Path) -> PretrainedConfig:
     try:
-        # False, not unset: unset asks the user, in a prompt, whether to run the code that a checkpoint brings.
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with scratch_directory() as scratch:
+            where = configuration_directory(name, directory, Path(scratch))
+            # False, not unset: unset asks the user, in a prompt, whether to run the code that a checkpoint brings.
+            config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
         text: PretrainedConfig = config.get_text_config(decoder=True)
         for each in (config, text):  # weights are read by us (formats.py); the library would want its own packages
             vars(each).pop("quantization_config", None)
+    except CheckpointError:
+        raise
     except Exception as error:  # somebody else's file; the library's readers raise whatever meets them first
         raise CheckpointError(f"{name} is not a model that transformers knows: {first_line(error)}") from error
     counts = (getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None))

@@ -11,7 +11,11 @@ from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from petals.models.source.checkpoint import Checkpoint
+from petals.models.source.templates import TEMPLATES, TemplateRefused
 from petals.protocols.errors import UserError
+
+MAX_TEMPLATE_CHARS = 256 << 10
+"""Parsed here, to see what it reads; the longest ones of real models have 30,000."""
 
 
 class PromptTooLong(UserError):
@@ -51,9 +55,14 @@ def knows_tools(template: str) -> bool:
     Raises:
         TemplateError: it is none.
     """
-    return "tools" in meta.find_undeclared_variables(
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.replace("{% generation %}", ""))
-    )
+    if len(template) > MAX_TEMPLATE_CHARS:
+        raise TemplateError(f"a template of {len(template)} characters, at most {MAX_TEMPLATE_CHARS}")
+    try:
+        return "tools" in meta.find_undeclared_variables(
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.replace("{% generation %}", ""))
+        )
+    except RecursionError:
+        raise TemplateError("a template that is nested too deeply") from None
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, checkpoint: Checkpoint) -> list[int]:
@@ -99,21 +108,20 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, model: str) -> st
             raise UserError(f"the chat template of {model} knows no tools: it would not show them to the model")
         if "tool_calls" not in template and any(each.get("tool_calls") for each in chat.messages):
             raise UserError(f"the chat template of {model} knows no tool calls: the history has some")
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in chat.messages],
-                tools=[dict(tool) for tool in chat.tools] or None,
-                tokenize=False,
-                add_generation_prompt=not chat.continues,
-                continue_final_message=chat.continues,
+        # Not by the tokenizer itself: a template is a program of whoever made the checkpoint.
+        return TEMPLATES.render(
+            template,
+            tokenizer.special_tokens_map,
+            [dict(message) for message in chat.messages],
+            {
+                "tools": [dict(tool) for tool in chat.tools] or None,
+                "add_generation_prompt": not chat.continues,
+                "continue_final_message": chat.continues,
                 **chat.arguments,
-            )
+            },
         )
-    except UserError:
-        raise
-    except Exception as error:  # somebody else's program; it refuses two users in a row, or stumbles over something
-        reason = str(error) if isinstance(error, TemplateError | ValueError) else repr(error)
-        raise UserError(f"the chat template of {model} refuses this conversation: {reason}") from None
+    except (TemplateError, TemplateRefused, ValueError) as error:
+        raise UserError(f"the chat template of {model} refuses this conversation: {error}") from None
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
