@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from dataclasses import dataclass, field
 
@@ -81,6 +82,11 @@ class Composer:
     def clear(self) -> None:
         """Forget what has been typed."""
         self._lines, self._quoted, self._goes_on = [], False, False
+
+
+def on_terminal(text: str) -> str:
+    """`printable` where a terminal shows it; a file or a program gets what was generated."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def printable(text: str) -> str:

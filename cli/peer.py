@@ -18,6 +18,7 @@ from petals.cli.base.file_arguments import read_argument, token_of
 from petals.cli.base.help_format import Formatter
 from petals.cli.base.terminal import hush
 from petals.cli.base.terminal import say as _say
+from petals.cli.conversation import on_terminal
 from petals.cli.imports import importing
 from petals.cli.status.render import legs
 from petals.models.progress import counting_seconds
@@ -589,7 +590,7 @@ async def _generate(peer: Peer, options: argparse.Namespace, client: ClientOptio
                 waiting.close()
                 hush()
                 if not options.json:
-                    print(text + token.text, end="", flush=True)
+                    print(text + on_terminal(token.text), end="", flush=True)
                 text = ""
     if not options.json:
         print(text, flush=True)

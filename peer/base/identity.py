@@ -6,6 +6,7 @@ Key files hold libp2p's protobuf encoding of a private key, like those of go-lib
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from libp2p.peer.id import ID
 from petals.peer.base.public_key import parse_public_key
 from petals.protocols.errors import UserError
 from petals.protocols.types import PeerId
+
+log = logging.getLogger(__name__)
 
 MAX_KEY_FILE_BYTES = 16 << 10
 
@@ -62,6 +65,7 @@ def load_identity(path: Path) -> Identity:
             data = stream.read(MAX_KEY_FILE_BYTES + 1)
     except OSError as error:
         raise IdentityError(f"can not read the key file {path}: {error.strerror}") from None
+    warn_if_shared(path)
     try:
         private = deserialize_private_key(data)
         if len(data) > MAX_KEY_FILE_BYTES or private.get_type() not in (KeyType.Ed25519, KeyType.RSA):
@@ -110,6 +114,12 @@ def write_private(path: Path, data: bytes) -> None:
         if path.exists():
             raise IdentityError(f"{path} exists already and is not overwritten; choose another name") from None
         raise IdentityError(f"can not write the key file {path}: {error.strerror}") from None
+
+
+def warn_if_shared(path: Path) -> None:
+    """Say so when a file with a secret can be read or changed by others on this machine."""
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        log.warning("%s can be read or changed by others on this machine: chmod 600 %s", path, path)
 
 
 def load_or_create_identity(path: Path) -> Identity:

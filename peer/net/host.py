@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -37,7 +36,7 @@ from petals.peer.base.public_key import limit_library
 from petals.peer.base.rate_limit import MISTAKE, Conduct
 from petals.peer.net.libp2p.swarm import LibraryConn, Network, NetworkConn, library_id, share_port
 from petals.peer.net.nat.traversal import Traversal
-from petals.peer.net.wire.addresses import is_loopback, split_peer, tcp_endpoint
+from petals.peer.net.wire.addresses import house_of, is_loopback, split_peer, tcp_endpoint
 from petals.peer.net.wire.loopback import loopback_pair
 from petals.peer.net.wire.multistream import Listener
 from petals.peer.net.wire.muxer import MuxedStream, MuxerConfig
@@ -67,6 +66,12 @@ PING = "/ipfs/ping/1.0.0"
 PING_BYTES = 32
 PING_IDLE_S = 60.0
 """From one ping on a stream to the next; else a stranger's open streams would be counted for ever."""
+MAX_LIBRARY_STREAMS = 16
+"""Of one peer, of what py-libp2p answers: identify, its pushes, Kademlia. It reads 1 MiB of an identify push."""
+MAX_LIBRARY_BYTES = 256 << 10
+"""On one of them; Kademlia's own limit is the same (dht/directory.py)."""
+LIBRARY_S = 30.0
+"""One of them; Kademlia's own limit is shorter."""
 _ADDRESS_TTL_S = 24 * 3600
 _PROBE_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Waits between the calls on a peer that froze; it is forgotten, and may be dialled again, after the last."""
@@ -214,6 +219,7 @@ class Host:
         self._network, self._config, self._nursery = network, config, nursery
         self._handlers: dict[str, Handler] = {}
         self._n_handlers: Counter[PeerId] = Counter()
+        self._n_library: Counter[PeerId] = Counter()
         self._half_open: dict[trio.CancelScope, None] = {}
         self._frozen: dict[PeerId, None] = {}
         self._on_peer: list[Callable[[PeerId], None]] = []
@@ -512,16 +518,26 @@ class Host:
         if handler is None:
             stream.reset_nowait()
             return
-        net_stream = self._network.library_stream(conn, stream, TProtocol(protocol))
+        if self._n_library[stream.remote_peer] >= MAX_LIBRARY_STREAMS:
+            stream.reset_nowait()
+            return
+        self._n_library[stream.remote_peer] += 1
+        net_stream = self._network.library_stream(conn, stream, TProtocol(protocol), MAX_LIBRARY_BYTES)
         try:
-            await handler(net_stream)
-            stream.close_nowait()
+            with trio.move_on_after(LIBRARY_S) as scope:
+                await handler(net_stream)
+            if scope.cancelled_caught:
+                stream.reset_nowait()
+            else:
+                stream.close_nowait()
         except Exception as error:
             log.debug("%s of %s failed: %r", protocol, stream.remote_peer, error)
             stream.reset_nowait()
             if isinstance(error, ProtocolViolation):
                 self.charge(stream.remote_peer, MISTAKE)
         finally:
+            self._n_library[stream.remote_peer] -= 1
+            self._n_library += Counter()  # forgets zeros
             conn.remove_stream(net_stream)
 
     # -- the stock stack -------------------------------------------------------------------------------------------
@@ -679,10 +695,7 @@ def _house_of(stream: trio.SocketStream) -> str:
         host: str = stream.socket.getpeername()[0].partition("%")[0]  # a link-local one names its interface
     except OSError:
         return ""  # gone already
-    address = ip_address(host)
-    if not isinstance(address, IPv6Address):
-        return host
-    return str(address.ipv4_mapped or ip_network((address, 64), strict=False))
+    return house_of(host)
 
 
 def _id_of(peer_id: PeerId) -> ID:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from petals.peer.base.identity import write_private
+from petals.peer.base.identity import warn_if_shared, write_private
 from petals.peer.net.wire.pnet import KEY_BYTES, MAX_KEY_FILE_BYTES, SwarmKey, encode_swarm_key, parse_swarm_key
 from petals.protocols.errors import UserError
 
@@ -34,6 +34,7 @@ def load_swarm_key(path: Path | None) -> SwarmKey | None:
             data = stream.read(MAX_KEY_FILE_BYTES)
     except OSError as error:
         raise UserError(f"can not read the swarm key {path}: {error.strerror}") from None
+    warn_if_shared(path)
     try:
         return parse_swarm_key(data)
     except UserError as error:

@@ -276,8 +276,9 @@ def _pipe_of(raw: IRawConnection) -> Pipe:
 class LibraryStream(IMuxedStream):
     """Our stream with the library's habits: its end is an exception."""
 
-    def __init__(self, stream: MuxedStream, muxed_conn: IMuxedConn) -> None:
+    def __init__(self, stream: MuxedStream, muxed_conn: IMuxedConn, most: int | None = None) -> None:
         self.stream = stream
+        self._left = most
         self.muxed_conn = muxed_conn
 
     async def read(self, n: int | None = None) -> bytes:
@@ -291,6 +292,10 @@ class LibraryStream(IMuxedStream):
             raise MuxedStreamError(str(error)) from error
         if not data:
             raise MuxedStreamEOF("the peer closed the stream")
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise ProtocolViolation("too many bytes on one stream")
         return bytes(data)
 
     async def write(self, data: bytes) -> None:
@@ -672,9 +677,9 @@ class Network(Swarm):
             for conn in self.get_connections():
                 nursery.start_soon(self._close_connection_async, conn)
 
-    def library_stream(self, conn: NetworkConn, stream: MuxedStream, protocol: TProtocol) -> NetStream:
-        """A peer's stream as the library's handlers take it."""
-        net_stream = NetStream(LibraryStream(stream, conn.muxed_conn), conn, None)
+    def library_stream(self, conn: NetworkConn, stream: MuxedStream, protocol: TProtocol, most: int) -> NetStream:
+        """A peer's stream as the library's handlers take it; they read at most so many bytes."""
+        net_stream = NetStream(LibraryStream(stream, conn.muxed_conn, most), conn, None)
         net_stream.set_protocol(protocol)
         net_stream._direction = Direction.INBOUND
         conn.streams.add(net_stream)

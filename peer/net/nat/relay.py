@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 from google.protobuf.message import DecodeError
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _PIECE_BYTES = 64 << 10
 _BURST_S = 0.1
 GOODBYE_S = 1.0
+SHARE = 4
 ASK_S = 15.0
 """What a peer may take to say what it wants, and the called one to take the call."""
 
@@ -46,6 +47,8 @@ class Relay:
         open_stop: (called peer) -> a `STOP` stream on the connection it has with us.
         is_connected: whether a peer still has a direct connection to us.
         addrs: where we are reached, with /p2p/.
+        house_of: peer -> the IP address (of version 6: the network) that it comes from; None: not known, or our own
+            machine. Names are free, addresses are not: one of them has a `SHARE`th of the places and circuits.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class Relay:
         open_stop: Callable[[PeerId], Awaitable[ByteStream]],
         is_connected: Callable[[PeerId], bool],
         addrs: Callable[[], Sequence[str]],
+        house_of: Callable[[PeerId], str | None] = lambda _: None,
     ) -> None:
         self.limits = limits
         self.passed_bytes = 0
         self._host, self._open_stop, self._is_connected, self._addrs = host, open_stop, is_connected, addrs
+        self._house_of = house_of
         self._places: dict[PeerId, float] = {}
         self._circuits: Counter[PeerId] = Counter()
         rate = limits.bytes_per_s
@@ -106,7 +111,8 @@ class Relay:
     async def _reserve(self, messages: MessageStream, caller: PeerId) -> None:
         now = trio.current_time()
         self._places = {peer: end for peer, end in self._places.items() if end > now and self._is_connected(peer)}
-        if caller not in self._places and len(self._places) >= self.limits.slots:
+        full = len(self._places) >= self.limits.slots or self._has_share(caller, self._places, self.limits.slots)
+        if caller not in self._places and full:
             await _answer(messages, Status.RESERVATION_REFUSED)
             return
         self._places[caller] = now + self.limits.reservation_s
@@ -125,12 +131,23 @@ class Relay:
         await messages.write_message(reply.SerializeToString())
         log.info("peer …%s has a place at this relay", caller[-6:])
 
+    def _has_share(self, caller: PeerId, holders: Iterable[PeerId], most: int) -> bool:
+        """Whether those who come from the caller's address hold all that one address may hold."""
+        house = self._house_of(caller)
+        if house is None:
+            return False
+        return sum(self._house_of(peer) == house for peer in holders) >= max(1, most // SHARE)
+
     async def _connect(self, messages: MessageStream, caller: PeerId, raw_target: bytes) -> None:
         target = PeerId(ID(raw_target[:MAX_PEER_ID_BYTES]).to_base58())  # who has a longer name, has no place here
         if self._places.get(target, 0.0) < trio.current_time() or not self._is_connected(target):
             await _answer(messages, Status.NO_RESERVATION)
             return
-        if self.circuits >= self.limits.circuits or self._circuits[caller] >= self.limits.circuits_per_peer:
+        if (
+            self.circuits >= self.limits.circuits
+            or self._circuits[caller] >= self.limits.circuits_per_peer
+            or self._has_share(caller, list(self._circuits.elements()), self.limits.circuits)
+        ):
             await _answer(messages, Status.RESOURCE_LIMIT_EXCEEDED)
             return
         self._circuits[caller] += 1

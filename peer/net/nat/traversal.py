@@ -24,7 +24,8 @@ from petals.peer.net.libp2p.swarm import LibraryConn, Network, NetworkConn, libr
 from petals.peer.net.nat import autonat, dcutr
 from petals.peer.net.nat.relay import Relay
 from petals.peer.net.wire import circuit
-from petals.peer.net.wire.addresses import Circuit, ip_of, is_loopback, parse_addrs, split_peer, tcp_endpoint
+from petals.peer.net.wire.addresses import Circuit, house_of, ip_of, is_loopback, parse_addrs, split_peer, tcp_endpoint
+from petals.peer.net.wire.dial_policy import Reach, reach_of
 from petals.protocols.errors import PeerUnreachable, ProtocolViolation, RemoteError, RequestRefused, SwarmError
 from petals.protocols.stream import ByteStream, MessageStream
 from petals.protocols.types import PeerId
@@ -355,7 +356,9 @@ class Traversal:
 
     def start_relaying(self, limits: RelayLimits, addrs: Callable[[], Sequence[str]]) -> Relay:
         """Be a relay from now on. `addrs`: where we are reached, with /p2p/."""
-        self.relay = relay = Relay(self._streams.libp2p, limits, self._open_stop, self._has_direct, addrs)
+        self.relay = relay = Relay(
+            self._streams.libp2p, limits, self._open_stop, self._has_direct, addrs, self._house_of
+        )
 
         async def answer(stream: ByteStream) -> None:
             conn = self._network.live_conn(ID.from_base58(stream.remote_peer))
@@ -369,6 +372,10 @@ class Traversal:
 
     def _has_place(self, peer_id: ID) -> bool:
         return self.relay is not None and self.relay.keeps(PeerId(str(peer_id)))
+
+    def _house_of(self, peer_id: PeerId) -> str | None:
+        ip = self._network.ip_of_peer(ID.from_base58(peer_id))
+        return None if ip is None or reach_of(ip) is Reach.MACHINE else house_of(ip)
 
     def _has_direct(self, peer_id: PeerId) -> bool:
         return self._network.has_direct(ID.from_base58(peer_id))

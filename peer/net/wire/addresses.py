@@ -73,6 +73,14 @@ def ip_of(addr: Multiaddr) -> str | None:
     return str(parts[0][1])
 
 
+def house_of(ip: str) -> str:
+    """What one stranger can be counted by: an IP address, or of version 6 its network, since everybody has many."""
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    if not isinstance(address, ipaddress.IPv6Address):
+        return ip
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+
+
 def is_loopback(addr: Multiaddr) -> bool:
     ip = ip_of(addr)
     return ip is not None and ipaddress.ip_address(ip).is_loopback
