@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from petals.cli.base.argument_types import at_least_1
+from petals.cli.base.file_arguments import token_of
 from petals.cli.base.terminal import say
 
 
@@ -32,7 +33,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--quant_type", nargs="+", choices=("none", "int8", "nf4"), default=["none", "int8"],
                         help="forms of the weights (default: none int8)")  # fmt: skip
     parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument("--token", help="for private hub models")
+    parser.add_argument("--token", help="for private hub models; @FILE: what is in it")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
     parser.set_defaults(run=run, synchronous=False)
@@ -48,7 +49,7 @@ async def run(options: argparse.Namespace) -> None:
     from petals.peer.server.measure import run_bench
 
     checkpoint = await trio.to_thread.run_sync(
-        lambda: open_checkpoint(options.model, revision=options.revision, token=options.token, progress=say)
+        lambda: open_checkpoint(options.model, revision=options.revision, token=token_of(options.token), progress=say)
     )
     found = await run_bench(checkpoint, options.num_blocks, options.dtype, options.quant_type, say)
     print(json.dumps(found) if options.json else describe(found), flush=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from petals import __version__
 from petals.cli import bench, invite, keygen, peer, seal, settings
 from petals.cli.base.config_flags import in_flags
+from petals.cli.base.file_arguments import exposed
 from petals.cli.base.help_format import Formatter
 from petals.cli.base.terminal import hush
 from petals.cli.boundary import check_text, report_bug, show_anything
@@ -75,6 +76,12 @@ def parse(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> arg
         )
         parser.error(f"there is no {words[0]!r}{hint} The verbs are {', '.join(verbs)}")
     options, unknown = parser.parse_known_args(words)
+    for flag in exposed(words):
+        variable = f"PETALS_{flag[2:].upper()}"
+        print(
+            f"petals: others on this machine can read {flag} (ps shows it); {flag} @FILE or {variable} keeps it",
+            file=sys.stderr,
+        )
     if unknown:
         verb = verbs[words[0]]
         verb.error(" ".join(f"there is no {word}{_like(word, _flags_of(verb))}" for word in unknown))

@@ -253,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          "those who served this peer, a little to those who served them (default: fair)")  # fmt: skip
     serving.add_argument("--public_name", metavar="NAME", default="", help="shown to others")
     serving.add_argument("--revision", help="of a hub model")
-    serving.add_argument("--token", help="for private hub models")
+    serving.add_argument("--token", help="for private hub models; @FILE: what is in it")
 
     parser.add_argument("--dry_run", action="store_true",
                         help="only say which blocks would be held, in how much memory and why, and who would be asked; "
@@ -361,7 +361,7 @@ async def _run_peer(options: argparse.Namespace, asked: _Asked) -> None:
         model=options.model,
         weights_from=options.weights_from,
         revision=options.revision,
-        token=options.token,
+        token=token_of(options.token),
         serve=serve,
         identity=options.identity,
         listen=tuple(options.listen),

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 MAX_KEPT = 256
 MAX_OF_ACCUSER = 8
 """One key cannot push out everybody else's; many keys can (docs/security.md)."""
+MAX_OF_ACCUSED = 8
+"""About one peer: three accusers raise the rate of its audits as far as it goes (client/audit/verdicts.py). So a group
+that accuses one peer pushes out nothing that is said about others."""
 MAX_TOLD = 8
 """In one answer to who asks, the latest."""
 
@@ -58,6 +61,8 @@ class ComplaintBook:
         key = (complaint.accuser, complaint.accused)
         known = self._kept.get(key)
         if known is not None and known[0].issued_at >= complaint.issued_at:
+            return
+        if known is None and sum(accused == complaint.accused for _, accused in self._kept) >= MAX_OF_ACCUSED:
             return
         self._kept[key] = (complaint, data)
         self._kept.move_to_end(key)
