@@ -1,8 +1,8 @@
-"""What `config.json` and `tokenizer.json` may set. They come from whoever made the checkpoint, and reach `transformers`.
+"""What `config.json` and `tokenizer.json` may set. They come from whoever made the checkpoint, and reach the library.
 
 Honoured is what describes the model. Left out, and said in one line, is what would run other code (attention kernels
-from a hub), change what calls return, or switch off what generation here is made of. `generation_config.json` is read in
-models/client/generation_settings.py.
+from a hub), change what calls return, or switch off what generation here is made of. `generation_config.json` is read
+in models/client/generation_settings.py.
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, model: str) -> st
                 **chat.arguments,
             },
         )
+    except UserError:
+        raise
     except (TemplateError, TemplateRefused, ValueError) as error:
         raise UserError(f"the chat template of {model} refuses this conversation: {error}") from None
 
