@@ -40,8 +40,8 @@ WHOLE = (
 """Models, client and gateway, and what reaches into libp2p, trio and protobuf."""
 PART = (
     "tests/models/test_client_models.py", "tests/models/test_blocks.py", "tests/models/test_families.py",
-    "tests/models/test_tuning.py", "tests/models/test_adapters.py", "tests/transport/test_contract.py",
-    "tests/protocols/test_generated.py",
+    "tests/models/test_tuning.py", "tests/models/test_adapters.py", "tests/models/test_library_contract.py",
+    "tests/models/test_client_check.py", "tests/transport/test_contract.py", "tests/protocols/test_generated.py",
 )  # fmt: skip
 PART_S = 600.0
 """Two minutes on a quiet machine; beside all other tests it takes longer."""
