@@ -1,11 +1,11 @@
 """Runs tests with the oldest or the newest releases that pyproject.toml allows, in a copy of the virtual environment.
 
-    python scripts/versions.py oldest|newest [--part] [PYTEST ARGUMENTS]
+    python scripts/versions.py oldest|newest [--part] [--note] [PYTEST ARGUMENTS]
 
 The copy is .venv-oldest or .venv-newest: hard links to .venv, in which pip then installs the other releases. torch
 stays as it is installed, since other releases come only as CUDA builds of gigabytes. `--part` runs the tests that touch
-the insides of other libraries, in two minutes, with releases that were the newest within the last day. A whole run
-that passes writes its versions into docs/versions.md.
+the insides of other libraries, in two minutes, with releases that were the newest within the last day. A run that
+passes writes its versions into docs/versions.md if it was whole, or with `--note`, which says how it was run.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def run(python: Path, arguments: Sequence[str], *, timeout_s: float | None) -> t
     return done.returncode, f"{passed} passed, {wrong} failed, {suite['skipped']} skipped"
 
 
-def note(end: str, found: dict[str, str], counts: str) -> None:
-    """Write this end's column of the table, and the line that says where it comes from."""
+def note(end: str, found: dict[str, str], counts: str, how: str = "") -> None:
+    """Write this end's column of the table, and the line that says where it comes from: `how` are its arguments."""
     text = PAGE.read_text(encoding="utf-8")
     kept = {row[0].strip("`"): list(row[1:]) for row in re.findall(r"\| (`\S+`) \| (\S*) \| (\S*) \|", text)}
     lines = ["| library | oldest | newest |", "|---|---|---|"]
@@ -146,10 +146,10 @@ def note(end: str, found: dict[str, str], counts: str) -> None:
         row = kept.get(name, ["", ""])
         row[ENDS.index(end)] = found[name]
         lines.append(f"| `{name}` | {row[0]} | {row[1]} |")
-    said = dict(re.findall(r"^- `scripts/test --(\w+)`: (.*)$", text, re.MULTILINE))
+    said = dict(re.findall(r"^- `scripts/test --(\w+)(.*`: .*)$", text, re.MULTILINE))
     python = ".".join(map(str, sys.version_info[:3]))
-    said[end] = f"{counts}; Python {python}, {datetime.now(UTC):%Y-%m-%d}"
-    lines += ["", *(f"- `scripts/test --{each}`: {said[each]}" for each in ENDS if each in said)]
+    said[end] = f"{how and ' ' + how}`: {counts}; Python {python}, {datetime.now(UTC):%Y-%m-%d}"
+    lines += ["", *(f"- `scripts/test --{each}{said[each]}" for each in ENDS if each in said)]
     body = "\n".join(lines)
     PAGE.write_text(_TABLE.sub(lambda match: f"{match[1]}\n{body}\n\n{match[2]}", text), encoding="utf-8")
 
@@ -158,25 +158,26 @@ def main() -> int:
     """Install, say the versions, run, write them down; the exit status."""
     end, *arguments = sys.argv[1:]
     part = "--part" in arguments
-    arguments = [each for each in arguments if each != "--part"]
+    chosen = [each for each in arguments if each not in ("--part", "--note")]
+    writes = "--note" in arguments or not (part or chosen)
     try:
         python = prepare(end, at_most_s=DAY_S if part or end == "oldest" else 0)
     except NoNetwork:
-        tests = len(PART) if part else len(WHOLE)
-        print(f"petals: skipped: {tests} sets of tests with the {end} releases: no network, pip reaches no index")
+        sets = len(PART) if part else len(WHOLE)
+        print(f"petals: skipped: {sets} sets of tests with the {end} releases: no network, pip reaches no index")
         return 0
     found = versions(python)
     said = ", ".join(f"{name} {version}" for name, version in found.items())
     print(f"petals: {end}: {said}", flush=True)
-    chosen = arguments or ([*PART] if part else [*WHOLE, "--numprocesses", "2", "--dist", "loadfile"])
-    status, counts = run(python, chosen, timeout_s=PART_S if part else None)
-    if not part and not arguments and status == 0:
-        note(end, found, counts)
+    tests = chosen or ([*PART] if part else [*WHOLE, "--numprocesses", "2", "--dist", "loadfile"])
+    status, counts = run(python, tests, timeout_s=PART_S if part else None)
+    if writes and status == 0:
+        note(end, found, counts, " ".join(arguments).replace("--note", "").strip())
     print(f"petals: {end}: {counts} with {said}")
     return status
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["oldest"], ["newest"]):
-        sys.exit("which end? python scripts/versions.py oldest|newest [--part] [PYTEST ARGUMENTS]")
+        sys.exit("which end? python scripts/versions.py oldest|newest [--part] [--note] [PYTEST ARGUMENTS]")
     sys.exit(main())
