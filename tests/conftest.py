@@ -114,7 +114,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     line = skipped_line(reasons)
     if line:
         terminalreporter.write_line(line)
-    if SKIPPED.parent.is_dir() and not os.environ.get("PYTEST_XDIST_WORKER"):
+    # Not from a copy of the environment with other releases, whose tests run beside (scripts/versions.py).
+    if Path(sys.prefix) == ROOT / ".venv" and SKIPPED.parent.is_dir() and not os.environ.get("PYTEST_XDIST_WORKER"):
         SKIPPED.write_text(f"{line}\n" if line else "")
 
 
