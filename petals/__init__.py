@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         Forbidden,
         LocalProtocolError,
         MissingBlocks,
+        NeverFits,
         PeerBusy,
         PeerUnreachable,
         ProtocolViolation,
@@ -130,6 +131,7 @@ __all__ = [
     "MissingBlocks",
     "ModelError",
     "NatConfig",
+    "NeverFits",
     "Peer",
     "PeerBusy",
     "PeerConfig",
@@ -195,8 +197,8 @@ _MODULES = {
     ),
     "petals.peer.sync": "SyncPeer connect",
     "petals.protocols.errors": (
-        "ConfigError Forbidden LocalProtocolError MissingBlocks PeerBusy PeerUnreachable ProtocolViolation "
-        "RemoteError RemoteProtocolError RequestRefused RouteError SwarmError UserError WrongAnswer"
+        "ConfigError Forbidden LocalProtocolError MissingBlocks NeverFits PeerBusy PeerUnreachable "
+        "ProtocolViolation RemoteError RemoteProtocolError RequestRefused RouteError SwarmError UserError WrongAnswer"
     ),
 }
 """Where the names live; tests/test_public_api.py compares this with what type checkers read above."""

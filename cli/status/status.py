@@ -39,6 +39,11 @@ examples:
 Look = Callable[[], Awaitable[dict[str, Any]]]
 
 
+def _lasts(options: argparse.Namespace) -> bool:
+    """Whether the command goes on until it is ended."""
+    return bool(options.watch)
+
+
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
@@ -69,7 +74,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--interval", metavar="S", type=positive, default=2.0, help="of --watch (default: 2 s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per look on stdout")
     parser.add_argument("--verbose", "-v", action="store_true", help="logs of what happens, on stderr")
-    parser.set_defaults(run=run, synchronous=False, lasts=lambda options: options.watch)
+    parser.set_defaults(run=run, synchronous=False, lasts=_lasts)
 
 
 async def run(options: argparse.Namespace) -> None:

@@ -139,8 +139,9 @@ def load_model(
         if not hasattr(config, name):
             raise StepError(f"unknown argument {name!r}: {type(config).__name__} has no such entry")
         setattr(config, name, value)
-    names = _text_names(checkpoint.other_tensor_names())
-    state = {names[name]: tensor for name, tensor in checkpoint.read(list(names)).items()}
+    read = checkpoint.read(checkpoint.other_tensor_names())
+    names = _text_names(tuple(read))  # of what was read: the parts of a quantised weight come as one
+    state = {names[name]: tensor for name, tensor in read.items()}
     if any(name != own for name, own in names.items()) and not any("lm_head" in own for own in names.values()):
         config.tie_word_embeddings = True  # which the wrapper's configuration says, not the text's (Mistral 3)
     model, info = build_client(config, state, head=head, mixins=mixins, dtype=dtype or checkpoint.dtype)

@@ -27,6 +27,16 @@ log = logging.getLogger(__name__)
 
 MAX_KEY_FILE_BYTES = 16 << 10
 
+PUBLIC_TEST_PEERS = frozenset(
+    {
+        "12D3KooWHtURmmUjrRwSiMY8FcjtDevyhTTAQAMRfBKuz8ErYeAT",
+        "12D3KooWGzSHQPPxjusisvamogcpS2rd8ZjKFaqe8wx1Nr1cq75b",
+        "12D3KooWE7HQuwNrCz3ABBfCEney6JnGSC6xv9hDYott3HkUGetr",
+        "12D3KooWCB4YgMPPC2tcvoFB2D3DxYxPENwBC9hBzxDsLTcGRCwv",
+    }
+)
+"""Of the keys in identities/, which everybody has: there is nothing to hide in their files."""
+
 
 class IdentityError(UserError):
     """A key file that can not be used; the message names it and says what to do."""
@@ -65,19 +75,20 @@ def load_identity(path: Path) -> Identity:
             data = stream.read(MAX_KEY_FILE_BYTES + 1)
     except OSError as error:
         raise IdentityError(f"can not read the key file {path}: {error.strerror}") from None
-    warn_if_shared(path)
     try:
         private = deserialize_private_key(data)
         if len(data) > MAX_KEY_FILE_BYTES or private.get_type() not in (KeyType.Ed25519, KeyType.RSA):
             raise ValueError
         identity = _identity(KeyPair(private, private.get_public_key()))
         parse_public_key(identity.public_key)  # else nobody would accept us
-        return identity
     except Exception:  # the library raises whatever its parsers raise, and its messages may quote the key
         raise IdentityError(
             f"{path} holds no Ed25519 or RSA private key in libp2p's encoding (RSA: 2,048 to 4,096 bits, e = 65537); "
             "make one with: petals keygen FILE"
         ) from None
+    if identity.peer_id not in PUBLIC_TEST_PEERS:
+        warn_if_shared(path)
+    return identity
 
 
 def create_identity(path: Path | None = None, key_type: str = "ed25519") -> Identity:
@@ -116,9 +127,13 @@ def write_private(path: Path, data: bytes) -> None:
         raise IdentityError(f"can not write the key file {path}: {error.strerror}") from None
 
 
+_warned: set[Path] = set()
+
+
 def warn_if_shared(path: Path) -> None:
-    """Say so when a file with a secret can be read or changed by others on this machine."""
-    if os.name == "posix" and path.stat().st_mode & 0o077:
+    """Say so, once for each file, when a file with a secret can be read or changed by others on this machine."""
+    if os.name == "posix" and path.stat().st_mode & 0o077 and path not in _warned:
+        _warned.add(path)
         log.warning("%s can be read or changed by others on this machine: chmod 600 %s", path, path)
 
 

@@ -34,8 +34,9 @@ def load_swarm_key(path: Path | None) -> SwarmKey | None:
             data = stream.read(MAX_KEY_FILE_BYTES)
     except OSError as error:
         raise UserError(f"can not read the swarm key {path}: {error.strerror}") from None
-    warn_if_shared(path)
     try:
-        return parse_swarm_key(data)
+        key = parse_swarm_key(data)
     except UserError as error:
         raise UserError(f"{path} holds {error}") from None
+    warn_if_shared(path)
+    return key

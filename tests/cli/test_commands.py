@@ -179,7 +179,7 @@ MISTAKES = [
     (["peer", "--generate", "x", "--initial_peers", NOBODY, "--audit", "5"], "a number from 0 to 1, not '5'"),
     (["peer", "--serve", "0:1", "--device", "cuda:99"], "no device 'cuda:99' here"),
     (["peer", "--serve", "0:1", "--device", "abacus"], "unknown device 'abacus'"),
-    (["peer", "--serve", "0:1", "--announce", "nonsense"], "--announce nonsense: not of the form /ip4/<ip>/tcp/<port>"),
+    (["peer", "--serve", "0:1", "--announce", "nonsense"], "--announce is ('nonsense',); allowed: multiaddrs"),
     (["peer", "--serve", "0:1", "--relays", "/ip4/127.0.0.1/tcp/1"], "--relays /ip4/127.0.0.1/tcp/1: not of the form"),
     (["peer", "--serve", "0:1", "--new_swarm", "--local_blocks", "0:1"], "--local_blocks and --audit are about"),
     (["keygen", "identities/local-1.key"], "exists already"),

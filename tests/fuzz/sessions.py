@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -50,6 +50,9 @@ class _Nobody:
 
     async def open_stream(self, peer_id: PeerId, protocol: str, *, addrs: object = ()) -> ByteStream:
         raise PeerUnreachable("nobody there", peer_id)
+
+    def plausible(self, namer: PeerId, addrs: Sequence[str]) -> tuple[str, ...]:
+        return tuple(addrs)
 
 
 class _Instant(InlineLane):

@@ -105,7 +105,8 @@ async def test_a_door_with_keys_says_so(open_door: OpenDoor, tmp_path: Path) -> 
             (("--api_key", "schlüssel"), "that API key can not be one"),
         ):
             refused = await status("--url", door.url, *words)
-            assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+            assert refused.returncode == 2
+            assert refused.stderr.count("\n") == 1 + len(words) // 2, "a key among the arguments is warned of, too"
             assert complaint in refused.stderr
         assert (await status("--url", door.url, "--api_key", f"@{tmp_path / 'key'}")).returncode == 0
 

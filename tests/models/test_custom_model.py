@@ -84,7 +84,6 @@ REFUSED = {
     ForgetsTheCache: "with a cache differs",
     IgnoresPadding: "looks at padding",
     LooksAtTheContent: "more than a hidden state",
-    HasBlocksWithoutMemory: "keeps no keys and values",
 }
 
 
@@ -107,6 +106,14 @@ def test_a_model_that_breaks_the_contract_is_refused(base_class: Any, verified: 
     register_family(Family(model_type="llama", title="Odd", base_class=base_class, verified=verified))
     with pytest.raises(UnsupportedModel, match=REFUSED[base_class]):
         load_span(open_checkpoint(plain_llama), range(1, 3))
+
+
+@torch.no_grad()
+def test_blocks_without_memory_need_none(plain_llama: Path) -> None:
+    register_family(Family(model_type="llama", title="Odd", base_class=HasBlocksWithoutMemory))
+    span = load_span(open_checkpoint(plain_llama), range(1, 3))
+    hidden = torch.randn(1, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(span.forward(hidden, range(1, 3)), hidden * 4)
 
 
 def test_the_self_test_passes_an_honest_stranger(plain_llama: Path) -> None:

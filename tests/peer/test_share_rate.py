@@ -80,7 +80,7 @@ async def test_a_sender_keeps_to_its_rate_and_says_busy_to_the_rest(
 
 
 def test_settings_that_can_not_be() -> None:
-    with pytest.raises(UserError, match="--no_share_weights"):
+    with pytest.raises(UserError, match="max_share_bytes_s is 0; allowed"):
         ServeConfig(max_share_bytes_s=0)
 
 

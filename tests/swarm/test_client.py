@@ -298,7 +298,7 @@ async def test_a_timeout_of_ones_own_and_the_route_told(
         async with model.ainference_session(max_length=8) as session:
             await model.agenerate(IDS, max_new_tokens=1)
             remote = session.cache.session.remote
-            assert (remote._timeouts.step_s, remote._max_retries) == (3.5, 2)
+            assert (remote.recovery._timeouts.step_s, remote.recovery._options.max_retries) == (3.5, 2)
     told = [record.message for record in caplog.records if record.message.startswith("Route found: 0:3 via …")]
     assert len(told) == 1
     assert "ms a token expected" in told[0]

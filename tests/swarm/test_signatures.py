@@ -41,10 +41,10 @@ async def test_whatever_happens_in_a_session_its_signatures_hold(
     answers: list[Answer] = []
     dice, generator = random.Random(5), torch.Generator().manual_seed(5)
     session = await client.open_session(client.blocks, 3, 64, ClientOptions(**options))
-    session._on_answer = lambda hop, output: answers.append(Answer.of(hop, output))
+    session.recovery.on_answer = lambda hop, output: answers.append(Answer.of(hop, output))
     session._piece_tokens = 3 * 4 if options["use_server_to_server"] else 0
     for hop in session.hops:
-        hop.on_answer = session._on_answer
+        hop.on_answer = session.recovery.on_answer
     token = torch.randn(3, 1, client.checkpoint.hidden_size, generator=generator)
     for order in (None, [1, 2, 0], [1, 0, 2]):
         await session.step(token, hypo_ids=None if order is None else torch.tensor(order))
