@@ -23,6 +23,8 @@ from petals.gateway.limits import Allowance
 
 T = TypeVar("T")
 
+DRAIN_S = 1.0
+"""For a body that is not looked at."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 GUARDED = ("/v1/", "/api/", "/metrics", "/tokenize", "/detokenize")
 """What needs a key, where there are keys. The pages themselves hold no secret."""
@@ -127,6 +129,14 @@ class ByteStream:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+async def _drain(receive: Receive) -> None:
+    """Read a body that is of no use, for a moment: hypercorn 0.18 may close the connection while an answer is being
+    sent to a request whose body is still arriving (symptom: no answer, BusyResourceError in the log)."""
+    with trio.move_on_after(DRAIN_S):
+        while (await receive()).get("more_body", False):
+            pass
+
+
 class Doorkeeper:
     """Middleware: refuses who may not come in, and adds the headers that every answer has.
 
@@ -170,6 +180,7 @@ class Doorkeeper:
         error = self._refusal(scope, told)
         if smuggled:  # two servers behind each other may disagree on where such a request ends
             error = ApiError(400, "content-length and transfer-encoding do not go together")
+            await _drain(receive)
         if error is not None:
             body = error_body(scope["path"], error)
             response = JSONResponse(body, error.status, error.headers())
