@@ -139,8 +139,8 @@ def load_model(
         if not hasattr(config, name):
             raise StepError(f"unknown argument {name!r}: {type(config).__name__} has no such entry")
         setattr(config, name, value)
-    read = checkpoint.read(checkpoint.other_tensor_names())
-    names = _text_names(tuple(read))  # of what was read: the parts of a quantised weight come as one
+    read = checkpoint.read(list(_text_names(checkpoint.other_tensor_names())))
+    names = _text_names(read)  # of what was read: the parts of a quantised weight come as one, under its name
     state = {names[name]: tensor for name, tensor in read.items()}
     if any(name != own for name, own in names.items()) and not any("lm_head" in own for own in names.values()):
         config.tie_word_embeddings = True  # which the wrapper's configuration says, not the text's (Mistral 3)
