@@ -56,6 +56,10 @@ _NOT_PER_LAYER = ("time_step_limit", "mrope_section", "architectures")
 """Lists that may happen to be as long as there are layers."""
 
 
+_DEPRECATED = {"torch_dtype", "use_return_dict"}
+"""Properties of every configuration that print a warning when they are read (transformers 5.23)."""
+
+
 def config_slice(config: PretrainedConfig, blocks: range) -> PretrainedConfig:
     """A configuration of `len(blocks)` layers: every list with one entry per layer of the whole model is cut."""
     total = config.num_hidden_layers
@@ -72,7 +76,7 @@ def config_slice(config: PretrainedConfig, blocks: range) -> PretrainedConfig:
 def _pin_computed(sliced: PretrainedConfig, config: PretrainedConfig, blocks: range) -> None:
     """Lists per layer that the class computes from a layer's number (Jamba's kinds of layers) start at layer 0."""
     computed: dict[str, Any] = {}
-    for name in dir(type(config)):
+    for name in sorted({*dir(type(config))} - _DEPRECATED):
         if isinstance(getattr(type(config), name, None), property):
             with suppress(Exception):  # properties that this configuration has no use for
                 value = getattr(config, name)
